@@ -1,0 +1,153 @@
+"""What a pass is: it decides (``plan``), then carries out (``rewrite``), and says what changed and what did not.
+
+A pass is one file under ``passes/<family>/`` with one subclass of ``Pass``; the file's name is the pass's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from toolchain.errors import ToolchainError, invalid, raise_faults
+
+Inputs = dict[str, Tensor]
+Json = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a pass may look at while it plans.
+
+    Args:
+        calibration: named inputs of the model, held apart from those that validate it.
+        seed: for any random choice.
+        say: called with (done, total, text) for progress.
+    """
+
+    calibration: Sequence[Inputs] = ()
+    seed: int = 0
+    say: Callable[[int, int, str], None] = lambda done, total, text: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A pass's decision, small enough to read and review.
+
+    Args:
+        choice: what to do, by module path.
+        skipped: what was left alone, by module path, and why.
+        facts: what else the decision rests on (calibration, scores).
+    """
+
+    choice: Mapping[str, Json]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Json] = field(default_factory=dict)
+
+    def as_json(self) -> str:
+        """The plan as text; equal plans give equal text."""
+        content = {"choice": self.choice, "skipped": self.skipped, "facts": self.facts}
+        return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    def digest(self) -> str:
+        """SHA-256 of the text."""
+        return hashlib.sha256(self.as_json().encode()).hexdigest()
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what ``as_json`` wrote."""
+        content = json.loads(text)
+        return Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Parameters, multiply-accumulates of one call on the example inputs (None: not measured), bytes of weights."""
+
+    parameter_count: int
+    macs: int | None
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a pass did: the model, its plan, the module paths it changed, and costs around it."""
+
+    model: nn.Module
+    plan: Plan
+    changed: tuple[str, ...]
+    before: Cost
+    after: Cost
+
+
+class Pass(BaseModel, ABC):
+    """One optimization. Parameters are pydantic fields with defaults, ranges and descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    needs_calibration: ClassVar[bool] = False
+    not_after: ClassVar[tuple[str, ...]] = ()
+    """Passes that may not stand before this one in a recipe."""
+
+    def __init__(self, **parameters: Any) -> None:
+        """Raises ``ToolchainError`` for an unknown parameter or one out of its range."""
+        try:
+            super().__init__(**parameters)
+        except ValidationError as error:
+            raise_faults(invalid(error, what=self.name()))
+
+    @classmethod
+    def name(cls) -> str:
+        """The file's name."""
+        return cls.__module__.rpartition(".")[2]
+
+    @abstractmethod
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Decide; changes nothing."""
+
+    @abstractmethod
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Carry the plan out, in place where that is natural; deterministic, needs no data."""
+
+    def apply(self, model: nn.Module, context: Context) -> Result:
+        """Plan, rewrite and account for it."""
+        if self.needs_calibration and not context.calibration:
+            raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
+        example = context.calibration[0] if context.calibration else None
+        before = cost(model, example)
+        plan = self.plan(model, context)
+        model = self.rewrite(model, plan)
+        return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))
+
+
+def cost(model: nn.Module, example: Inputs | None) -> Cost:
+    """Count parameters, weight bytes and, given an example call, multiply-accumulates of its matrix products.
+
+    A quantized layer's integer weights are buffers; they count as parameters, because they are the weights.
+    """
+    tensors = {
+        id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() or t.dtype.itemsize == 1
+    }
+    named = {id(p) for p in model.parameters()}
+    count = sum(t.numel() for key, t in tensors.items() if key in named or not t.is_floating_point())
+    return Cost(
+        parameter_count=count,
+        macs=None if example is None else macs(model, example),
+        bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+    )
+
+
+def macs(model: nn.Module, example: Inputs) -> int:
+    """Multiply-accumulates of the matrix products, convolutions and attention in one call."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(**example)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,197 @@
+"""The record of a run, ``report.json``: a versioned schema, checked on writing and on reading.
+
+What was not measured is absent or null with its reason, never zero.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from toolchain.errors import ToolchainError, invalid, raise_faults
+
+SCHEMA = 1
+Verdict = Literal["met", "missed", "not_measured"]
+
+
+class Part(BaseModel):
+    """A piece of the record; unknown keys are faults."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
+
+
+class BeforeAfter(Part):
+    """A count around a step; null where it was not measured."""
+
+    before: int | None
+    after: int | None
+
+
+class Skip(Part):
+    """A layer that a step left alone."""
+
+    path: str
+    reason: str
+
+
+class Step(Part):
+    """What one step of the recipe did."""
+
+    name: str
+    parameters: dict[str, Any]
+    plan_digest: str
+    changed: list[str]
+    skipped: list[Skip]
+    parameter_count: BeforeAfter
+    macs: BeforeAfter
+    bytes: BeforeAfter
+    seconds: float
+
+
+class Fidelity(Part):
+    """One output of an engine against the original's, the worst over the validation inputs.
+
+    ``snr_db`` is null when the outputs are equal to the last bit (the ratio is then infinite).
+    """
+
+    output: str
+    max_abs: float
+    mean_abs: float
+    relative_l2: float
+    cosine: float
+    snr_db: float | None
+
+
+class Quality(Part):
+    """One figure of whole sampling runs; null with a reason when it could not be measured."""
+
+    name: str
+    value: float | None
+    original: float | None = None
+    unit: str = ""
+    higher_is_better: bool
+    reason: str = ""
+
+
+class Latency(Part):
+    """Paired timing: every sample of the engine and of the original beside it, in seconds.
+
+    The ratio is engine / original, of medians; its limits are a 95 % bootstrap interval.
+    """
+
+    samples_s: list[float]
+    original_samples_s: list[float]
+    median_s: float
+    p90_s: float
+    p99_s: float
+    original_median_s: float
+    spread: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    warm_up: int
+    threads: int
+    shapes: dict[str, list[int]]
+    warnings: list[str]
+
+
+class TargetRecord(Part):
+    """One target: the four answers, and what was built and measured."""
+
+    name: str
+    parameters: dict[str, Any]
+    installed: bool
+    importable: bool
+    buildable: bool
+    runnable: bool
+    built: bool
+    optional: bool = False
+    reason: str = ""
+    bytes: int | None = None
+    seconds: float | None = None
+    notes: list[str] = []
+    fidelity: list[Fidelity] = []
+    quality: list[Quality] = []
+    latency: Latency | None = None
+    faults: list[str] = []
+    """Things that make the engine unusable, such as an output that is not finite."""
+
+
+class Gate(Part):
+    """One bound asked of one target."""
+
+    name: str
+    target: str
+    bound: str
+    verdict: Verdict
+    value: float | None = None
+    reason: str = ""
+
+
+class Samples(Part):
+    """Pictures for the report, PNG as base64: the original's beside an engine's, from the same noise."""
+
+    target: str
+    original_png: str
+    candidate_png: str
+    caption: str
+
+
+class ModelRecord(Part):
+    """The model as it came in."""
+
+    name: str
+    weights: str
+    parameter_count: int
+    macs: int | None
+    bytes: int
+
+
+class Report(Part):
+    """A whole run."""
+
+    schema_version: Literal[1] = SCHEMA
+    model: ModelRecord
+    verdict: Verdict
+    steps: list[Step]
+    targets: list[TargetRecord]
+    gates: list[Gate]
+    samples: list[Samples] = []
+    validation: dict[str, Any] = {}
+    """How it was measured: inputs, seeds, sample counts; or ``{"skipped": reason}``."""
+    environment: dict[str, Any]
+    seconds: float
+    versions: dict[str, str] = {}
+
+
+def write(report: Report, path: Path) -> None:
+    """Write ``report.json``; the schema number stands first, under ``schema``."""
+    content = report.model_dump(mode="json")
+    content = {"schema": content.pop("schema_version"), **content}
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> Report:
+    """Read ``report.json``.
+
+    Raises:
+        ToolchainError: not JSON, another schema, or a key that is missing, unknown or of the wrong type.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as cause:
+        raise ToolchainError(f"there is no report at {path.name!r}", where=str(path.parent)) from cause
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        raise ToolchainError(f"{path.name} is not JSON: {cause}", where=str(path)) from cause
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+        raise ToolchainError(f"{path.name} has schema {found!r}; this version reads {SCHEMA}", where=str(path))
+    content["schema_version"] = content.pop("schema")
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        raise_faults(invalid(error, what=path.name, where=str(path)))
+        raise AssertionError("unreachable") from error

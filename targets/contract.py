@@ -1,0 +1,130 @@
+"""What a target is: it builds an engine from an ONNX graph, loads it, and answers for itself on this machine.
+
+A target is one file ``targets/<name>_engine.py`` with one subclass of ``Target``; the name is the part before
+``_engine`` (so that no file bears a library's name).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from toolchain.errors import invalid, raise_faults
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+
+class Answer(NamedTuple):
+    """Yes or no, and why not."""
+
+    yes: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Availability:
+    """The four answers of a target on this machine."""
+
+    installed: Answer
+    importable: Answer
+    buildable: Answer
+    runnable: Answer
+
+    def why_not(self, wanted: str) -> str:
+        """The first reason that stands in the way of ``buildable`` or ``runnable``; empty when nothing does."""
+        for name in ("installed", "importable", wanted):
+            answer: Answer = getattr(self, name)
+            if not answer.yes:
+                return f"not {name}: {answer.reason}"
+        return ""
+
+
+class ShapeRange(NamedTuple):
+    """Smallest, typical and largest shape of an input."""
+
+    low: tuple[int, ...]
+    typical: tuple[int, ...]
+    high: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """What a target builds from.
+
+    Args:
+        path: the ONNX file, its weights beside it.
+        ranges: shapes that each input may take.
+        examples: inputs like those it will see, for targets that choose by measuring.
+        hints: what passes found out about layers, by module path.
+        threads: threads that a CPU engine may use.
+        say: called with a line of progress.
+    """
+
+    path: Path
+    ranges: Mapping[str, ShapeRange]
+    examples: Sequence[Arrays] = ()
+    hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    threads: int = 1
+    say: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a build left behind.
+
+    Args:
+        resolved: parameters that were ``auto`` and what they became.
+        notes: sentences for the report.
+    """
+
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Runner(Protocol):
+    """An engine, ready to run."""
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Named inputs -> named outputs."""
+        ...
+
+
+class Target(BaseModel, ABC):
+    """One kind of engine. Parameters are pydantic fields with defaults, ranges and descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **parameters: Any) -> None:
+        """Raises ``ToolchainError`` for an unknown parameter or one out of its range."""
+        try:
+            super().__init__(**parameters)
+        except ValidationError as error:
+            raise_faults(invalid(error, what=self.name()))
+
+    @classmethod
+    def name(cls) -> str:
+        """The file's name without ``_engine``."""
+        return cls.__module__.rpartition(".")[2].removesuffix("_engine")
+
+    @abstractmethod
+    def availability(self) -> Availability:
+        """Installed, importable, able to build here, able to run here; never raises."""
+
+    @abstractmethod
+    def build(self, graph: Graph, folder: Path) -> Built:
+        """Write the engine into ``folder``, which exists and is empty.
+
+        Raises:
+            ToolchainError: the graph cannot be built, with the backend's own reason.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, *, threads: int) -> Runner:
+        """Ready the engine that ``build`` left in ``folder``."""

@@ -1,0 +1,74 @@
+"""What goes into a model: names, shapes with named dynamic dimensions, kinds and ranges; and arrays drawn from that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dim:
+    """A dimension that may change from call to call.
+
+    Args:
+        name: what it counts, such as ``batch``.
+        low: smallest size.
+        typical: size to measure at and to tune engines for.
+        high: largest size.
+    """
+
+    name: str
+    low: int
+    typical: int
+    high: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """One input of a model.
+
+    Args:
+        name: the argument of ``forward``.
+        shape: sizes and named dimensions.
+        dtype: numpy's name of the element type.
+        low: smallest value; for floats ``None`` means a standard normal.
+        high: for integers one past the largest value, for floats the largest.
+    """
+
+    name: str
+    shape: tuple[int | Dim, ...]
+    dtype: str = "float32"
+    low: float | None = None
+    high: float | None = None
+
+    def sizes(self, chosen: Mapping[str, int] | None = None) -> tuple[int, ...]:
+        """The shape with each dynamic dimension at its chosen or typical size."""
+        chosen = chosen or {}
+        return tuple(d if isinstance(d, int) else chosen.get(d.name, d.typical) for d in self.shape)
+
+    def limits(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Smallest, typical and largest shape."""
+        low = tuple(d if isinstance(d, int) else d.low for d in self.shape)
+        high = tuple(d if isinstance(d, int) else d.high for d in self.shape)
+        return low, self.sizes(), high
+
+
+def draw(specs: Sequence[InputSpec], *, seed: int, sizes: Mapping[str, int] | None = None) -> Arrays:
+    """Random inputs that keep to the specs; the same seed gives the same arrays on every machine."""
+    rng = np.random.default_rng(seed)
+    arrays: Arrays = {}
+    for spec in specs:
+        shape, dtype = spec.sizes(sizes), np.dtype(spec.dtype)
+        if spec.low is None or spec.high is None:
+            arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
+        elif np.issubdtype(dtype, np.integer):
+            arrays[spec.name] = rng.integers(int(spec.low), int(spec.high), shape).astype(dtype)
+        else:
+            arrays[spec.name] = rng.uniform(spec.low, spec.high, shape).astype(dtype)
+    return arrays
