@@ -1,0 +1,1 @@
+"""Steps that change a model; one file a pass."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 Verdict = Literal["met", "missed", "not_measured"]
 
 

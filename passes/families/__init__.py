@@ -1,0 +1,1 @@
+"""How each model family answers for its layers; one file a family."""

@@ -1,0 +1,1 @@
+"""Reference models of published methods; one file a model."""

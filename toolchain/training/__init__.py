@@ -1,0 +1,1 @@
+"""Scripts that trained the weights we ship; never run in CI."""
