@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
@@ -29,11 +30,13 @@ class Context:
 
     Args:
         calibration: named inputs of the model, held apart from those that validate it.
+        example: the call that costs are counted on; None counts no multiply-accumulates.
         seed: for any random choice.
         say: called with (done, total, text) for progress.
     """
 
     calibration: Sequence[Inputs] = ()
+    example: Inputs | None = None
     seed: int = 0
     say: Callable[[int, int, str], None] = lambda done, total, text: None
 
@@ -121,33 +124,31 @@ class Pass(BaseModel, ABC):
         """Plan, rewrite and account for it."""
         if self.needs_calibration and not context.calibration:
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
-        example = context.calibration[0] if context.calibration else None
-        before = cost(model, example)
+        before = cost(model, context.example)
         plan = self.plan(model, context)
         model = self.rewrite(model, plan)
-        return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))
+        return Result(
+            model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, context.example)
+        )
 
 
 def cost(model: nn.Module, example: Inputs | None) -> Cost:
-    """Count parameters, weight bytes and, given an example call, multiply-accumulates of its matrix products.
+    """Count parameters, weight bytes and, given an example call, multiply-accumulates.
 
-    A quantized layer's integer weights are buffers; they count as parameters, because they are the weights.
+    Integer matrices held as buffers (a quantized layer's weights) count as parameters; other buffers do not.
     """
-    tensors = {
-        id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() or t.dtype.itemsize == 1
-    }
-    named = {id(p) for p in model.parameters()}
-    count = sum(t.numel() for key, t in tensors.items() if key in named or not t.is_floating_point())
+    weights = [*model.parameters(), *(b for b in model.buffers() if b.dtype.itemsize == 1 and b.ndim > 1)]
     return Cost(
-        parameter_count=count,
+        parameter_count=sum(t.numel() for t in weights),
         macs=None if example is None else macs(model, example),
-        bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
     )
 
 
 def macs(model: nn.Module, example: Inputs) -> int:
     """Multiply-accumulates of the matrix products, convolutions and attention in one call."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    # The plain form of attention, because the counter does not know the fused one for CPUs.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(**example)
     return counter.get_total_flops() // 2

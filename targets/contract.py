@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
 
 from toolchain.errors import invalid, raise_faults
 
@@ -126,5 +127,11 @@ class Target(BaseModel, ABC):
         """
 
     @abstractmethod
-    def load(self, folder: Path, *, threads: int) -> Runner:
-        """Ready the engine that ``build`` left in ``folder``."""
+    def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:
+        """Ready the engine that ``build`` left in ``folder``.
+
+        Args:
+            folder: what ``build`` wrote.
+            threads: threads that a CPU engine may use.
+            module: gives the optimized PyTorch module, for a target that runs that.
+        """

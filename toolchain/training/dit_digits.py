@@ -14,7 +14,6 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,14 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from toolchain.models.blocks.ddpm import Process
+from toolchain.models.blocks.digits import GUIDANCE, SAMPLER_STEPS, WEIGHTS
 from toolchain.models.diffusion import dit
 from toolchain.models.vision import digit_judge
 from validation.statistics import frechet_distance
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "weights"
 SEED = 0
-GUIDANCE = 1.5
-SAMPLER_STEPS = 25
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,7 +66,7 @@ def train_judge(epochs: int = 24, batch: int = 64, rate: float = 3e-3) -> None:
     """Train the judge and write its weights, and its features of all real images."""
     torch.manual_seed(SEED)
     x, y, x_test, y_test = digits()
-    judge = digit_judge.DigitJudge(digit_judge.DIGITS)
+    judge = digit_judge.DigitJudge(digit_judge.SHIPPED["digits"])
     optimizer = torch.optim.AdamW(judge.parameters(), lr=rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * math.ceil(len(x) / batch))
     for epoch in range(epochs):
@@ -125,7 +122,7 @@ def train_dit(steps: int, batch: int, rate: float) -> None:
     """Train ``dit:digits`` and keep the running average of its weights."""
     torch.manual_seed(SEED)
     x, y, _, _ = digits()
-    process, config = Process(), dit.DIGITS
+    process, config = Process(), dit.SHIPPED["digits"]
     net, average = dit.DiT(config), dit.DiT(config)
     average.load_state_dict(net.state_dict())
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.99))
@@ -159,8 +156,8 @@ def train_dit(steps: int, batch: int, rate: float) -> None:
 
 def measure(samples: int, steps: int, guidance: float) -> None:
     """Draw ``samples`` guided digits, as many of each class, and judge them against real images."""
-    config = dit.DIGITS
-    net, judge = dit.DiT(config).eval(), digit_judge.DigitJudge(digit_judge.DIGITS).eval()
+    config = dit.SHIPPED["digits"]
+    net, judge = dit.DiT(config).eval(), digit_judge.DigitJudge(digit_judge.SHIPPED["digits"]).eval()
     net.load_state_dict(load_file(WEIGHTS / "dit-digits.safetensors"))
     judge.load_state_dict(load_file(WEIGHTS / "digit_judge-digits.safetensors"))
     reference = load_file(WEIGHTS / "digits-reference.safetensors")

@@ -10,12 +10,16 @@ Shapes: B batch, C channels, S image side, P patch, N = (S/P)^2 tokens, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from toolchain.models.blocks.transformer import Mlp, SelfAttention
+from toolchain.sources.contract import Published
+from validation.contract import SamplingTask
+from validation.inputs import Arrays, Dim, InputSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,21 @@ PUBLISHED = {
     "L/2": Config(depth=24, width=1024, heads=16),
     "XL/2": Config(depth=28, width=1152, heads=16),
 }
-DIGITS = Config(depth=4, width=192, heads=6, patch=4, side=28, channels=1, classes=10)
+SHIPPED = {"digits": Config(depth=4, width=192, heads=6, patch=4, side=28, channels=1, classes=10)}
 TINY = Config(depth=2, width=32, heads=4, side=8, classes=4)
+OUTPUTS = ("noise_and_variance",)
+FIGURES = {
+    size: (
+        Published(figure="parameter_count", value=count, source="arXiv:2212.09748, table 1"),
+        Published(figure="macs", value=macs, source="arXiv:2212.09748, table 4; its Gflops are multiply-accumulates"),
+    )
+    for size, count, macs in (
+        ("S/2", "33 M", "6.06 G"),
+        ("B/2", "130 M", "23.01 G"),
+        ("L/2", "458 M", "80.71 G"),
+        ("XL/2", "675 M", "118.64 G"),
+    )
+}
 
 
 class PatchEmbed(nn.Module):
@@ -177,3 +194,36 @@ class DiT(nn.Module):
             h = block(h, c)
         h = self.final_layer(h, c).view(batch, side, side, patch, patch, -1)  # (B, S/P, S/P, P, P, 2C)
         return h.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch, side * patch)
+
+
+def build(config: Config) -> DiT:
+    """The network with the authors' start."""
+    return DiT(config)
+
+
+def inputs(config: Config) -> tuple[InputSpec, ...]:
+    """Noisy image or latent, timestep, class."""
+    batch = Dim(name="batch", low=1, typical=2, high=64)
+    return (
+        InputSpec(name="x", shape=(batch, config.channels, config.side, config.side)),
+        InputSpec(name="t", shape=(batch,), low=0, high=999),
+        InputSpec(name="y", shape=(batch,), dtype="int64", low=0, high=config.classes + 1),
+    )
+
+
+def task(size: str, config: Config) -> SamplingTask | None:
+    """Draw digits and have them judged; other sizes have no judge."""
+    if size != "digits":
+        return None
+    from toolchain.models.blocks.digits import digits_task
+
+    return digits_task(none=config.classes)
+
+
+def realistic(module: nn.Module, size: str, config: Config) -> Callable[[int, int], list[Arrays]] | None:
+    """Inputs met on real sampling runs, where the network is trained."""
+    if size != "digits":
+        return None
+    from toolchain.models.blocks.digits import met_on_runs
+
+    return lambda count, seed: met_on_runs(module, none=config.classes, count=count, seed=seed)

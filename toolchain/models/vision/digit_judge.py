@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from validation.inputs import Dim, InputSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -23,8 +25,9 @@ class Config:
 
 
 PUBLISHED: dict[str, Config] = {}
-DIGITS = Config()
+SHIPPED = {"digits": Config()}
 TINY = Config(channels=(2, 4, 8), features=8)
+OUTPUTS = ("logits",)
 
 
 class Stage(nn.Sequential):
@@ -52,3 +55,14 @@ class DigitJudge(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X (B, 1, 28, 28) -> logits (B, 10)."""
         return self.head(self.features(x))
+
+
+def build(config: Config) -> DigitJudge:
+    """The network, untrained."""
+    return DigitJudge(config)
+
+
+def inputs(config: Config) -> tuple[InputSpec, ...]:
+    """Pictures of digits, white on black, from -1 to 1."""
+    del config
+    return (InputSpec(name="x", shape=(Dim(name="batch", low=1, typical=8, high=256), 1, 28, 28), low=-1, high=1),)

@@ -1,0 +1,75 @@
+"""What this machine's processors can do, as far as targets care."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import platform
+from functools import cache
+from pathlib import Path
+
+from targets.contract import Answer
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction set flags as Linux names them; empty where they cannot be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def int8_saturates() -> bool:
+    """Whether 8-bit products add pairs in 16 bits here and saturate: x86 without VNNI or AMX.
+
+    Unknown flags on x86 count as saturating, which costs a little accuracy and no error.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
+        return False
+    return not cpu_flags() & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
+
+
+@cache
+def gpu() -> Answer:
+    """Whether an NVIDIA driver answers and has a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Answer(False, "no NVIDIA driver (libcuda.so.1)")
+    if code := driver.cuInit(0):
+        return Answer(False, f"the NVIDIA driver does not start (error {code})")
+    count = ctypes.c_int(0)
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    return Answer(True) if count.value else Answer(False, "the NVIDIA driver sees no GPU")
+
+
+def installed(module: str, *, extra: str) -> Answer:
+    """Whether a module could be found, without importing it."""
+    if importlib.util.find_spec(module):
+        return Answer(True)
+    return Answer(False, f"{module} is not there; pip install 'enginewright[{extra}]'")
+
+
+def importable(module: str) -> Answer:
+    """Whether a module imports."""
+    try:
+        importlib.import_module(module)
+    except Exception as cause:  # any failure of someone else's import is the answer, not our error
+        return Answer(False, f"{type(cause).__name__}: {cause}".splitlines()[0])
+    return Answer(True)

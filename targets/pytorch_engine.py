@@ -1,0 +1,68 @@
+"""The optimized module, run eagerly in PyTorch: shows what the passes alone do, before any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
+from toolchain.errors import ToolchainError
+
+
+class PyTorch(Target):
+    """No files of its own: the artifact's source, plans and weights give the module back."""
+
+    def availability(self) -> Availability:
+        """Always: the toolchain stands on PyTorch."""
+        yes = Answer(True)
+        return Availability(installed=yes, importable=yes, buildable=yes, runnable=yes)
+
+    def build(self, graph: Graph, folder: Path) -> Built:
+        """Nothing to build."""
+        del graph, folder
+        return Built()
+
+    def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:
+        """Run the module that the artifact's plans give."""
+        del folder
+        return EagerRunner(module(), threads=threads)
+
+
+class EagerRunner:
+    """Calls a module with arrays, without gradients.
+
+    Args:
+        module: in eval mode.
+        outputs: names for what it returns; None names tensors ``output_0`` and on, or keeps a mapping's keys.
+        threads: threads of PyTorch's pool.
+    """
+
+    def __init__(self, module: nn.Module, *, threads: int, outputs: Sequence[str] | None = None) -> None:
+        self.module, self.threads, self.outputs = module, threads, outputs
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Named inputs -> named outputs."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        with torch.inference_mode():
+            result = self.module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        found = [tensor.numpy() for tensor in flat(result)]
+        names = self.outputs or [f"output_{i}" for i in range(len(found))]
+        if len(names) != len(found):
+            raise ToolchainError(f"the model returned {len(found)} tensors; its contract names {len(names)}: {names}")
+        return dict(zip(names, found, strict=True))
+
+
+def flat(result: Any) -> list[Tensor]:
+    """The tensors of a tensor, a sequence or a mapping (a model output), in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, Mapping):
+        return [tensor for value in result.values() for tensor in flat(value)]
+    if isinstance(result, tuple | list):
+        return [tensor for value in result for tensor in flat(value)]
+    return []

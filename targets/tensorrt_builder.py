@@ -1,0 +1,111 @@
+"""What TensorRT and TensorRT for RTX share: both are driven through polygraphy, and build in a process of their own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from targets import machine
+from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
+from toolchain.errors import ToolchainError, UnavailableError
+
+ENGINE, LOG = "engine.plan", "build.log"
+
+
+class PolygraphyTarget(Target):
+    """An engine file that polygraphy builds and runs."""
+
+    module: ClassVar[str]
+    extra: ClassVar[str]
+    builds_without_gpu: ClassVar[bool]
+
+    build_seconds: int = Field(3600, ge=1, description="longest time that a build may take, in seconds")
+
+    def availability(self) -> Availability:
+        """Needs polygraphy and the TensorRT module; running needs a GPU, and so may building."""
+        answers = [machine.installed(name, extra=self.extra) for name in ("polygraphy", self.module)]
+        found = next((answer for answer in answers if not answer.yes), Answer(True))
+        imports = machine.importable(self.module) if found.yes else Answer(False, "not installed")
+        gpu = machine.gpu() if imports.yes else imports
+        return Availability(
+            installed=found,
+            importable=imports,
+            buildable=imports if self.builds_without_gpu else gpu,
+            runnable=gpu,
+        )
+
+    def build(self, graph: Graph, folder: Path) -> Built:
+        """Build ``engine.plan`` in another process and keep its log beside it."""
+        request = {
+            "rtx": self.module == "tensorrt_rtx",
+            "onnx": str(graph.path),
+            "engine": str(folder / ENGINE),
+            "ranges": graph.ranges,
+        }
+        worker = Path(__file__).with_name("tensorrt_worker.py")
+        try:
+            run = subprocess.run(
+                [sys.executable, "-P", str(worker)],
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                timeout=self.build_seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as cause:
+            raise ToolchainError(
+                f"the build took longer than {self.build_seconds} s", help=f"raise {self.name()}:build_seconds"
+            ) from cause
+        lines = (run.stderr + run.stdout).replace(str(graph.path.parent), ".").splitlines()
+        answer: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {"ok": False}
+        log = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines[:-1] if "'colored'" not in line]
+        if not answer["ok"]:
+            raise ToolchainError(
+                refusal(log, answer.get("reason", f"the builder died with exit code {run.returncode}"))
+            )
+        (folder / LOG).write_text("\n".join(log) + "\n")
+        return Built(notes=tuple(line for line in log if line.startswith("[W]")))
+
+    def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:
+        """Ready the engine on the GPU."""
+        del threads, module
+        return EngineRunner(folder / ENGINE, rtx=self.module == "tensorrt_rtx")
+
+
+def refusal(log: list[str], reason: str) -> str:
+    """The builder's reason, with the operators that it refused."""
+    refused = sorted({match[1] for line in log if (match := re.search(r"operator: (\w+)", line))})
+    if refused:
+        return f"the parser refuses these operators: {', '.join(refused)}"
+    errors = [line.removeprefix("[E] ") for line in log if line.startswith("[E]")]
+    return f"{reason}; {errors[0]}" if errors else reason
+
+
+class EngineRunner:
+    """Runs an engine through polygraphy; needs a GPU."""
+
+    def __init__(self, path: Path, *, rtx: bool) -> None:
+        wanted = "1" if rtx else "0"
+        if "polygraphy" in sys.modules and os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX", "0") != wanted:
+            raise UnavailableError(
+                "polygraphy serves only one of TensorRT and TensorRT for RTX in a process",
+                help="bench the two in two runs",
+            )
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = wanted
+        backend: Any = importlib.import_module("polygraphy.backend.trt")
+        self.runner = backend.TrtRunner(backend.EngineFromBytes(path.read_bytes()))
+        self.runner.activate()
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Named inputs -> named outputs, copied off the GPU."""
+        return {name: array.copy() for name, array in self.runner.infer(inputs).items()}

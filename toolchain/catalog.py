@@ -1,0 +1,115 @@
+"""What there is: models, passes, targets, metrics, recipes; found as files, listed without importing any.
+
+There is no list to edit: a file in the right folder is an entry, its name is the entry's name, and the first line of
+its docstring is the summary.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import unknown
+
+if TYPE_CHECKING:
+    from passes.contract import Pass
+    from targets.contract import Target
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("models", "passes", "targets", "metrics", "recipes")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing in the catalogue."""
+
+    kind: str
+    name: str
+    path: Path
+
+    @property
+    def module(self) -> str:
+        """Dotted name of its module."""
+        return ".".join(self.path.relative_to(ROOT).with_suffix("").parts)
+
+    @property
+    def docstring(self) -> str:
+        """Its whole docstring, or a recipe's leading comment."""
+        text = self.path.read_text()
+        if self.path.suffix == ".toml":
+            lines = text.splitlines()
+            end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+            return "\n".join(line.removeprefix("#").strip() for line in lines[:end])
+        return ast.get_docstring(ast.parse(text)) or ""
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return self.docstring.partition("\n")[0]
+
+
+def entries(kind: str) -> dict[str, Entry]:
+    """Everything of one kind, by name, in alphabetical order."""
+    found = {
+        "models": lambda: family_files(ROOT / "toolchain" / "models", apart={"blocks"}),
+        "passes": lambda: family_files(ROOT / "passes", apart={"families"}, holding="(Pass)"),
+        "targets": lambda: (ROOT / "targets").glob("*_engine.py"),
+        "metrics": lambda: (p for p in (ROOT / "validation" / "metrics").glob("*.py") if p.stem != "__init__"),
+        "recipes": lambda: (ROOT / "toolchain" / "recipes").glob("*.toml"),
+    }[kind]()
+    named = {path.stem.removesuffix("_engine"): path for path in found}
+    return {name: Entry(kind, name, named[name]) for name in sorted(named)}
+
+
+def family_files(folder: Path, *, apart: set[str], holding: str = "") -> list[Path]:
+    """Python files one folder down, but for the folders named, and that hold a text."""
+    files = (path for path in folder.glob("*/*.py") if path.stem != "__init__" and path.parent.name not in apart)
+    return [path for path in files if not holding or holding in path.read_text()]
+
+
+def entry(kind: str, name: str, *, where: str | None = None) -> Entry:
+    """One entry; raises with the nearest name when there is none."""
+    found = entries(kind)
+    if name not in found:
+        raise unknown(kind.removesuffix("s") if kind != "passes" else "pass", name, found, where=where)
+    return found[name]
+
+
+def load(kind: str, name: str, *, where: str | None = None) -> ModuleType:
+    """Import an entry's module."""
+    return importlib.import_module(entry(kind, name, where=where).module)
+
+
+def sole_class(module: ModuleType, base: type) -> type[Any]:
+    """The one concrete subclass of ``base`` that a module defines."""
+    own = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, base) and value.__module__ == module.__name__
+    ]
+    assert len(own) == 1, f"{module.__name__} must define one {base.__name__}, has {len(own)}"
+    return own[0]
+
+
+def pass_class(name: str, *, where: str | None = None) -> type[Pass]:
+    """The pass of that name."""
+    from passes.contract import Pass
+
+    return sole_class(load("passes", name, where=where), Pass)
+
+
+def target_class(name: str, *, where: str | None = None) -> type[Target]:
+    """The target of that name."""
+    from targets.contract import Target
+
+    return sole_class(load("targets", name, where=where), Target)
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe that ships with us."""
+    return entry("recipes", name).path
