@@ -139,23 +139,19 @@ def module_path(node: ir.Node) -> str:
     return node.metadata_props.get("module", "")
 
 
-def save(model: ir.Model, path: Path, *, weights: Path | None = None) -> None:
-    """Write the graph; its larger initializers go, uncopied, to ``weights`` (by default a safetensors file beside it).
-
-    Initializers that are external already stay where they lie.
-    """
+def save(model: ir.Model, path: Path) -> None:
+    """Write the graph, and its larger initializers to the safetensors file beside it, streamed one by one."""
     common.RemoveUnusedNodesPass()(model)
     model.producer_version = (model.producer_version or "").partition("+")[0]
     large = {
         name: value
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
-        and not isinstance(value.const_value, ir.ExternalTensor)  # lies where it should already
         and value.const_value.nbytes >= INLINE_BYTES
         and value.const_value.dtype in SAFETENSORS_TYPES
     }
     if large:
-        write_external(large, path.with_suffix(".safetensors") if weights is None else weights)
+        write_external(large, path.with_suffix(".safetensors"))
     ir.save(model, path)
     onnx.checker.check_model(path)
 

@@ -7,8 +7,9 @@ faster here is kept (``int8="auto"``). Where the processor's 8-bit product satur
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from targets import machine
 from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
 from targets.dynamic_int8 import reduce_range, static_products, to_dynamic
-from targets.onnx_export import save
+from targets.onnx_export import module_path, save
 from targets.onnx_files import check_onnx
 from toolchain.errors import ToolchainError, require
 
@@ -31,7 +32,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-MODEL = "model.onnx"
+ENGINE = "engine.json"
 
 
 class OnnxRuntime(Target):
@@ -56,52 +57,49 @@ class OnnxRuntime(Target):
         return Availability(installed=found, importable=imports, buildable=imports, runnable=runs)
 
     def build(self, graph: Graph, folder: Path) -> Built:
-        """Link the graph and its weights into ``folder``; lower 8-bit products for a CPU."""
-        weights = graph.path.with_suffix(".safetensors")
-        if weights.exists():
-            link(weights, folder / weights.name)
+        """Name the artifact's own graph, or lower its 8-bit products for a CPU into a graph of this target."""
         model = ir.load(graph.path)
         products = sum(1 for _ in static_products(model))
-        if not products or self.provider != "cpu":
-            link(graph.path, folder / MODEL)
-            self.session(folder / MODEL, graph.threads)
-            return Built()
-        return self.lower(model, products, graph, folder)
+        if products and self.provider == "cpu":
+            return self.lower(model, products, graph, folder)
+        self.session(graph.path, graph.threads)  # refuses here what it would refuse later
+        choose(graph.path, folder)
+        return Built()
 
     def lower(self, model: ir.Model, products: int, graph: Graph, folder: Path) -> Built:
         """Choose the form of the 8-bit products, write it, and say why."""
         notes: list[str] = []
+        static, dynamic = graph.path, folder / "dynamic.onnx"
         marked = {path for path, hint in graph.hints.items() if hint.get("reduced_range")}
         if marked and machine.int8_saturates():
+            static = folder / "static.onnx"
             count = reduce_range(model, marked)
             notes.append(
                 f"{count} of {products} 8-bit layers have 7-bit weights: "
                 "this processor's 8-bit product would saturate in them"
             )
-        chosen: str = self.int8
-        changed = folder / "reduced.safetensors"
-        if chosen != "dynamic":
-            save(model, folder / MODEL, weights=changed)
-        if chosen != "static":
+            save(model, static)
+        form: str = self.int8
+        if form != "static":
             to_dynamic(model)
-            save(model, folder / ("dynamic.onnx" if chosen == "auto" else MODEL), weights=changed)
-        if chosen == "auto":
+            save(model, dynamic)
+        if form == "auto":
             graph.say("timing static against dynamic 8-bit products")
-            static_s, dynamic_s = self.race(folder, graph)
-            chosen = "dynamic" if dynamic_s <= static_s else "static"
+            static_s, dynamic_s = self.race((static, dynamic), graph)
+            form = "dynamic" if dynamic_s <= static_s else "static"
             notes.append(
-                f"{chosen} 8-bit products: the dynamic form took {dynamic_s / static_s:.2f} of the static form's time"
+                f"{form} 8-bit products: the dynamic form took {dynamic_s / static_s:.2f} of the static form's time"
             )
-            if chosen == "dynamic":
-                (folder / "dynamic.onnx").replace(folder / MODEL)
-            else:
-                (folder / "dynamic.onnx").unlink()
-        prune_unused(folder)
-        return Built(resolved={"int8": chosen}, notes=tuple(notes))
+        kept = dynamic if form == "dynamic" else static
+        for path in folder.iterdir():
+            if path.stem != kept.stem:
+                path.unlink()
+        choose(kept, folder)
+        return Built(resolved={"int8": form}, notes=tuple(notes))
 
-    def race(self, folder: Path, graph: Graph, rounds: int = 12) -> tuple[float, float]:
-        """Median seconds of the static and the dynamic form on an example, taken in turns."""
-        sessions = [self.session(folder / name, graph.threads) for name in (MODEL, "dynamic.onnx")]
+    def race(self, paths: tuple[Path, Path], graph: Graph, rounds: int = 12) -> tuple[float, float]:
+        """Median seconds of two graphs on an example, taken in turns, each after one untimed call."""
+        sessions = [self.session(path, graph.threads) for path in paths]
         taken: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):
             for session, seconds in zip(sessions, taken, strict=True):
@@ -124,16 +122,24 @@ class OnnxRuntime(Target):
             raise ToolchainError(f"ONNX Runtime refuses the graph: {str(cause).splitlines()[0]}") from cause
 
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module] | None = None) -> Runner:
-        """Ready ``model.onnx`` in ``folder``."""
+        """Ready the graph that ``engine.json`` names."""
         del module
-        return SessionRunner(self.session(folder / MODEL, threads))
+        named = json.loads((folder / ENGINE).read_text())["graph"]
+        path = (folder / named).resolve()
+        if not path.is_relative_to(folder.resolve().parent.parent):
+            raise ToolchainError(f"engine.json names {named!r}, outside the artifact; refused", where=str(folder))
+        return self.open(path, threads)
+
+    def open(self, path: Path, threads: int) -> Runner:
+        """Ready any ONNX file."""
+        return SessionRunner(self.session(path, threads), path)
 
 
 class SessionRunner:
     """Runs an ONNX Runtime session on named arrays."""
 
-    def __init__(self, session: Any) -> None:
-        self.session = session
+    def __init__(self, session: Any, path: Path) -> None:
+        self.session, self.path = session, path
         self.inputs = {value.name for value in session.get_inputs()}
         self.outputs = [value.name for value in session.get_outputs()]
 
@@ -142,23 +148,35 @@ class SessionRunner:
         found = self.session.run(None, {name: array for name, array in inputs.items() if name in self.inputs})
         return dict(zip(self.outputs, found, strict=True))
 
+    def first_non_finite(self, inputs: Arrays) -> str:
+        """Module path, or node name, of the first value in the graph that is not finite; empty when all are.
 
-def link(source: Path, target: Path) -> None:
-    """Give a file a second name in the same file system, or copy it where that cannot be done."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        Runs the unoptimized graph with every float value as an output.
+        """
+        runtime = require("onnxruntime", extra="gpu")
+        model = ir.load(self.path)
+        nodes = {
+            value.name: node
+            for node in model.graph
+            for value in node.outputs
+            if value.name and value.dtype is not None and value.dtype.is_floating_point()
+        }
+        model.graph.outputs[:] = [value for node in nodes.values() for value in node.outputs if value.name in nodes]
+        options = runtime.SessionOptions()
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "model.onnx"
+            save(model, copy)
+            session = runtime.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
+            names = [value.name for value in session.get_outputs()]
+            values = session.run(None, {name: array for name, array in inputs.items() if name in self.inputs})
+        for name, value in zip(names, values, strict=True):
+            if not np.isfinite(value).all():
+                return module_path(nodes[name]) or nodes[name].name or name
+        return ""
 
 
-def prune_unused(folder: Path) -> None:
-    """Remove a weights file that the kept graph does not name."""
-    used = {
-        entry.value
-        for tensor in check_onnx(folder / MODEL).graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for path in folder.glob("*.safetensors"):
-        if path.name not in used:
-            path.unlink()
+def choose(path: Path, folder: Path) -> None:
+    """Write which graph this engine is: one of its own, or the artifact's."""
+    (folder / ENGINE).write_text(json.dumps({"graph": os.path.relpath(path, folder)}) + "\n")

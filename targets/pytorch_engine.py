@@ -56,6 +56,26 @@ class EagerRunner:
             raise ToolchainError(f"the model returned {len(found)} tensors; its contract names {len(names)}: {names}")
         return dict(zip(names, found, strict=True))
 
+    def first_non_finite(self, inputs: Arrays) -> str:
+        """Path of the innermost module that first puts out a NaN or an infinity; empty when none does."""
+        found: list[str] = []
+
+        def look(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, args: Any, result: Any) -> None:
+                del module, args
+                if not found and any(t.is_floating_point() and not t.isfinite().all() for t in flat(result)):
+                    found.append(path or "the model itself")
+
+            return hook
+
+        hooks = [module.register_forward_hook(look(path)) for path, module in self.module.named_modules()]
+        try:
+            self(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else ""
+
 
 def flat(result: Any) -> list[Tensor]:
     """The tensors of a tensor, a sequence or a mapping (a model output), in order."""

@@ -44,7 +44,7 @@ PUBLISHED = {
 }
 SHIPPED = {"digits": Config(depth=4, width=192, heads=6, patch=4, side=28, channels=1, classes=10)}
 TINY = Config(depth=2, width=32, heads=4, side=8, classes=4)
-OUTPUTS = ("noise_and_variance",)
+OUTPUTS = ("prediction_and_variance",)
 FIGURES = {
     size: (
         Published(figure="parameter_count", value=count, source="arXiv:2212.09748, table 1"),
@@ -126,7 +126,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last modulated norm, and a projection to patches of noise and variance."""
+    """The last modulated norm, and a projection to patches of prediction and variance."""
 
     def __init__(self, width: int, patch: int, channels: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def position_table(width: int, side: int) -> Tensor:
 
 
 class DiT(nn.Module):
-    """Predict the noise in an image, and the variance of the next step, from image, timestep and class."""
+    """Predict noise (``digits``: velocity) and the next step's variance from an image, its timestep and class."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class DiT(nn.Module):
             self.pos_embed.copy_(position_table(self.config.width, self.config.side // self.config.patch))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """X (B, C, S, S), t (B,) in steps, y (B,) class or ``classes`` for none -> (B, 2C, S, S): noise, variance."""
+        """x (B, C, S, S), t (B,) in steps, y (B,) class, ``classes``: none -> (B, 2C, S, S), prediction and variance."""
         batch, patch = x.shape[0], self.config.patch
         side = self.config.side // patch
         h = self.x_embedder(x) + self.pos_embed  # (B, N, D)

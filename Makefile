@@ -1,0 +1,27 @@
+# make demo   sets up .venv and runs the main job
+# make test   sets up .venv and passes the checks and tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "enginewright needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch .venv/.ready
+
+demo: setup
+	$(BIN)/enginewright run dit-digits-int8 --output out/demo --force
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint demo
+	$(BIN)/enginewright check out/demo --baseline reports/baselines/dit-digits.json --junit out/check.xml
+	$(BIN)/python -m pytest

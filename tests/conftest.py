@@ -1,0 +1,50 @@
+"""What several tests share: a small artifact, exported once, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``dit:tiny`` in 8 bits for ONNX Runtime, with TensorRT as an optional target. Read only."""
+    from toolchain import pipeline
+    from toolchain.progress import Progress
+    from toolchain.recipe import make
+
+    out = tmp_path_factory.mktemp("artifact") / "out"
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "gates": ["fidelity.cosine >= 0.9", "latency.ratio <= 1000"],
+            "steps": [{"pass": "quantize_int8"}],
+            "targets": [{"target": "onnxruntime"}, {"target": "tensorrt", "optional": True}],
+            "validation": {"rounds": 4, "calls": 2},
+        }
+    )
+    pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    return out
+
+
+@pytest.fixture
+def enginewright(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in an empty folder."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "toolchain", *map(str, arguments)],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

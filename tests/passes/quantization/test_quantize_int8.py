@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from passes.contract import Context, Plan
+from passes.quantization.linear import QuantizedLinear
+from passes.quantization.quantize_int8 import QuantizeInt8, least_squares_limit, saturation
+from toolchain.errors import ToolchainError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 64)
+        self.one = nn.Linear(64, 64)
+        self.two = nn.Linear(64, 64)
+        self.small = nn.Linear(64, 2)
+        self.idle = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.small(self.two(torch.relu(self.one(self.embed(x)))))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+CALLS = Context(calibration=[{"x": torch.arange(8)}], example={"x": torch.arange(8)})
+
+
+def test_planned_layers_change_and_every_other_has_a_reason(net: Net) -> None:
+    result = QuantizeInt8(exclude=("tw*",)).apply(net, CALLS)
+    assert result.changed == ("one",)
+    assert isinstance(result.model.one, QuantizedLinear)
+    reasons = result.plan.skipped
+    assert "only linear" in reasons["embed"]
+    assert "'tw*'" in reasons["two"]
+    assert "128 weights" in reasons["small"]
+    assert "never called" in reasons["idle"]
+    assert result.after.bytes < result.before.bytes
+    assert result.after.parameter_count == result.before.parameter_count
+    assert result.after.macs == result.before.macs
+
+
+def test_a_rewrite_from_the_written_plan_is_the_same_to_the_bit(net: Net) -> None:
+    again = copy.deepcopy(net)
+    done = QuantizeInt8()
+    result = done.apply(net, CALLS)
+    read = Plan.from_json(result.plan.as_json())
+    assert read.digest() == result.plan.digest()
+    x = torch.arange(8)
+    assert torch.equal(done.rewrite(again, read)(x), result.model(x))
+
+
+def test_the_output_stays_close_and_does_move(net: Net) -> None:
+    x = torch.arange(8)
+    before = net(x)
+    after = QuantizeInt8().apply(net, CALLS).model(x)
+    error = float((after - before).norm() / before.norm())
+    assert 0 < error < 0.03
+
+
+def test_without_calibration_it_says_so(net: Net) -> None:
+    with pytest.raises(ToolchainError, match="needs calibration"):
+        QuantizeInt8().apply(net, Context())
+
+
+def test_inputs_that_are_not_finite_or_all_zero_are_skipped_with_that_reason(net: Net) -> None:
+    with torch.no_grad():
+        net.embed.weight.fill_(float("nan"))
+    assert "not finite" in QuantizeInt8().plan(net, CALLS).skipped["one"]
+    with torch.no_grad():
+        net.embed.weight.zero_()
+    assert "is zero" in QuantizeInt8().plan(net, CALLS).skipped["one"]
+
+
+def test_an_outlier_moves_the_maximum_but_not_the_percentile_or_least_squares(net: Net) -> None:
+    with torch.no_grad():
+        net.embed.weight.uniform_(-1, 1)
+        net.embed.weight[0, 0] = 50
+    scale = {
+        name: QuantizeInt8(observer=name, percentile=99).plan(net, CALLS).choice["one"]["input_scale"]
+        for name in ("max", "percentile", "mse")
+    }
+    assert scale["max"] == pytest.approx(50 / 127, rel=1e-4)
+    assert scale["percentile"] < 1.01 / 127
+    assert scale["mse"] <= scale["max"]
+
+
+def test_least_squares_clips_a_rare_outlier() -> None:
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    x[0] = 20
+    assert least_squares_limit(x) < 15
+
+
+@pytest.mark.parametrize("bad", [{"observer": "median"}, {"percentile": 101}, {"smallest": -1}, {"bits": 4}])
+def test_parameters_out_of_range_are_quoted(bad: dict[str, object]) -> None:
+    key, value = next(iter(bad.items()))
+    with pytest.raises(ToolchainError, match=f"{key}"):
+        QuantizeInt8(**bad)
+    assert value is not None
+
+
+def naive(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, int]:
+    """vpmaddubsw and vpmaddwd, one pair at a time: x (R, K) uint8, w (N, K) int8."""
+    out, clipped = np.zeros((len(x), len(w))), 0
+    for i in range(len(x)):
+        for j in range(len(w)):
+            for k in range(0, x.shape[1], 2):
+                pair = int(x[i, k]) * int(w[j, k]) + int(x[i, k + 1]) * int(w[j, k + 1])
+                held = max(-32768, min(32767, pair))
+                clipped += held != pair
+                out[i, j] += held
+    return out, clipped
+
+
+def test_saturation_is_what_the_instructions_do() -> None:
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.uniform(-0.2, 1, (5, 70)).astype(np.float32))
+    weight = torch.from_numpy(rng.standard_normal((3, 70)).astype(np.float32))
+    weight[0] = weight[0].abs()  # all of one sign: pairs add up
+    full, reduced, share = saturation(x, weight)
+    low, high = float(x.min()), float(x.max())
+    step = (high - low) / 255
+    zero = round(-low / step)
+    q = np.clip(np.round(x.numpy() / step) + zero, 0, 255).astype(np.uint8)
+    scale = np.abs(weight.numpy()).max(1) / 127
+    w = np.round(weight.numpy() / scale[:, None]).astype(np.int8)
+    product, clipped = naive(q, w)
+    product = (product - zero * w.astype(np.float64).sum(1)) * step * scale
+    exact = (x @ weight.T).numpy()
+    assert share == pytest.approx(clipped / (5 * 3 * 35))
+    assert share > 0
+    assert full == pytest.approx(np.linalg.norm(product - exact) / np.linalg.norm(exact), rel=1e-3)
+    assert reduced < full
+
+
+def test_seven_bits_never_pay_where_nothing_saturates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    full, reduced, share = saturation(
+        torch.rand(8, 64, generator=generator), torch.randn(16, 64, generator=generator) * 0.01 + 1e-6
+    )
+    low = torch.randn(16, 64, generator=generator)
+    low[:, 0] = 100  # every other weight is small beside it
+    x = torch.rand(8, 64, generator=generator)
+    full, reduced, share = saturation(x, low)
+    assert share == 0
+    assert full <= reduced

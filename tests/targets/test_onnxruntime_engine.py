@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from passes.quantization.linear import QuantizedLinear
+from targets import machine
+from targets.contract import Graph, ShapeRange
+from targets.onnx_export import export_onnx
+from targets.onnxruntime_engine import OnnxRuntime
+from toolchain.errors import ToolchainError
+
+
+class Net(nn.Module):
+    """Two layers that read one input, and a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.relu(self.a(x)) + self.b(x))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, dict[str, np.ndarray], Path]:
+    torch.manual_seed(0)
+    net = Net().eval()
+    x = torch.randn(4, 64)
+    quantized = Net().eval()
+    for name, scale in (("a", 4 / 127), ("b", 4 / 127), ("c", 6 / 127)):
+        setattr(quantized, name, QuantizedLinear(getattr(net, name), scale))
+    root = tmp_path_factory.mktemp("artifact")
+    for name, module in (("fp32", net), ("int8", quantized)):
+        (root / name).mkdir()
+        export_onnx(
+            module.eval(),
+            {"x": x},
+            dynamic={"x": {0: ("batch", 1, 8)}},
+            outputs=["y"],
+            path=root / name / "model.onnx",
+        )
+    return net, {"x": x.numpy()}, root
+
+
+def built(
+    root: Path,
+    name: str,
+    target: OnnxRuntime,
+    x: dict[str, np.ndarray],
+    hints: dict[str, dict[str, object]] | None = None,
+) -> Path:
+    folder = root / name / "engines" / f"engine{len(list((root / name).rglob('engine.json')))}"
+    folder.mkdir(parents=True)
+    shapes = ShapeRange((1, 64), (4, 64), (8, 64))
+    graph = Graph(path=root / name / "model.onnx", ranges={"x": shapes}, examples=[x], hints=hints or {})
+    target.build(graph, folder)
+    return folder
+
+
+def operators(folder: Path) -> set[str]:
+    path = folder / json.loads((folder / "engine.json").read_text())["graph"]
+    return {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+
+
+def test_a_float_graph_is_used_where_it_lies(exported: tuple[Net, dict[str, np.ndarray], Path]) -> None:
+    net, x, root = exported
+    folder = built(root, "fp32", OnnxRuntime(), x)
+    assert [path.name for path in folder.iterdir()] == ["engine.json"]
+    found = OnnxRuntime().load(folder, threads=1)(x)["y"]
+    np.testing.assert_allclose(found, net(torch.from_numpy(x["x"])).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_both_forms_of_8_bit_products_are_near_and_dynamic_measures_shared_inputs_once(
+    exported: tuple[Net, dict[str, np.ndarray], Path],
+) -> None:
+    net, x, root = exported
+    wanted = net(torch.from_numpy(x["x"])).detach().numpy()
+    for form, operator in (("static", "QuantizeLinear"), ("dynamic", "MatMulInteger")):
+        folder = built(root, "int8", OnnxRuntime(int8=form), x)
+        assert operator in operators(folder)
+        found = OnnxRuntime().load(folder, threads=1)(x)["y"]
+        assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.03, form
+    graph = onnx.load(folder / "dynamic.onnx", load_external_data=False).graph
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == 3
+    assert sum(node.op_type == "DynamicQuantizeLinear" for node in graph.node) == 2
+    assert not operators(folder) & {"QuantizeLinear", "DequantizeLinear"}
+
+
+def test_auto_measures_keeps_one_form_and_says_which(exported: tuple[Net, dict[str, np.ndarray], Path]) -> None:
+    _, x, root = exported
+    folder = root / "int8" / "engines" / "auto"
+    folder.mkdir(parents=True)
+    graph = Graph(path=root / "int8" / "model.onnx", ranges={}, examples=[x])
+    result = OnnxRuntime().build(graph, folder)
+    assert result.resolved["int8"] in ("static", "dynamic")
+    assert f"{result.resolved['int8']} 8-bit products" in result.notes[-1]
+    assert ("MatMulInteger" in operators(folder)) == (result.resolved["int8"] == "dynamic")
+
+
+def test_marked_layers_get_7_bits_only_where_the_processor_saturates(
+    exported: tuple[Net, dict[str, np.ndarray], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x, root = exported
+    hints: dict[str, dict[str, object]] = {"a": {"reduced_range": True}, "b": {"reduced_range": False}}
+    largest = {}
+    for saturates in (False, True):
+        monkeypatch.setattr(machine, "int8_saturates", lambda answer=saturates: answer)
+        folder = built(root, "int8", OnnxRuntime(int8="dynamic"), x, hints)
+        weights = {
+            t.name: np.abs(onnx.numpy_helper.to_array(t, str(folder)).astype(int)).max()
+            for t in onnx.load(folder / "dynamic.onnx", load_external_data=False).graph.initializer
+            if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2
+        }
+        largest[saturates] = (weights["a.weight"], weights["b.weight"])
+        found = OnnxRuntime().load(folder, threads=1)(x)["y"]
+        wanted = net(torch.from_numpy(x["x"])).detach().numpy()
+        assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.03
+    assert largest[False] == (127, 127)
+    assert largest[True] == (64, 127)
+
+
+def test_an_engine_file_that_points_outside_the_artifact_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "artifact" / "engines" / "onnxruntime"
+    folder.mkdir(parents=True)
+    (folder / "engine.json").write_text('{"graph": "../../../elsewhere.onnx"}')
+    with pytest.raises(ToolchainError, match="outside the artifact; refused"):
+        OnnxRuntime().load(folder, threads=1)
+
+
+def test_the_first_value_that_is_not_finite_is_named_by_its_layer(tmp_path: Path) -> None:
+    net = Net().eval()
+    with torch.no_grad():
+        net.b.weight[0, 0] = float("inf")
+    x = {"x": np.ones((2, 64), np.float32)}
+    export_onnx(net, {"x": torch.ones(2, 64)}, dynamic={}, outputs=["y"], path=tmp_path / "model.onnx")
+    runner = OnnxRuntime().open(tmp_path / "model.onnx", 1)
+    assert not np.isfinite(runner(x)["y"]).all()
+    assert runner.first_non_finite(x) == "b"  # type: ignore[attr-defined]
+
+
+def test_availability_tells_what_stands_in_the_way() -> None:
+    assert OnnxRuntime().availability().why_not("runnable") == ""
+    assert "CUDAExecutionProvider" in OnnxRuntime(provider="cuda").availability().why_not("runnable")

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from targets.tensorrt_builder import refusal
+from targets.tensorrt_engine import TensorRt
+
+
+def test_without_its_module_or_a_gpu_it_says_which_is_missing() -> None:
+    able = TensorRt().availability()
+    if not able.buildable.yes:
+        assert any(word in able.why_not("buildable") for word in ("enginewright[tensorrt]", "NVIDIA", "not importable"))
+
+
+def test_a_refusal_names_operators_or_the_first_error() -> None:
+    log = ["[E] In node 1 with name: a and operator: NonZero (x)", "[E] In node 2 with name: b and operator: Det (x)"]
+    assert refusal(log, "Parse") == "the parser refuses these operators: Det, NonZero"
+    assert refusal(["[E] out of memory"], "Build") == "Build; out of memory"
+    assert refusal([], "Build") == "Build"

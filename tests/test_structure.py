@@ -1,0 +1,67 @@
+"""The house rules that no tool checks: which room may import which, and that help stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+ROOMS = ("passes", "targets", "validation", "reports")
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_do_not_import_one_another(room: str) -> None:
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports_of(path):
+            top = name.partition(".")[0]
+            assert top not in set(ROOMS) - {room}, f"{path.relative_to(ROOT)} imports {name}"
+            if top == "toolchain":
+                assert name.startswith("toolchain.errors"), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_errors_is_a_leaf() -> None:
+    assert not any(
+        name.partition(".")[0] in (*ROOMS, "toolchain", "torch", "pydantic")
+        for name in imports_of(ROOT / "toolchain/errors.py")
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list", "passes"], ["export", "--help"], ["export", "dit", "--pass", "nope"]]
+)
+def test_light_commands_import_no_backend(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from toolchain.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'pydantic', 'rich', 'transformers', 'polygraphy'}\n"
+        "print('LOADED', sorted(heavy & sys.modules.keys()))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_every_pass_target_metric_and_model_has_a_test_of_its_own() -> None:
+    from toolchain import catalog
+
+    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for kind in ("passes", "targets", "metrics", "models"):
+        for entry in catalog.entries(kind).values():
+            assert f"test_{entry.path.stem}.py" in tests, f"{entry.path.relative_to(ROOT)} has no test"

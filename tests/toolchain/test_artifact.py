@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from toolchain import artifact
+from toolchain.errors import ToolchainError
+
+
+def finish(out: Path, text: str, *, force: bool = False) -> None:
+    with artifact.staging(out, force=force) as folder:
+        (folder / "file").write_text(text)
+        artifact.write_manifest(folder, {})
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), artifact.staging(out, force=False) as folder:
+        (folder / "half").write_text("half")
+        assert not out.exists()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    finish(out, "whole")
+    artifact.read_manifest(out)
+
+
+def test_an_existing_folder_is_refused_and_with_force_replaced_at_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "old")
+    with pytest.raises(ToolchainError, match=r"'out' exists(.|\n)*--force"):
+        finish(out, "new")
+    with pytest.raises(RuntimeError), artifact.staging(out, force=True):
+        raise RuntimeError
+    assert (out / "file").read_text() == "old"
+    finish(out, "new", force=True)
+    assert (out / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_force_never_removes_what_is_no_artifact(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").touch()
+    with pytest.raises(ToolchainError, match="no artifact of ours"):
+        finish(tmp_path / "photos", "new", force=True)
+    assert (tmp_path / "photos" / "one.jpg").exists()
+
+
+def test_a_full_disk_is_said_in_words_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError, match="disk is full"), artifact.staging(tmp_path / "out", force=False) as folder:
+        (folder / "some").write_text("some")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_swept_up(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".out.partial-{gone.pid}").mkdir()
+    alive = tmp_path / f".out.partial-{os.getppid()}"
+    alive.mkdir()
+    finish(tmp_path / "out", "x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, "out"])
+
+
+def test_an_old_folder_moved_aside_by_a_killed_replacement_comes_back(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "old")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    out.rename(tmp_path / f".out.old-{gone.pid}")
+    artifact.sweep(out)
+    assert (out / "file").read_text() == "old"
+
+
+def test_kill_9_in_the_middle_leaves_no_half_artifact_and_the_next_run_works(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "toolchain", "export", "dit:tiny", "-o", str(tmp_path / "out")]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".out.partial-*")):
+        assert run.poll() is None, "the export ended before it was killed"
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob(".out.partial-*"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_changed_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "x")
+    (out / "file").write_text("y")
+    with pytest.raises(ToolchainError, match="file was changed"):
+        artifact.read_manifest(out)
+    (out / "file").unlink()
+    with pytest.raises(ToolchainError, match="file is missing"):
+        artifact.read_manifest(out)
+    content = json.loads((out / "manifest.json").read_text())
+    content["files"] = {"../secret": {"bytes": 1, "sha256": ""}}
+    (out / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ToolchainError, match="outside the folder"):
+        artifact.read_manifest(out)
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(ToolchainError, match="not JSON"):
+        artifact.read_manifest(out)
+    with pytest.raises(ToolchainError, match="no artifact"):
+        artifact.read_manifest(tmp_path)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from toolchain import catalog
+from toolchain.errors import FaultsError, ToolchainError
+from toolchain.recipe import make, read
+
+
+def test_every_fault_is_found_at_once_with_file_and_key(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(
+        """
+schema = 1
+model = "dit:digits"
+sede = 3
+gates = ["fidelity.cosin >= 0.9", "nonsense"]
+[[steps]]
+pass = "quantise_int8"
+[[steps]]
+pass = "quantize_int8"
+percentile = 20
+[[targets]]
+target = "onnxruntime"
+int8 = "sometimes"
+"""
+    )
+    with pytest.raises(FaultsError) as caught:
+        read(path)
+    text = str(caught.value)
+    assert "no setting 'sede'" in text
+    assert "did you mean 'quantize_int8'" in text
+    assert "bad.toml, steps[1].percentile" in text
+    assert "percentile is 20" in text
+    assert "bad.toml, targets[0].int8" in text
+    assert "'sometimes'" in text
+    assert len(caught.value.faults) >= 4
+
+
+def test_bad_gates_are_quoted() -> None:
+    with pytest.raises(ToolchainError, match="nonsense"):
+        make({"model": "dit:digits", "gates": ["nonsense"]})
+    with pytest.raises(ToolchainError, match="onnxruntim.*which the recipe lacks"):
+        make({"model": "dit:digits", "gates": ["onnxruntim: latency.ratio <= 1"]})
+
+
+def test_a_wrong_order_is_found_before_any_work() -> None:
+    with pytest.raises(ToolchainError, match="quantize_int8 cannot come after quantize_int8"):
+        make({"model": "dit:digits", "steps": [{"pass": "quantize_int8"}, {"pass": "quantize_int8"}]})
+
+
+def test_a_target_may_stand_once() -> None:
+    with pytest.raises(ToolchainError, match="'pytorch' stands twice"):
+        make({"model": "dit:digits", "targets": [{"target": "pytorch"}, {"target": "pytorch"}]})
+
+
+def test_not_toml_and_not_there(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("model = ")
+    with pytest.raises(ToolchainError, match="not TOML"):
+        read(tmp_path / "x.toml")
+    with pytest.raises(ToolchainError, match="no recipe"):
+        read(tmp_path / "y.toml")
+
+
+def test_written_out_it_reads_the_same_with_every_default(tmp_path: Path) -> None:
+    recipe = make(
+        {
+            "model": "dit:digits",
+            "gates": ["latency.ratio <= 0.5"],
+            "steps": [{"pass": "quantize_int8", "exclude": ["final_layer.*"]}],
+            "targets": [{"target": "onnxruntime", "optional": True}],
+            "validation": {"batch": {"batch": 4}},
+        }
+    )
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.as_toml({"onnxruntime": {"int8": "dynamic"}}))
+    again = read(path)
+    assert again.head == recipe.head
+    assert again.steps == recipe.steps
+    assert again.targets[0].optional
+    assert again.targets[0].target.model_dump()["int8"] == "dynamic"
+    assert 'observer = "max"' in path.read_text()
+
+
+@pytest.mark.parametrize("name", catalog.entries("recipes"))
+def test_every_recipe_that_ships_is_sound(name: str) -> None:
+    assert read(catalog.recipe_path(name)).steps

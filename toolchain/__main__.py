@@ -1,0 +1,7 @@
+"""``python -m toolchain`` is ``enginewright``."""
+
+import sys
+
+from toolchain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,88 @@
+"""From command-line arguments to a recipe."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from toolchain import catalog
+from toolchain.errors import FaultsError, ToolchainError, raise_faults
+
+if TYPE_CHECKING:
+    from toolchain.recipe import Recipe
+    from validation.inputs import InputSpec
+
+
+def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
+    """The recipe that ``export`` or ``plan`` was asked for. Unknown names are found before anything heavy loads."""
+    content: dict[str, Any] = {
+        "schema": 1,
+        "model": model or chosen.model,
+        "seed": chosen.seed,
+        "gates": chosen.gates,
+        "steps": [named("pass", text) for text in chosen.steps],
+        "targets": [named("target", text) for text in chosen.targets],
+    }
+    check_names(content)
+    if chosen.weights:
+        content["weights"] = chosen.weights
+    if chosen.calibration:
+        content["calibration"] = {"file": chosen.calibration}
+    if getattr(chosen, "no_validate", False):
+        content["validation"] = {"skip": True}
+    from toolchain.recipe import make
+
+    return make(content)
+
+
+def check_names(content: dict[str, Any]) -> None:
+    """Look every pass, target and model up, all faults together."""
+    faults: list[ToolchainError] = []
+    wanted = [("passes", step["pass"], "--pass") for step in content["steps"]]
+    wanted += [("targets", target["target"], "--target") for target in content["targets"]]
+    wanted.append(("models", content["model"].partition(":")[0], "MODEL"))
+    for kind, name, where in wanted:
+        try:
+            catalog.entry(kind, name, where=where)
+        except ToolchainError as fault:
+            faults.append(fault)
+    raise_faults(faults)
+
+
+def named(key: str, text: str) -> dict[str, Any]:
+    """``NAME:key=value,key=value`` as a recipe's table; values as TOML reads them, or else plain text."""
+    name, _, rest = text.partition(":")
+    table: dict[str, Any] = {key: name}
+    for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
+        setting, equals, value = part.partition("=")
+        if not equals:
+            raise ToolchainError(f"{part!r} is not key=value", where=f"--{key} {text}")
+        try:
+            table[setting.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[setting.strip()] = value
+    return table
+
+
+def sizes_from(texts: Sequence[str], specs: Sequence[InputSpec]) -> dict[str, int]:
+    """``NAME=N`` for dynamic dimensions, each within the model's range."""
+    known = {d.name: d for spec in specs for d in spec.shape if not isinstance(d, int)}
+    sizes, faults = {}, []
+    for text in texts:
+        name, _, number = text.partition("=")
+        if name not in known or not number.isdigit():
+            names = ", ".join(known) or "none"
+            faults.append(
+                ToolchainError(f"{text!r} is not NAME=N", where="--size", help=f"dynamic dimensions: {names}")
+            )
+        elif not known[name].low <= int(number) <= known[name].high:
+            message = f"{name} is {number}; the model takes {known[name].low} to {known[name].high}"
+            faults.append(ToolchainError(message, where="--size"))
+        else:
+            sizes[name] = int(number)
+    if faults:
+        raise FaultsError(faults)
+    return sizes

@@ -1,0 +1,75 @@
+"""Inputs that passes calibrate on: from a file, or made from the model, never those that validate it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from passes.contract import Inputs
+from toolchain.errors import ToolchainError, raise_faults
+from toolchain.recipe import Recipe
+from toolchain.sources.contract import Model
+from validation.inputs import Arrays, Dim, InputSpec
+
+CALIBRATION_SEED, VALIDATION_SEED = 1_000, 2_000
+"""Added to the recipe's seed, so that the two kinds of inputs never meet."""
+
+
+def inputs(recipe: Recipe, model: Model) -> list[Inputs]:
+    """Calibration calls as the recipe asks for them."""
+    settings = recipe.head.calibration
+    if settings.file is not None:
+        calls = from_file(recipe.path(settings.file), model.inputs)[: settings.calls]
+    else:
+        calls = model.batches(settings.calls, recipe.head.seed + CALIBRATION_SEED)
+    return [{name: torch.from_numpy(array) for name, array in call.items()} for call in calls]
+
+
+def from_file(path: Path, specs: tuple[InputSpec, ...]) -> list[Arrays]:
+    """Read a safetensors file with one array per input, rows along the first (dynamic) dimension, cut into calls.
+
+    Raises:
+        ToolchainError: not there, cut short, an input missing or unknown, or of the wrong shape or type; all at once.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(path)
+    except FileNotFoundError as cause:
+        raise ToolchainError(f"there is no calibration file {path.name!r}", where=str(path)) from cause
+    except SafetensorError as cause:
+        raise ToolchainError(f"{path.name} is not a whole safetensors file: {cause}", where=str(path)) from cause
+    faults = []
+    for spec in specs:
+        if spec.name not in arrays:
+            faults.append(ToolchainError(f"calibration file lacks input {spec.name!r}", where=str(path)))
+            continue
+        found = arrays[spec.name]
+        wanted = tuple(d.name if isinstance(d, Dim) else d for d in spec.shape)
+        fits = found.ndim == len(wanted) and all(
+            isinstance(want, str) or want == size for want, size in zip(wanted, found.shape, strict=True)
+        )
+        if not fits:
+            message = f"calibration input {spec.name!r} has shape {found.shape}; the model takes {shape_text(wanted)}"
+            faults.append(ToolchainError(message, where=str(path)))
+        elif found.dtype != spec.dtype:
+            message = f"calibration input {spec.name!r} is {found.dtype}; the model takes {spec.dtype}"
+            faults.append(ToolchainError(message, where=str(path)))
+    strangers = sorted(arrays.keys() - {spec.name for spec in specs})
+    faults += [ToolchainError(f"the model has no input {name!r}", where=str(path)) for name in strangers]
+    rows = {len(arrays[spec.name]) for spec in specs if spec.name in arrays and isinstance(spec.shape[0], Dim)}
+    if not faults and len(rows) != 1:
+        faults.append(
+            ToolchainError(f"calibration inputs have different numbers of rows: {sorted(rows)}", where=str(path))
+        )
+    raise_faults(faults)
+    lead = specs[0].shape[0]
+    step = lead.typical if isinstance(lead, Dim) else 1
+    return [{name: array[i : i + step] for name, array in arrays.items()} for i in range(0, rows.pop(), step)]
+
+
+def shape_text(shape: tuple[int | str, ...]) -> str:
+    """A shape with named dimensions, such as ``(batch, 1, 28, 28)``."""
+    return f"({', '.join(str(size) for size in shape)}{',' if len(shape) == 1 else ''})"

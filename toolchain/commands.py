@@ -1,0 +1,301 @@
+"""What each command does; answers go to standard output, progress and errors to standard error."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolchain import catalog
+from toolchain.arguments import recipe_from, sizes_from
+from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
+from toolchain.progress import Progress
+
+
+def answer(chosen: Namespace, data: Any, text: Callable[[], None]) -> None:
+    """Print ``data`` as JSON when asked to, or else say it."""
+    if chosen.json:
+        print(json.dumps(data, indent=2))
+    else:
+        text()
+
+
+def table(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> None:
+    """Print aligned columns; the last one may be long."""
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads) - 1)]
+    for row in (heads, *rows):
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+
+
+def list_command(chosen: Namespace) -> int:
+    """Names and summaries of one kind."""
+    found = [{"name": entry.name, "summary": entry.summary} for entry in catalog.entries(chosen.kind).values()]
+    answer(chosen, found, lambda: table([(e["name"], e["summary"]) for e in found], ("NAME", "SUMMARY")))
+    return DONE
+
+
+def show_command(chosen: Namespace) -> int:
+    """One entry, looked up in every kind."""
+    from toolchain.show import describe, tell
+
+    data = describe(chosen.name)
+    answer(chosen, data, lambda: tell(data))
+    return DONE
+
+
+def export_command(chosen: Namespace) -> int:
+    """The main job, from arguments."""
+    return export(recipe_from(chosen), chosen)
+
+
+def run_command(chosen: Namespace) -> int:
+    """The main job, from a file."""
+    from toolchain.recipe import read
+
+    path = Path(chosen.recipe)
+    if not path.is_file() and "/" not in chosen.recipe and path.suffix != ".toml":
+        path = catalog.recipe_path(chosen.recipe)
+    return export(read(path), chosen)
+
+
+def export(recipe: Any, chosen: Namespace) -> int:
+    """Run a recipe and say how it went."""
+    from reports import markdown
+    from toolchain import artifact, pipeline
+
+    artifact.refuse_existing(chosen.output, force=chosen.force)
+    report, code = pipeline.export(recipe, chosen.output, force=chosen.force, progress=Progress(quiet=chosen.quiet))
+
+    def text() -> None:
+        print(markdown.render(report))
+        print(f"wrote {chosen.output}: open {chosen.output / 'report.html'}")
+
+    answer(chosen, {**json.loads((chosen.output / "report.json").read_text()), "exit_code": code}, text)
+    return code
+
+
+def plan_command(chosen: Namespace) -> int:
+    """Decide every step and estimate; nothing is written."""
+    from toolchain import pipeline
+    from toolchain.recipe import read
+
+    recipe = read(Path(chosen.subject)) if chosen.subject.endswith(".toml") else recipe_from(chosen, chosen.subject)
+    decisions = pipeline.decide(recipe, Progress(quiet=chosen.quiet))
+    data = [{**d.step.model_dump(mode="json"), "plan": json.loads(d.plan.as_json())} for d in decisions]
+
+    def text() -> None:
+        for d in decisions:
+            step = d.step
+            print(f"{step.name}: would change {len(step.changed)} layers, leave {len(step.skipped)}")
+            for label in ("parameter_count", "macs", "bytes"):
+                count = getattr(step, label)
+                print(f"  {label}: {count.before:,} -> {count.after:,}")
+            for skip in step.skipped:
+                print(f"  leaves {skip.path}: {skip.reason}")
+        if not decisions:
+            print("no steps: the model would be exported as it is")
+
+    answer(chosen, data, text)
+    return DONE
+
+
+def bench_command(chosen: Namespace) -> int:
+    """Paired latency of everything that was named, beside the first one's original."""
+    from toolchain.measure import time_all
+    from toolchain.opened import open_subject
+    from toolchain.recipe import Validation, threads_here
+    from validation.inputs import draw
+
+    progress = Progress(quiet=chosen.quiet)
+    threads = chosen.threads or threads_here()
+    subjects = [chosen.subject, *chosen.against]
+    with progress.stage("load"):
+        opened = [open_subject(text, threads=threads) for text in subjects]
+    first = opened[0]
+    runners = {
+        (name if len(opened) == 1 else f"{text} {name}"): runner
+        for text, one in zip(subjects, opened, strict=True)
+        for name, runner in one.runners.items()
+        if runner is not first.original
+    }
+    original = first.original or runners.pop(next(iter(runners)))
+    if not runners:
+        raise ToolchainError("there is nothing to time it against", help="name an artifact, or add --against SUBJECT")
+    call = draw(first.inputs, seed=0, sizes=sizes_from(chosen.size, first.inputs))
+    settings = Validation(rounds=chosen.rounds)
+    with progress.stage("time, in turns"):
+        timed = time_all(original, runners, call, settings, 0, threads, progress)
+
+    def text() -> None:
+        rows = [
+            (
+                name,
+                f"{t.median_s * 1e3:.2f}",
+                f"{t.p90_s * 1e3:.2f}",
+                f"{t.ratio:.3f} [{t.ratio_low:.3f}, {t.ratio_high:.3f}]",
+            )
+            for name, t in timed.items()
+        ]
+        base = next(iter(timed.values())).original_median_s
+        print(f"original: median {base * 1e3:.2f} ms, {threads} threads, {chosen.rounds} rounds")
+        table(rows, ("ENGINE", "MEDIAN MS", "P90 MS", "RATIO [95 %]"))
+        for name, t in timed.items():
+            for warning in t.warnings:
+                print(f"{name}: {warning}")
+        for one in opened:
+            for name, reason in one.absent.items():
+                print(f"{name}: not measured ({reason})")
+
+    absent = {name: reason for one in opened for name, reason in one.absent.items()}
+    data = {"runners": {name: t.model_dump(mode="json") for name, t in timed.items()}, "not_measured": absent}
+    answer(chosen, data, text)
+    return DONE
+
+
+def compare_command(chosen: Namespace) -> int:
+    """Fidelity of the second subject's runners to the first's."""
+    from reports.record import TargetRecord
+    from toolchain.measure import as_record, judge_gates
+    from toolchain.opened import open_subject
+    from toolchain.recipe import gate_names
+    from validation.fidelity import compare, non_finite
+    from validation.gates import parse
+    from validation.inputs import draw
+
+    bounds = [parse(text, known=gate_names(), where="--gate") for text in chosen.gate]
+    progress = Progress(quiet=chosen.quiet)
+    with progress.stage("load"):
+        first, second = open_subject(chosen.original), open_subject(chosen.candidate)
+    name, original = next(iter(first.runners.items()))
+    model = first.model or second.model
+    specs = model.inputs if model else first.inputs
+    calls = model.batches(chosen.calls, 0) if model else [draw(specs, seed=i) for i in range(chosen.calls)]
+    wanted = [original(call) for call in calls]
+    records = []
+    for other, runner in second.runners.items():
+        got = [runner(call) for call in calls]
+        faults = non_finite(got) or non_finite(wanted)
+        found = [] if faults else [as_record(output) for output in compare(wanted, positional(wanted, got))]
+        records.append(
+            TargetRecord(
+                name=other,
+                parameters={},
+                installed=True,
+                importable=True,
+                buildable=True,
+                runnable=True,
+                built=True,
+                fidelity=found,
+                faults=faults,
+            )
+        )
+    gates = judge_gates(bounds, records)
+
+    def text() -> None:
+        rows = [
+            (r.name, f.output, f"{f.max_abs:.3g}", f"{f.relative_l2:.3g}", f"{f.cosine:.9f}")
+            for r in records
+            for f in r.fidelity
+        ]
+        print(f"beside {name}, {chosen.calls} calls:")
+        table(rows, ("RUNNER", "OUTPUT", "MAX ABS", "RELATIVE L2", "COSINE"))
+        for r in records:
+            for fault in r.faults:
+                print(f"{r.name}: {fault}")
+        for gate in gates:
+            print(f"{gate.target}: {gate.name} {gate.bound}: {gate.verdict.replace('_', ' ')} {gate.reason}".rstrip())
+
+    data = {
+        "original": name,
+        "runners": [
+            {"name": r.name, "faults": r.faults, "fidelity": [f.model_dump() for f in r.fidelity]} for r in records
+        ],
+        "gates": [gate.model_dump() for gate in gates],
+    }
+    answer(chosen, data, text)
+    return MISSED if any(r.faults for r in records) else gate_code(gate.verdict for gate in gates)
+
+
+def positional(wanted: list[Any], got: list[Any]) -> list[Any]:
+    """Outputs under the original's names, where both have as many: engines of other makers name theirs otherwise."""
+    if wanted and got and len(wanted[0]) == len(got[0]):
+        return [dict(zip(w, g.values(), strict=True)) for w, g in zip(wanted, got, strict=True)]
+    return got
+
+
+def gate_code(verdicts: Iterable[str]) -> int:
+    """Exit code of some gates."""
+    found = set(verdicts)
+    return MISSED if "missed" in found else CANNOT if "not_measured" in found else DONE
+
+
+def check_command(chosen: Namespace) -> int:
+    """Hold an artifact's figures against a baseline."""
+    from reports import junit, record
+    from toolchain import artifact
+    from validation import regression
+
+    artifact.read_manifest(chosen.artifact)
+    report = record.read(chosen.artifact / "report.json")
+    content = json.loads((chosen.artifact / "report.json").read_text())
+    if chosen.update:
+        keep = regression.read(chosen.baseline) if chosen.baseline.exists() else None
+        baseline = regression.baseline_from(content, keep=keep)
+        chosen.baseline.parent.mkdir(parents=True, exist_ok=True)
+        regression.write(chosen.baseline, baseline)
+        written = {"wrote": str(chosen.baseline), "figures": len(baseline.figures)}
+        answer(chosen, written, lambda: print(f"wrote {chosen.baseline}: {len(baseline.figures)} figures"))
+        return DONE
+    comparisons = regression.check(regression.read(chosen.baseline), content)
+    failed = [c for c in comparisons if c.failed]
+    if chosen.junit:
+        cases = [(c.key, c.reason or f"was {c.baseline}, is {c.current}" if c.failed else "") for c in comparisons]
+        chosen.junit.write_text(junit.render_cases(report.model.name, cases))
+
+    def text() -> None:
+        print(regression.render_table(comparisons))
+        print(f"{len(failed)} of {len(comparisons)} figures regressed" if failed else "nothing regressed")
+
+    answer(
+        chosen,
+        {"regressed": len(failed), "figures": [vars(c) | {"tolerance": str(c.tolerance)} for c in comparisons]},
+        text,
+    )
+    return MISSED if failed else DONE
+
+
+def report_command(chosen: Namespace) -> int:
+    """Render again."""
+    from reports import record, rendering
+
+    report = record.read(chosen.artifact / "report.json")
+    rendering.write_all(report, chosen.artifact)
+    names = ["report.html", "report.md", "junit.xml"]
+    answer(chosen, {"wrote": names}, lambda: print(f"wrote {', '.join(names)} in {chosen.artifact}"))
+    return DONE
+
+
+def doctor_command(chosen: Namespace) -> int:
+    """The four answers of every target, and the machine."""
+    from toolchain import environment
+
+    targets = []
+    for name in catalog.entries("targets"):
+        able = catalog.target_class(name)().availability()
+        answers = {key: getattr(able, key) for key in ("installed", "importable", "buildable", "runnable")}
+        reason = next((given.reason for given in answers.values() if not given.yes), "")
+        targets.append({"name": name, **{key: given.yes for key, given in answers.items()}, "reason": reason})
+    data = {"targets": targets, "environment": environment.describe(), "versions": environment.versions()}
+
+    def text() -> None:
+        keys = ("installed", "importable", "buildable", "runnable")
+        rows = [(str(t["name"]), *("yes" if t[key] else "no" for key in keys), str(t["reason"])) for t in targets]
+        table(rows, ("TARGET", *(key.upper() for key in keys), "WHY NOT"))
+        print()
+        for section in (environment.describe(), environment.versions()):
+            table([(key, str(value)) for key, value in section.items()], ("", ""))
+
+    answer(chosen, data, text)
+    return DONE

@@ -1,0 +1,117 @@
+"""Things that can be run and compared: an artifact's engines, a model, a bare ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import nn
+
+from passes.contract import Plan
+from targets.contract import Runner
+from targets.onnx_files import check_onnx
+from targets.pytorch_engine import EagerRunner
+from toolchain import artifact, catalog, sources
+from toolchain.errors import ToolchainError, UnavailableError
+from toolchain.pipeline import Run, share
+from toolchain.progress import Progress
+from toolchain.recipe import read, threads_here
+from toolchain.sources.contract import Model
+from validation.inputs import Dim, InputSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """Runners by name, the inputs that they take, and the model behind them where it is known.
+
+    ``original`` is the untouched PyTorch model of an artifact or a model string.
+    """
+
+    runners: Mapping[str, Runner]
+    inputs: tuple[InputSpec, ...]
+    model: Model | None = None
+    original: Runner | None = None
+    absent: Mapping[str, str]
+    """Targets that do not run here, and why."""
+
+
+def open_subject(text: str, *, threads: int | None = None) -> Opened:
+    """Open ``FOLDER``, ``FOLDER#TARGET``, ``FILE.onnx`` or a model string.
+
+    Raises:
+        ToolchainError: damaged, unknown, or nothing in it runs here.
+    """
+    threads = threads or threads_here()
+    place, _, wanted = text.partition("#")
+    if Path(place).is_dir():
+        return open_artifact(Path(place), wanted, threads)
+    if place.endswith(".onnx"):
+        return open_onnx(Path(place), threads)
+    model = sources.load(text)
+    eager = EagerRunner(model.module, threads=threads, outputs=model.outputs)
+    return Opened(runners={model.name: eager}, inputs=model.inputs, model=model, original=eager, absent={})
+
+
+def open_artifact(folder: Path, wanted: str, threads: int) -> Opened:
+    """An artifact's engines that run here, and its original."""
+    artifact.read_manifest(folder)
+    run = Run(read(folder / "recipe.toml"), Progress(quiet=True))
+    model = run.model
+    runners: dict[str, Runner] = {}
+    absent: dict[str, str] = {}
+    for step in run.recipe.targets:
+        name, place = step.target.name(), folder / "engines" / step.target.name()
+        able = step.target.availability()
+        if wanted and name != wanted:
+            continue
+        if not place.is_dir():
+            absent[name] = "it was not built"
+        elif not able.runnable.yes:
+            absent[name] = able.why_not("runnable")
+        else:
+            runners[name] = step.target.load(place, threads=threads, module=lambda: replay(run, folder))
+    if wanted and not runners and wanted not in absent:
+        names = ", ".join(step.target.name() for step in run.recipe.targets) or "no target"
+        raise ToolchainError(f"{str(folder)!r} has no engine {wanted!r}; it has {names}")
+    if not runners:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items()) or "it was exported without targets"
+        raise UnavailableError(f"no engine of {str(folder)!r} runs here: {reasons}")
+    original = EagerRunner(model.module, threads=threads, outputs=model.outputs)
+    return Opened(runners=runners, inputs=model.inputs, model=model, original=original, absent=absent)
+
+
+def replay(run: Run, folder: Path) -> nn.Module:
+    """An artifact's optimized PyTorch module: the source, and each step's recorded plan carried out again."""
+    module = share(run.model.module)
+    for number, step in enumerate(run.recipe.steps):
+        plan = Plan.from_json((folder / "plans" / f"{number + 1:02d}-{step.name()}.json").read_text())
+        module = step.rewrite(module, plan)
+    return module.eval()
+
+
+def open_onnx(path: Path, threads: int) -> Opened:
+    """A bare ONNX file in ONNX Runtime; unknown sizes become 2, integers are drawn from 0 and 1."""
+    graph = check_onnx(path)
+    known = {tensor.name for tensor in graph.graph.initializer}
+    inputs = tuple(input_spec(value) for value in graph.graph.input if value.name not in known)
+    target: Any = catalog.target_class("onnxruntime")()
+    return Opened(runners={path.name: target.open(path, threads)}, inputs=inputs, absent={})
+
+
+def input_spec(value: onnx.ValueInfoProto) -> InputSpec:
+    """An ONNX graph input as an input contract."""
+    kind = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    shape = tuple(
+        d.dim_value
+        if d.HasField("dim_value")
+        else Dim(name=d.dim_param or f"{value.name}_{i}", low=1, typical=2, high=64)
+        for i, d in enumerate(kind.shape.dim)
+    )
+    whole = dtype.kind in "iub"
+    return InputSpec(
+        name=value.name, shape=shape, dtype=dtype.name, low=0 if whole else None, high=2 if whole else None
+    )

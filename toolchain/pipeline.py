@@ -1,0 +1,316 @@
+"""The whole run: source, steps, ONNX, engines, validation, gates, report, in an artifact folder."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.contract import Context, Inputs, Pass, Plan, Result, cost
+from reports import record, rendering
+from targets.contract import Graph, ShapeRange
+from targets.onnx_export import export_onnx
+from targets.pytorch_engine import EagerRunner
+from toolchain import artifact, calibration, environment, sources
+from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
+from toolchain.measure import judge_gates, measure
+from toolchain.progress import Progress
+from toolchain.recipe import Recipe, TargetStep, threads_here
+from toolchain.sources.contract import Model
+from validation.contract import Runner
+from validation.fidelity import non_finite
+from validation.inputs import draw
+
+
+@dataclass
+class Run:
+    """One recipe on its way."""
+
+    recipe: Recipe
+    progress: Progress
+    results: list[tuple[Pass, Result, float]] = field(default_factory=list)
+    resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> Model:
+        """The untouched original."""
+        head = self.recipe.head
+        weights = self.recipe.path(head.weights) if head.weights else None
+        return sources.load(head.model, weights=weights, seed=head.seed)
+
+    @property
+    def threads(self) -> int:
+        """Threads of every CPU runner."""
+        return self.recipe.head.validation.threads or threads_here()
+
+    def example(self, **sizes: int) -> Inputs:
+        """One call; dynamic dimensions at the sizes given, else typical."""
+        arrays = draw(self.model.inputs, seed=self.recipe.head.seed, sizes=sizes)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def context(self) -> Context:
+        """What passes may look at."""
+        return Context(
+            calibration=calibration.inputs(self.recipe, self.model) if self.recipe.steps else (),
+            example=self.example(batch=1),
+            seed=self.recipe.head.seed,
+            say=self.progress.count,
+        )
+
+    def optimize(self) -> nn.Module:
+        """Run the steps on a copy that shares the original's weights; returns the optimized module."""
+        module = share(self.model.module) if self.recipe.steps else self.model.module
+        context = self.context()
+        for number, step in enumerate(self.recipe.steps):
+            before = ", ".join(s.name() for s in self.recipe.steps[:number]) or "none"
+            with self.progress.stage(f"step {number + 1}: {step.name()}"):
+                began = time.perf_counter()
+                try:
+                    result = step.apply(module, context)
+                except ToolchainError as error:
+                    where = f"step {number + 1} ({step.name()}); steps before it: {before}"
+                    raise ToolchainError(error.message, where=error.where or where, help=error.help) from error
+                module = result.model
+                self.results.append((step, result, time.perf_counter() - began))
+            self.progress.line(f"  changed {len(result.changed)}, left alone {len(result.plan.skipped)}")
+        return module.eval()
+
+    def hints(self) -> dict[str, dict[str, Any]]:
+        """What the plans say about layers, for targets."""
+        found: dict[str, dict[str, Any]] = {}
+        for _, result, _ in self.results:
+            for path, choice in result.plan.choice.items():
+                if isinstance(choice, Mapping):
+                    found.setdefault(path, {}).update(choice)
+        return found
+
+
+def share(module: nn.Module) -> nn.Module:
+    """A copy of the modules around the same tensors; passes replace tensors and never write into one."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tuple[record.Report, int]:
+    """Run a recipe into ``out``; returns the report and the exit code."""
+    began = time.perf_counter()
+    run = Run(recipe, progress)
+    with artifact.staging(out, force=force) as folder:
+        with progress.stage(f"load {recipe.head.model}"):
+            refuse_non_finite(run.model, run.example(), run.threads)
+        module = run.optimize()
+        write_plans(run, folder)
+        with progress.stage("export to ONNX"):
+            write_graph(run, module, folder / "model.onnx")
+        targets = [build(run, step, folder) for step in recipe.targets]
+        targets, pictures, how = validate(run, module, folder, targets)
+        report = make_report(run, targets, pictures, how, time.perf_counter() - began)
+        write_artifact(run, report, folder)
+    return report, exit_code(report)
+
+
+def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
+    """An original whose own output is not finite cannot be a reference."""
+    runner = EagerRunner(model.module, threads=threads, outputs=model.outputs)
+    arrays = {name: tensor.numpy() for name, tensor in example.items()}
+    if faults := non_finite([runner(arrays)]):
+        layer = runner.first_non_finite(arrays)
+        raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
+
+
+def write_plans(run: Run, folder: Path) -> None:
+    """``plans/NN-name.json`` for each step."""
+    (folder / "plans").mkdir()
+    for number, (step, result, _) in enumerate(run.results):
+        (folder / "plans" / f"{number + 1:02d}-{step.name()}.json").write_text(result.plan.as_json())
+
+
+def write_graph(run: Run, module: nn.Module, path: Path) -> None:
+    """``model.onnx`` with its weights beside it."""
+    model = run.model
+    # At least 2, because the tracer takes a dimension of 1 for a constant.
+    sizes = {d.name: max(d.typical, 2) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
+    dynamic = {
+        spec.name: {i: (d.name, d.low, d.high) for i, d in enumerate(spec.shape) if not isinstance(d, int)}
+        for spec in model.inputs
+    }
+    export_onnx(module, run.example(**sizes), dynamic=dynamic, outputs=model.outputs, path=path)
+
+
+def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
+    """Build one target where this machine can; a reason where it cannot."""
+    target, name = step.target, step.target.name()
+    able = target.availability()
+    found = record.TargetRecord(
+        name=name,
+        parameters=target.model_dump(mode="json"),
+        installed=able.installed.yes,
+        importable=able.importable.yes,
+        buildable=able.buildable.yes,
+        runnable=able.runnable.yes,
+        optional=step.optional,
+        reason=able.why_not("buildable") or able.why_not("runnable"),
+        built=False,
+    )
+    if not able.buildable.yes:
+        run.progress.line(f"{name} cannot be built here: {found.reason}")
+        return found
+    engine = folder / "engines" / name
+    engine.mkdir(parents=True)
+    model = run.model
+    graph = Graph(
+        path=folder / "model.onnx",
+        ranges={spec.name: ShapeRange(*spec.limits()) for spec in model.inputs},
+        examples=model.batches(1, run.recipe.head.seed + 1),
+        hints=run.hints(),
+        threads=run.threads,
+        say=run.progress.say,
+    )
+    with run.progress.stage(f"build {name}"):
+        began = time.perf_counter()
+        try:
+            built = target.build(graph, engine)
+        except ToolchainError as error:
+            found.reason = error.message
+            for path in engine.iterdir():
+                path.unlink()
+            engine.rmdir()
+            run.progress.line(f"{name} was not built: {error.message}")
+            return found
+    run.resolved[name] = dict(built.resolved)
+    return found.model_copy(
+        update={
+            "built": True,
+            "parameters": {**found.parameters, **built.resolved},
+            "seconds": round(time.perf_counter() - began, 3),
+            "bytes": sum(path.stat().st_size for path in engine.iterdir()) or None,
+            "notes": list(built.notes),
+        }
+    )
+
+
+def validate(
+    run: Run, module: nn.Module, folder: Path, targets: list[record.TargetRecord]
+) -> tuple[list[record.TargetRecord], list[record.Samples], dict[str, Any]]:
+    """Compare every engine that runs here with the original; the records filled in, pictures, and how it was done."""
+    settings, seed = run.recipe.head.validation, run.recipe.head.seed
+    if settings.skip:
+        return targets, [], {"skipped": "validation was not asked for"}
+    runners: dict[str, Runner] = {}
+    for step, found in zip(run.recipe.targets, targets, strict=True):
+        if found.built and found.runnable:
+            place = folder / "engines" / found.name
+            runners[found.name] = step.target.load(place, threads=run.threads, module=lambda: module)
+    if not runners:
+        return targets, [], {"skipped": "no target that runs on this machine"}
+    original = EagerRunner(run.model.module, threads=run.threads, outputs=run.model.outputs)
+    measured, pictures = measure(
+        run.model, original, runners, settings, seed=seed, threads=run.threads, progress=run.progress
+    )
+    how = {
+        "inputs": "met on sampling runs" if run.model.realistic else "random, within the input contract",
+        "seed": seed,
+        **settings.model_dump(exclude_none=True, exclude={"skip"}),
+        "threads": run.threads,
+    }
+    return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
+
+
+def make_report(
+    run: Run, targets: list[record.TargetRecord], pictures: list[record.Samples], how: dict[str, Any], seconds: float
+) -> record.Report:
+    """The record of the run."""
+    first = run.results[0][1].before if run.results else cost(run.model.module, run.example(batch=1))
+    gates = judge_gates(run.recipe.gates, targets)
+    return record.Report(
+        model=record.ModelRecord(
+            name=run.model.name,
+            weights=run.model.weights,
+            parameter_count=first.parameter_count,
+            macs=first.macs,
+            bytes=first.bytes,
+        ),
+        verdict=verdict(gates, targets),
+        steps=[step_record(*entry) for entry in run.results],
+        targets=targets,
+        gates=gates,
+        samples=pictures,
+        validation=how,
+        environment=environment.describe(),
+        versions=environment.versions(),
+        seconds=round(seconds, 3),
+    )
+
+
+def step_record(step: Pass, result: Result, seconds: float) -> record.Step:
+    """What one step did."""
+    before, after = result.before, result.after
+    return record.Step(
+        name=step.name(),
+        parameters=step.model_dump(mode="json"),
+        plan_digest=result.plan.digest(),
+        changed=list(result.changed),
+        skipped=[record.Skip(path=path, reason=reason) for path, reason in result.plan.skipped.items()],
+        parameter_count=record.BeforeAfter(before=before.parameter_count, after=after.parameter_count),
+        macs=record.BeforeAfter(before=before.macs, after=after.macs),
+        bytes=record.BeforeAfter(before=before.bytes, after=after.bytes),
+        seconds=round(seconds, 3),
+    )
+
+
+def verdict(gates: list[record.Gate], targets: list[record.TargetRecord]) -> record.Verdict:
+    """Missed as soon as one gate is, or an engine is faulty; met only when something was asked and all of it met."""
+    if any(gate.verdict == "missed" for gate in gates) or any(target.faults for target in targets):
+        return "missed"
+    if not gates or any(gate.verdict == "not_measured" for gate in gates):
+        return "not_measured"
+    return "met"
+
+
+def exit_code(report: record.Report) -> int:
+    """1: a gate missed or an engine faulty; 3: a wanted target not built, or a gate not measured; else 0."""
+    if report.verdict == "missed":
+        return MISSED
+    unbuilt = any(not target.built and not target.optional for target in report.targets)
+    unmeasured = any(gate.verdict == "not_measured" for gate in report.gates)
+    return CANNOT if unbuilt or unmeasured else DONE
+
+
+def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
+    """Everything but the graph, the plans and the engines: recipe, report and manifest."""
+    (folder / "recipe.toml").write_text(run.recipe.as_toml(run.resolved))
+    record.write(report, folder / "report.json")
+    rendering.write_all(report, folder)
+    artifact.write_manifest(
+        folder,
+        {
+            "model": report.model.model_dump(),
+            "plans": {
+                f"plans/{number + 1:02d}-{step.name()}.json": result.plan.digest()
+                for number, (step, result, _) in enumerate(run.results)
+            },
+            "versions": report.versions,
+        },
+    )
+
+
+@dataclass
+class Decision:
+    """What ``plan`` found for one step, without carrying anything further than memory."""
+
+    step: record.Step
+    plan: Plan
+
+
+def decide(recipe: Recipe, progress: Progress) -> list[Decision]:
+    """Plan every step; each is carried out in memory, because the next one plans on its result. Writes nothing."""
+    run = Run(recipe, progress)
+    run.optimize()
+    return [Decision(step_record(*entry), entry[1].plan) for entry in run.results]

@@ -1,0 +1,254 @@
+"""A recipe: what to do with a model, from a TOML file or the command line; every fault is found before work starts.
+
+```toml
+schema = 1
+model = "dit:digits"
+gates = ["fidelity.cosine >= 0.999", "onnxruntime: latency.ratio <= 0.8"]
+
+[[steps]]
+pass = "quantize_int8"
+observer = "max"
+
+[[targets]]
+target = "onnxruntime"
+optional = true         # this target's absence is no failure
+```
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from passes.contract import Pass
+from targets.contract import Target
+from toolchain import catalog
+from toolchain.errors import FaultsError, ToolchainError, invalid, raise_faults
+from validation.gates import GateBound, parse
+from validation.gates import gate_names as gates_of
+from validation.metrics import load_metrics
+
+
+class Table(BaseModel):
+    """A table of a recipe; unknown keys are faults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(Table):
+    """Where calibration inputs come from."""
+
+    file: str | None = Field(None, description="safetensors file, an array per input; None: made from the model")
+    calls: int = Field(16, ge=1, description="calls of the model to calibrate on")
+
+
+class Validation(Table):
+    """How engines are compared with the original."""
+
+    skip: bool = Field(False, description="build only")
+    calls: int = Field(8, ge=1, description="held-out calls that outputs are compared on")
+    samples: int | None = Field(None, ge=1, description="samples drawn in whole runs; None: what the model's task says")
+    rounds: int = Field(20, ge=3, description="timed calls of each runner, taken in turns")
+    warm_up: int = Field(3, ge=1, description="untimed calls of each runner before")
+    threads: int | None = Field(None, ge=1, description="CPU threads of each runner; None: every core allowed")
+    batch: dict[str, int] = Field({}, description="sizes of dynamic dimensions for timing; default: typical sizes")
+
+
+class Head(Table):
+    """A recipe but for its steps and targets."""
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    model: str
+    weights: str | None = None
+    seed: int = Field(0, ge=0)
+    gates: tuple[str, ...] = ()
+    calibration: Calibration = Calibration()
+    validation: Validation = Validation()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetStep:
+    """A target asked for, and whether the export may do without it."""
+
+    target: Target
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A checked recipe, ready to run."""
+
+    head: Head
+    steps: tuple[Pass, ...]
+    targets: tuple[TargetStep, ...]
+    gates: tuple[GateBound, ...]
+    folder: Path
+    """Relative paths in the recipe start here."""
+
+    def path(self, text: str) -> Path:
+        """A path of the recipe."""
+        return self.folder / text
+
+    def as_toml(self, resolved: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+        """The recipe with every default spelled out.
+
+        Args:
+            resolved: by target name, parameters that were ``auto`` and what they became.
+        """
+        head = self.head.model_dump(by_alias=True, exclude_none=True)
+        content: dict[str, Any] = {key: value for key, value in head.items() if not isinstance(value, dict)}
+        content |= {key: value for key, value in head.items() if isinstance(value, dict)}
+        content["steps"] = [{"pass": step.name(), **bare(step)} for step in self.steps]
+        content["targets"] = [
+            {
+                "target": t.target.name(),
+                "optional": t.optional,
+                **bare(t.target),
+                **(resolved or {}).get(t.target.name(), {}),
+            }
+            for t in self.targets
+        ]
+        return tomli_w.dumps(content)
+
+
+def bare(parameters: BaseModel) -> dict[str, Any]:
+    """Parameters as TOML can hold them: no nulls."""
+    return parameters.model_dump(mode="json", exclude_none=True)
+
+
+def threads_here() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        ToolchainError: every fault at once, each with file and key.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError as cause:
+        raise ToolchainError(f"there is no recipe {str(path)!r}") from cause
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+        raise ToolchainError(f"the recipe is not TOML: {cause}", where=str(path)) from cause
+    return make(content, where=path.name, folder=path.parent)
+
+
+def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) -> Recipe:
+    """Check a recipe's content and resolve its names.
+
+    Args:
+        content: as TOML gives it.
+        where: what errors call it.
+        folder: where relative paths start.
+    """
+    faults: list[ToolchainError] = []
+
+    def attempt(what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except FaultsError as several:
+            faults.extend(several.faults)
+        except ToolchainError as fault:
+            faults.append(fault)
+        return None
+
+    rest = {key: value for key, value in content.items() if key not in ("steps", "targets")}
+    head: Head | None = None
+    try:
+        head = Head.model_validate(rest)
+    except ValidationError as error:
+        faults.extend(invalid(error, what="recipe", where=where))
+    steps = [
+        attempt(partial(read_step, table, at(where, f"steps[{i}]")))
+        for i, table in enumerate(tables(content, "steps", where, faults))
+    ]
+    targets = [
+        attempt(partial(read_target, table, at(where, f"targets[{i}]")))
+        for i, table in enumerate(tables(content, "targets", where, faults))
+    ]
+    named = [t.target.name() for t in targets if t]
+    twice = sorted({name for name in named if named.count(name) > 1})
+    faults += [ToolchainError(f"target {name!r} stands twice", where=at(where, "targets")) for name in twice]
+    gates = [attempt(partial(parse, text, known=gate_names())) for text in (head.gates if head else ())]
+    faults += [
+        ToolchainError(f"a gate asks for target {gate.target!r}, which the recipe lacks", where=at(where, "gates"))
+        for gate in gates
+        if gate and gate.target and gate.target not in named
+    ]
+    faults.extend(order_faults([step for step in steps if step], where))
+    raise_faults(faults)
+    assert head is not None
+    return Recipe(head=head, steps=tuple(steps), targets=tuple(targets), gates=tuple(gates), folder=folder)
+
+
+def at(where: str, key: str) -> str:
+    """File and key."""
+    return f"{where}, {key}" if where else key
+
+
+def tables(content: Mapping[str, Any], key: str, where: str, faults: list[ToolchainError]) -> list[dict[str, Any]]:
+    """The tables of an array; anything else is a fault."""
+    value = content.get(key, [])
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return value
+    faults.append(ToolchainError(f"{key} must be an array of tables, [[{key}]]", where=at(where, key)))
+    return []
+
+
+def read_step(table: Mapping[str, Any], where: str) -> Pass:
+    """One step: ``pass`` and its parameters."""
+    name = table.get("pass")
+    if not isinstance(name, str):
+        raise ToolchainError('a step needs pass = "NAME"', where=where)
+    cls = catalog.pass_class(name, where=where)
+    return placed(lambda: cls(**{key: value for key, value in table.items() if key != "pass"}), where)
+
+
+def read_target(table: Mapping[str, Any], where: str) -> TargetStep:
+    """One target: ``target``, ``optional`` and its parameters."""
+    name, optional = table.get("target"), table.get("optional", False)
+    if not isinstance(name, str):
+        raise ToolchainError('a target needs target = "NAME"', where=where)
+    if not isinstance(optional, bool):
+        raise ToolchainError(f"optional is {optional!r}; it is true or false", where=where)
+    cls = catalog.target_class(name, where=where)
+    rest = {key: value for key, value in table.items() if key not in ("target", "optional")}
+    return TargetStep(target=placed(lambda: cls(**rest), where), optional=optional)
+
+
+def placed(build: Callable[[], Any], where: str) -> Any:
+    """Build something, and put ``where`` before the key of each of its faults."""
+    try:
+        return build()
+    except ToolchainError as error:
+        faults = error.faults if isinstance(error, FaultsError) else (error,)
+        raise FaultsError(
+            [ToolchainError(f.message, where=f"{where}.{f.where}" if f.where else where, help=f.help) for f in faults]
+        ) from None
+
+
+def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
+    """Steps that stand after one that they cannot follow."""
+    faults = []
+    for i, step in enumerate(steps):
+        for earlier in steps[:i]:
+            if earlier.name() in step.not_after:
+                message = f"{step.name()} cannot come after {earlier.name()}"
+                faults.append(ToolchainError(message, where=at(where, f"steps[{i}]"), help="change their order"))
+    return faults
+
+
+def gate_names() -> list[str]:
+    """Everything that a gate may bound."""
+    return gates_of(load_metrics())
