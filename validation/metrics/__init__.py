@@ -1,1 +1,26 @@
-"""One file a metric."""
+"""One file a metric; the file's name is the metric's name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from validation.contract import Metric
+
+
+def load_metrics() -> dict[str, Metric]:
+    """Every metric of this folder by name, in the order of the names. Imports them, and numpy with them."""
+    return {found.name: _only_metric(found.name) for found in pkgutil.iter_modules(__path__)}
+
+
+def _only_metric(name: str) -> Metric:
+    from validation.contract import Metric  # numpy: not before it is needed
+
+    module = importlib.import_module(f"{__name__}.{name}")
+    own = [thing for thing in vars(module).values() if isinstance(thing, type) and thing.__module__ == module.__name__]
+    metrics = [thing for thing in own if issubclass(thing, Metric)]
+    if len(metrics) != 1:
+        raise TypeError(f"{module.__name__} must define one metric; it defines {[each.__name__ for each in metrics]}")
+    return metrics[0]()

@@ -1,0 +1,31 @@
+import numpy as np
+
+from validation.inputs import Dim, InputSpec, draw
+
+BATCH = Dim(name="batch", low=1, typical=2, high=8)
+LATENT = InputSpec(name="latent", shape=(BATCH, 4))
+LABEL = InputSpec(name="label", shape=(BATCH,), dtype="int64", low=0, high=10)
+TIME = InputSpec(name="t", shape=(BATCH,), low=0.5, high=1.0)
+
+
+def test_draws_keep_to_shape_dtype_and_range():
+    arrays = draw([LATENT, LABEL, TIME], seed=0, sizes={"batch": 500})
+    assert {name: (a.shape, a.dtype.name) for name, a in arrays.items()} == {
+        "latent": ((500, 4), "float32"),
+        "label": ((500,), "int64"),
+        "t": ((500,), "float32"),
+    }
+    assert set(arrays["label"].tolist()) == set(range(10))
+    assert arrays["t"].min() >= 0.5
+    assert arrays["t"].max() <= 1.0
+    assert abs(arrays["latent"].std() - 1) < 0.1
+
+
+def test_the_seed_decides():
+    first, again, other = (draw([LATENT], seed=seed)["latent"] for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_limits_are_smallest_typical_and_largest():
+    assert LATENT.limits() == ((1, 4), (2, 4), (8, 4))

@@ -1,0 +1,186 @@
+import gc
+
+import numpy as np
+import pytest
+
+from toolchain.errors import ToolchainError
+from validation.latency import count_outliers, summarise, time_interleaved
+
+INPUTS = {"x": np.ones(2, np.float32)}
+NAMES = ("original", "engine", "other")
+
+
+def timed(*, names=NAMES, warm_up=0, samples=7, seed=0, block=3):
+    """The calls in their order, and the samples."""
+    calls = []
+
+    def runner(name):
+        return lambda inputs: calls.append(name) or inputs
+
+    taken = time_interleaved(
+        {name: runner(name) for name in names},
+        INPUTS,
+        warm_up=warm_up,
+        samples=samples,
+        seed=seed,
+        block=block,
+        settle_s=0,
+    )
+    return calls, taken
+
+
+def turns(calls):
+    """Runs of equal names: (name, calls)."""
+    starts = [i for i in range(len(calls)) if i == 0 or calls[i] != calls[i - 1]]
+    return [(calls[a], b - a) for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
+
+
+class TestTimeInterleaved:
+    def test_every_runner_gets_as_many_samples_as_asked(self):
+        _, taken = timed(samples=7)
+        assert {name: len(samples) for name, samples in taken.items()} == dict.fromkeys(NAMES, 7)
+        assert all(second >= 0 for samples in taken.values() for second in samples)
+
+    def test_each_switch_costs_one_uncounted_call(self):
+        calls, _ = timed(names=("original", "engine"), samples=60)
+        assert {length for _, length in turns(calls)} == {1 + 3, 1 + 3 + 3}  # two turns where no switch lay between
+
+    def test_all_take_a_turn_in_every_round(self):
+        calls, _ = timed(samples=30, block=1)
+        seen = dict.fromkeys(NAMES, 0)
+        for name, length in turns(calls):
+            seen[name] += length - 1  # less the uncounted one
+            assert max(seen.values()) - min(seen.values()) <= 2
+
+    def test_the_seed_shuffles_the_turns(self):
+        orders = {seed: [name for name, _ in turns(timed(samples=30, seed=seed)[0])] for seed in (1, 2)}
+        assert orders[1] != orders[2]
+        assert orders[1] == [name for name, _ in turns(timed(samples=30, seed=1)[0])]
+        assert len(set(zip(orders[1], orders[1][1:], strict=False))) == 6  # everyone follows everyone
+
+    def test_warm_up_comes_first_and_is_not_counted(self):
+        calls, taken = timed(warm_up=4, samples=2)
+        assert calls[:12] == ["original"] * 4 + ["engine"] * 4 + ["other"] * 4
+        assert len(taken["engine"]) == 2
+
+    def test_samples_are_whole_calls_and_uncounted_calls_are_left_out(self, monkeypatch):
+        """A clock that moves only inside a call: 5 s in the engine, 2 s in the original, 100 s after a switch."""
+        now, last = [0.0], [""]
+        monkeypatch.setattr("validation.latency.time.perf_counter", lambda: now[0])
+
+        def runner(name, seconds):
+            def call(inputs):
+                now[0] += seconds if last[0] == name else 100.0
+                last[0] = name
+                return inputs
+
+            return call
+
+        taken = time_interleaved(
+            {"original": runner("original", 2.0), "engine": runner("engine", 5.0)}, INPUTS, warm_up=1, samples=8, seed=0
+        )
+        assert taken == {"original": [2.0] * 8, "engine": [5.0] * 8}
+
+    def test_quick_runners_settle_for_the_asked_time(self, monkeypatch):
+        now, calls = [0.0], []
+        monkeypatch.setattr("validation.latency.time.perf_counter", lambda: now[0])
+
+        def call(inputs):
+            now[0] += 0.01
+            calls.append(now[0])
+            return inputs
+
+        time_interleaved({"only": call}, INPUTS, warm_up=0, samples=3, seed=0, settle_s=0.095)
+        assert len(calls) == 10 + 3
+
+    def test_no_garbage_is_collected_meanwhile_and_the_switch_is_put_back(self):
+        seen = []
+
+        def runner(inputs):
+            seen.append(gc.isenabled())
+            if len(seen) == 5:
+                raise RuntimeError("engine died")
+            return inputs
+
+        assert gc.isenabled()
+        with pytest.raises(RuntimeError, match="engine died"):
+            time_interleaved({"engine": runner}, INPUTS, warm_up=0, samples=9, seed=0, settle_s=0)
+        assert not any(seen)
+        assert gc.isenabled()
+
+    def test_progress_is_told(self):
+        told = []
+        runners = {"engine": lambda inputs: inputs}
+        time_interleaved(runners, INPUTS, warm_up=1, samples=4, seed=0, say=told.append, settle_s=0)
+        assert told == ["warming up engine", "timing round 1 of 2", "timing round 2 of 2"]
+
+    @pytest.mark.parametrize(
+        ("faulty", "message"),
+        [({"samples": 0}, "samples is 0"), ({"warm_up": -1}, "warm_up is -1"), ({"block": 0}, "block is 0")],
+    )
+    def test_counts_that_time_nothing_are_refused(self, faulty, message):
+        with pytest.raises(ToolchainError, match=message):
+            timed(**faulty)
+
+    def test_nothing_to_time_is_refused(self):
+        with pytest.raises(ToolchainError, match="0 runners"):
+            timed(names=())
+
+
+class TestSummarise:
+    def test_by_hand(self):
+        original = [float(second) for second in range(1, 31)]
+        summary = summarise(original, [second / 2 for second in original], seed=0)
+        assert summary.median_s == 7.75
+        assert summary.original_median_s == 15.5
+        assert summary.p90_s == pytest.approx(13.55)
+        assert summary.p99_s == pytest.approx(14.855)
+        assert summary.spread == pytest.approx(14.5 / 15.5)
+        assert (summary.ratio, summary.ratio_low, summary.ratio_high) == (0.5, 0.5, 0.5)
+
+    def test_steady_and_faster_leaves_no_doubt(self):
+        rng = np.random.default_rng(0)
+        original, candidate = rng.normal(1, 0.01, 30), rng.normal(0.7, 0.01, 30)
+        summary = summarise(original, candidate, seed=0)
+        assert summary.ratio_low < 0.7 < summary.ratio_high < 0.75
+        assert summary.warnings == []
+
+    def test_equal_speed_is_said(self):
+        original, candidate = np.random.default_rng(0).normal(1, 0.02, (2, 30))
+        (warning,) = summarise(original, candidate, seed=0).warnings
+        assert "no measurable difference" in warning
+
+    def test_noise_on_either_side_is_said(self):
+        rng = np.random.default_rng(0)
+        steady, noisy = rng.normal(1, 0.01, 30), rng.uniform(3, 7, 30)
+        (warning,) = summarise(noisy, steady, seed=0).warnings
+        assert "the spread of the original" in warning
+        assert "unsafe" in warning
+        (warning,) = summarise(steady, noisy, seed=0).warnings
+        assert "the spread of the engine" in warning
+
+    def test_few_samples_are_said(self):
+        (warning,) = summarise([2.0] * 9, [1.0] * 9, seed=0).warnings
+        assert "9 samples in 3 rounds are too few" in warning
+        (warning,) = summarise([2.0] * 12, [1.0] * 12, seed=0, block=6).warnings
+        assert "12 samples in 2 rounds are too few" in warning
+        assert summarise([2.0] * 10, [1.0] * 10, seed=0).warnings == []
+
+    def test_outliers_are_counted(self):
+        steady = np.random.default_rng(0).normal(1, 0.01, 30)
+        candidate = steady / 2
+        candidate[[3, 20]] = 40.0
+        summary = summarise(steady, candidate, seed=0)
+        assert summary.warnings == ["2 of 30 samples of the engine are outliers; something else ran beside it"]
+        assert summary.median_s == pytest.approx(0.5, rel=0.02)
+
+    def test_unpaired_samples_are_our_bug(self):
+        with pytest.raises(ValueError, match="3 of the original, 2 of the candidate"):
+            summarise([1.0] * 3, [1.0] * 2, seed=0)
+
+
+def test_outliers_of_a_known_cloud():
+    """Median 3, median absolute deviation 1: the fence stands at 14.826 from the median."""
+    assert count_outliers(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == 0
+    assert count_outliers(np.array([1.0, 2.0, 3.0, 4.0, 17.8])) == 0
+    assert count_outliers(np.array([1.0, 2.0, 3.0, 4.0, 17.9])) == 1

@@ -1,0 +1,365 @@
+import copy
+import json
+
+import pytest
+
+from reports import record as record_file
+from reports.record import Report
+from toolchain.errors import ToolchainError
+from validation import regression
+from validation.regression import Tolerance, baseline_from, check, figures_from, read, render_table, write
+
+LATENCY = {"ratio": 0.8, "ratio_low": 0.78, "ratio_high": 0.82, "threads": 2}
+RECORD = {
+    "schema": 1,
+    "model": {"name": "dit:digits", "weights": "shipped", "parameter_count": 1000, "macs": 5000, "bytes": 4000},
+    "steps": [
+        {
+            "name": "prune_heads",
+            "parameter_count": {"before": 1000, "after": 800},
+            "macs": {"before": 5000, "after": 4000},
+            "bytes": {"before": 4000, "after": 3200},
+        }
+    ],
+    "targets": [
+        {
+            "name": "onnxruntime",
+            "reason": "",
+            "bytes": 10_000,
+            "fidelity": [
+                {
+                    "output": "velocity",
+                    "max_abs": 0.1,
+                    "mean_abs": 0.02,
+                    "relative_l2": 0.04,
+                    "cosine": 0.999,
+                    "snr_db": 28.0,
+                }
+            ],
+            "quality": [
+                {"name": "judged_as_asked", "value": 0.98, "higher_is_better": True, "reason": ""},
+                {"name": "frechet_ratio", "value": 2.0, "higher_is_better": False, "reason": ""},
+                {"name": "psnr_db", "value": None, "higher_is_better": True, "reason": "no samples asked"},
+            ],
+            "latency": LATENCY,
+        },
+        {"name": "tensorrt", "reason": "no GPU here", "bytes": None, "fidelity": [], "quality": [], "latency": None},
+    ],
+    "environment": {"cpu": "Some Xeon", "gpu": None, "os": "Linux"},
+}
+KEYS = {
+    "model/parameter_count",
+    "model/macs",
+    "model/bytes",
+    "onnxruntime/bytes",
+    "onnxruntime/fidelity.max_abs/velocity",
+    "onnxruntime/fidelity.mean_abs/velocity",
+    "onnxruntime/fidelity.relative_l2/velocity",
+    "onnxruntime/fidelity.cosine/velocity",
+    "onnxruntime/quality.judged_as_asked",
+    "onnxruntime/quality.frechet_ratio",
+    "onnxruntime/latency.ratio",
+}
+
+ONE_FIGURE = '{"schema": 1, "model": "m", "figures": {"a": {%s, "higher_is_better": true}}}'
+
+
+@pytest.fixture
+def record():
+    return copy.deepcopy(RECORD)
+
+
+def compared(record, baseline=None):
+    """Key -> comparison with the baseline of the unchanged record."""
+    return {each.key: each for each in check(baseline or baseline_from(RECORD), record)}
+
+
+def place(record, key):
+    """(container, key in it) of a figure's value in the record."""
+    ours = record["targets"][0]
+    kind, _, output = key.partition("/")[2].partition("/")
+    if key.startswith("model/"):
+        return record["steps"][-1][kind], "after"
+    if output:
+        return ours["fidelity"][0], kind.removeprefix("fidelity.")
+    if kind.startswith("quality."):
+        return next(each for each in ours["quality"] if f"quality.{each['name']}" == kind), "value"
+    return (ours["latency"], "ratio") if kind == "latency.ratio" else (ours, kind)
+
+
+class TestFiguresFrom:
+    def test_keys_values_and_directions(self):
+        figures = figures_from(RECORD)
+        assert set(figures) == KEYS
+        assert figures["model/parameter_count"].value == 800
+        assert figures["onnxruntime/fidelity.cosine/velocity"].value == 0.999
+        assert {key for key, figure in figures.items() if figure.higher_is_better} == {
+            "onnxruntime/fidelity.cosine/velocity",
+            "onnxruntime/quality.judged_as_asked",
+        }
+
+    def test_without_steps_the_model_itself_is_counted(self, record):
+        record["steps"] = []
+        assert figures_from(record)["model/parameter_count"].value == 1000
+
+    def test_the_last_step_counts(self, record):
+        last = {key: {"before": 800, "after": 700} for key in ("parameter_count", "macs", "bytes")}
+        record["steps"].append({"name": "prune_widths", **last})
+        assert figures_from(record)["model/parameter_count"].value == 700
+
+    def test_a_record_as_it_is_written(self, tmp_path):
+        """The layout is the record's to choose; this goes red when the two part."""
+        latency = LATENCY | {
+            "samples_s": [0.8],
+            "original_samples_s": [1.0],
+            "median_s": 0.8,
+            "p90_s": 0.8,
+            "p99_s": 0.8,
+        }
+        latency |= {"original_median_s": 1.0, "spread": 0.0, "warm_up": 1, "shapes": {}, "warnings": []}
+        parts = {"plan_digest": "", "parameters": {}, "changed": [], "skipped": [], "seconds": 1.0}
+        answers = dict.fromkeys(("installed", "importable", "buildable", "runnable", "built"), True)
+        report = Report.model_validate(
+            {
+                "model": RECORD["model"],
+                "verdict": "met",
+                "steps": [step | parts for step in RECORD["steps"]],
+                "targets": [RECORD["targets"][0] | answers | {"parameters": {}, "latency": latency}],
+                "gates": [],
+                "environment": RECORD["environment"],
+                "seconds": 1.0,
+            }
+        )
+        record_file.write(report, tmp_path / "report.json")
+        written = json.loads((tmp_path / "report.json").read_text())
+        assert figures_from(written) == figures_from(RECORD)
+        assert {each.verdict for each in compared(written).values()} == {"same"}
+
+    def test_what_was_not_measured_is_absent_never_zero(self, record):
+        record["steps"][0]["macs"]["after"] = None
+        assert set(figures_from(record)) == KEYS - {"model/macs"}
+
+    def test_two_targets_of_one_name_stay_apart(self, record):
+        record["targets"].append({**record["targets"][0], "bytes": 77})
+        figures = figures_from(record)
+        assert figures["onnxruntime/bytes"].value == 10_000
+        assert figures["onnxruntime#2/bytes"].value == 77
+
+    def test_a_value_that_the_record_spells_as_a_word(self, record):
+        record["targets"][0]["quality"][1]["value"] = "Infinity"
+        assert figures_from(record)["onnxruntime/quality.frechet_ratio"].value == float("inf")
+
+
+class TestCheck:
+    def test_the_same_run_is_the_same(self):
+        assert {each.verdict for each in compared(RECORD).values()} == {"same"}
+        assert set(compared(RECORD)) == KEYS
+
+    @pytest.mark.parametrize(
+        ("key", "value", "verdict"),
+        [
+            ("model/parameter_count", 801, "regressed"),
+            ("model/parameter_count", 799, "improved"),
+            ("model/macs", 4001, "regressed"),
+            ("model/bytes", 3263, "same"),
+            ("model/bytes", 3265, "regressed"),
+            ("onnxruntime/bytes", 10_201, "regressed"),
+            ("onnxruntime/bytes", 9_799, "improved"),
+            ("onnxruntime/fidelity.max_abs/velocity", 0.124, "same"),
+            ("onnxruntime/fidelity.max_abs/velocity", 0.126, "regressed"),
+            ("onnxruntime/fidelity.mean_abs/velocity", 0.014, "improved"),
+            ("onnxruntime/fidelity.relative_l2/velocity", 0.051, "regressed"),
+            ("onnxruntime/fidelity.cosine/velocity", 0.99891, "same"),
+            ("onnxruntime/fidelity.cosine/velocity", 0.99889, "regressed"),
+            ("onnxruntime/fidelity.cosine/velocity", 0.9999, "improved"),
+            ("onnxruntime/quality.judged_as_asked", 0.96, "same"),
+            ("onnxruntime/quality.judged_as_asked", 0.95, "regressed"),
+            ("onnxruntime/quality.frechet_ratio", 2.6, "regressed"),
+            ("onnxruntime/quality.frechet_ratio", 1.4, "improved"),
+            ("onnxruntime/latency.ratio", 1.03, "same"),
+            ("onnxruntime/latency.ratio", 1.05, "regressed"),
+            ("onnxruntime/latency.ratio", 0.55, "improved"),
+            ("onnxruntime/fidelity.cosine/velocity", float("nan"), "regressed"),
+            ("onnxruntime/fidelity.max_abs/velocity", float("nan"), "regressed"),
+            ("onnxruntime/fidelity.max_abs/velocity", float("inf"), "regressed"),
+        ],
+    )
+    def test_each_direction(self, record, key, value, verdict):
+        holder, name = place(record, key)
+        holder[name] = value
+        found = compared(record)
+        assert found[key].verdict == verdict
+        assert found[key].failed == (verdict == "regressed")
+        assert found[key].baseline == figures_from(RECORD)[key].value
+        assert {each.verdict for other, each in found.items() if other != key} == {"same"}
+
+    def test_a_nan_is_called_one(self, record):
+        record["targets"][0]["fidelity"][0]["cosine"] = "NaN"
+        assert compared(record)["onnxruntime/fidelity.cosine/velocity"].reason == "not a number"
+
+    def test_errors_at_the_order_of_additions_are_the_same(self, record):
+        for run, error in ((record, 1e-7), (then := copy.deepcopy(RECORD), 8e-6)):
+            run["targets"][0]["fidelity"][0]["max_abs"] = error
+        assert compared(then, baseline_from(record))["onnxruntime/fidelity.max_abs/velocity"].verdict == "same"
+
+    def test_a_figure_that_is_gone_fails_with_the_reason_in_the_record(self, record):
+        ours = record["targets"][0]
+        ours["quality"][0] |= {"value": None, "reason": "0 samples were drawn"}
+        ours |= {"fidelity": [], "latency": None, "reason": "could not be loaded"}
+        found = compared(record)
+        gone = {key for key, each in found.items() if each.verdict == "missing"}
+        assert gone == {key for key in KEYS if "fidelity" in key or "latency" in key or "judged" in key}
+        assert all(found[key].failed for key in gone)
+        assert found["onnxruntime/quality.judged_as_asked"].reason == "0 samples were drawn"
+        assert found["onnxruntime/latency.ratio"].reason == "could not be loaded"
+
+    def test_a_target_that_is_gone_fails(self, record):
+        record["targets"] = record["targets"][1:]
+        found = compared(record)
+        assert found["onnxruntime/bytes"].verdict == "missing"
+        assert found["onnxruntime/bytes"].reason == "not in this run"
+
+    def test_a_figure_that_the_baseline_lacks_is_new_and_no_failure(self, record):
+        record["targets"][0]["quality"][2]["value"] = 30.0
+        new = compared(record)["onnxruntime/quality.psnr_db"]
+        assert (new.verdict, new.baseline, new.current, new.failed) == ("new", None, 30.0, False)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"cpu": "Other Xeon"}, "another CPU: Some Xeon then, Other Xeon now"),
+            ({"gpu": "H100"}, "another GPU: None then, H100 now"),
+            ({"cpu": None}, "the CPU model is not recorded on both sides"),
+        ],
+    )
+    def test_latency_of_another_machine_is_not_compared(self, record, change, reason):
+        record["environment"] |= change
+        found = compared(record)
+        latency = found.pop("onnxruntime/latency.ratio")
+        assert (latency.verdict, latency.reason, latency.failed) == ("not_comparable", reason, False)
+        assert {each.verdict for each in found.values()} == {"same"}
+
+    def test_latency_with_other_threads_is_not_compared_even_when_far_off(self, record):
+        record["targets"][0]["latency"] |= {"threads": 8, "ratio": 3.0}
+        latency = compared(record)["onnxruntime/latency.ratio"]
+        assert (latency.verdict, latency.reason) == ("not_comparable", "another number of threads: 2 then, 8 now")
+
+    def test_the_tolerance_and_direction_of_the_baseline_count(self, record):
+        content = baseline_from(RECORD).model_dump(by_alias=True)
+        figure = content["figures"]["onnxruntime/bytes"]
+        figure["tolerance"], figure["higher_is_better"] = {"relative": 0.5}, True
+        record["targets"][0]["bytes"] = 5_001
+        edited = regression.Baseline.model_validate(content)
+        assert compared(record, edited)["onnxruntime/bytes"].verdict == "same"
+        record["targets"][0]["bytes"] = 4_999
+        assert compared(record, edited)["onnxruntime/bytes"].verdict == "regressed"
+
+    def test_another_model_is_refused(self, record):
+        record["model"]["name"] = "dit:other"
+        with pytest.raises(ToolchainError, match="of 'dit:digits', the report of 'dit:other'"):
+            check(baseline_from(RECORD), record)
+
+    def test_bad_news_comes_first(self, record):
+        record["targets"][0]["bytes"] = 20_000
+        record["targets"][0]["latency"] = None
+        assert [each.verdict for each in check(baseline_from(RECORD), record)][:3] == ["regressed", "missing", "same"]
+
+
+class TestTolerance:
+    def test_the_wider_of_the_two_counts(self):
+        both = Tolerance(relative=0.1, absolute=1)
+        assert both.allowed(-20.0) == 2.0
+        assert both.allowed(5.0) == 1.0
+        assert Tolerance(absolute=0).allowed(1e9) == 0
+
+    def test_in_words(self):
+        assert str(Tolerance(relative=0.25, absolute=1e-5)) == "25 % or 1e-05"
+        assert str(Tolerance(absolute=0)) == "exact"
+
+
+class TestFile:
+    def test_written_and_read_again(self, tmp_path):
+        path = tmp_path / "dit.json"
+        write(path, baseline_from(RECORD))
+        assert read(path) == baseline_from(RECORD)
+        assert [file.name for file in tmp_path.iterdir()] == ["dit.json"]
+        content = json.loads(path.read_text())
+        assert content["schema"] == 1
+        assert content["figures"]["onnxruntime/latency.ratio"] == {
+            "value": 0.8,
+            "tolerance": {"relative": 0.3},
+            "higher_is_better": False,
+        }
+        assert content["environment"]["latency_threads"] == {"onnxruntime": 2}
+
+    def test_a_write_that_fails_leaves_the_old_file_whole(self, tmp_path, monkeypatch):
+        path = tmp_path / "dit.json"
+        path.write_text("old")
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(regression.os, "replace", full)
+        with pytest.raises(ToolchainError, match="No space left"):
+            write(path, baseline_from(RECORD))
+        assert path.read_text() == "old"
+        assert [file.name for file in tmp_path.iterdir()] == ["dit.json"]
+
+    def test_a_folder_that_is_not_there(self, tmp_path):
+        with pytest.raises(ToolchainError, match="cannot be written: No such file"):
+            write(tmp_path / "nowhere" / "dit.json", baseline_from(RECORD))
+
+    def test_tolerances_set_by_hand_survive_an_update(self, record):
+        content = baseline_from(RECORD).model_dump(by_alias=True)
+        content["figures"]["onnxruntime/bytes"]["tolerance"] = {"absolute": 5.0}
+        record["targets"][0]["bytes"] = 123
+        updated = baseline_from(record, keep=regression.Baseline.model_validate(content))
+        assert updated.figures["onnxruntime/bytes"].value == 123
+        assert updated.figures["onnxruntime/bytes"].tolerance == Tolerance(absolute=5)
+        assert updated.figures["model/bytes"].tolerance == regression.BYTES
+
+    def test_a_figure_that_is_not_finite_makes_no_baseline(self, record):
+        record["targets"][0]["fidelity"][0]["cosine"] = float("nan")
+        with pytest.raises(ToolchainError, match=r"fidelity\.cosine/velocity is nan"):
+            baseline_from(record)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "bad.json is not JSON"),
+            ("[]", "schema 'list'"),
+            ('{"schema": 2}', "schema 2; this version reads 1"),
+            ('{"schema": 1, "figures": {}}', "needs 'model'"),
+            ('{"schema": 1, "model": "m", "figures": {}, "extra": 1}', "no setting 'extra'"),
+            (ONE_FIGURE % '"value": NaN, "tolerance": {"absolute": 0}', "a is nan"),
+            (ONE_FIGURE % '"value": 1, "tolerance": {}', "a tolerance needs 'absolute' or 'relative'"),
+            (ONE_FIGURE % '"value": 1, "tolerance": {"relative": -1}', "relative is -1"),
+        ],
+    )
+    def test_a_bad_file_is_named_and_said(self, tmp_path, text, message):
+        path = tmp_path / "bad.json"
+        path.write_text(text)
+        with pytest.raises(ToolchainError) as caught:
+            read(path)
+        assert message in str(caught.value)
+        assert "bad.json" in str(caught.value)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(ToolchainError, match=r"no baseline at 'gone\.json'"):
+            read(tmp_path / "gone.json")
+
+
+class TestRenderTable:
+    def test_aligned_with_totals(self, record):
+        record["targets"][0] |= {"bytes": 20_000, "latency": None, "reason": "could not be loaded"}
+        lines = render_table(check(baseline_from(RECORD), record)).splitlines()
+        assert lines[0].split() == ["verdict", "figure", "baseline", "now", "change", "tolerance"]
+        assert lines[1].split() == ["regressed", "onnxruntime/bytes", "10,000", "20,000", "+100.0%", "2", "%"]
+        assert lines[2].split(maxsplit=4)[:4] == ["missing", "onnxruntime/latency.ratio", "0.8", "-"]
+        assert lines[2].endswith("could not be loaded")
+        assert lines[-1] == "1 regressed, 1 missing, 9 same"
+        starts = {line.index(line.split()[1]) for line in lines[:-1]}
+        assert len(starts) == 1
+
+    def test_nothing(self):
+        assert render_table([]).splitlines()[-1] == "nothing to compare"

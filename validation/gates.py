@@ -1,0 +1,102 @@
+"""Bounds that a user asks of the figures, such as ``fidelity.cosine >= 0.999``."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from toolchain.errors import ToolchainError, unknown
+from validation.contract import Metric
+
+Verdict = Literal["met", "missed", "not_measured"]
+
+LATENCY_NAMES = ("latency.ratio", "latency.ratio_high")
+"""The median ratio, and the upper end of its interval for who wants to be sure."""
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_SYNTAX = re.compile(
+    rf"\s*(?:(?P<target>[\w.-]+)\s*:)?\s*(?P<name>[\w.]+)\s*(?P<operator>>=|<=|>|<)\s*(?P<bound>{_NUMBER})\s*"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateBound:
+    """A bound on one figure.
+
+    Args:
+        name: the figure, such as ``latency.ratio``.
+        target: the only target it is asked of; ``None`` asks it of every target.
+        operator: ``>=``, ``<=``, ``>`` or ``<``.
+        bound: what the figure is held against.
+    """
+
+    name: str
+    target: str | None
+    operator: str
+    bound: float
+
+    def __str__(self) -> str:
+        """The text it was parsed from, evenly spaced."""
+        scope = f"{self.target}: " if self.target else ""
+        return f"{scope}{self.name} {self.operator} {self.bound!r}"
+
+
+def gate_names(metrics: Mapping[str, Metric]) -> list[str]:
+    """Every figure that a gate may name."""
+    return [*(f"{metric.kind}.{name}" for name, metric in metrics.items()), *LATENCY_NAMES]
+
+
+def parse(text: str, *, known: Iterable[str], where: str | None = None) -> GateBound:
+    """Read ``[target:] name operator number``.
+
+    Args:
+        text: what the user wrote.
+        known: names of the figures, see ``gate_names``.
+        where: the place of the text in a recipe, for the error.
+
+    Raises:
+        ToolchainError: not of that form, or a name that no figure has.
+    """
+    found = _SYNTAX.fullmatch(text)
+    if found is None:
+        raise ToolchainError(
+            f"{text!r} is not a gate",
+            where=where,
+            help="write 'fidelity.cosine >= 0.999', or for one target 'onnxruntime: latency.ratio <= 0.8'",
+        )
+    known = list(known)
+    if found["name"] not in known:
+        raise unknown("figure", found["name"], known, where=where)
+    return GateBound(
+        name=found["name"], target=found["target"], operator=found["operator"], bound=float(found["bound"])
+    )
+
+
+def judge(bound: GateBound, value: float | None, reason: str = "") -> tuple[Verdict, str]:
+    """Hold a figure against its bound.
+
+    Args:
+        bound: what was asked.
+        value: the figure; ``None`` when it was not measured.
+        reason: why it was not measured.
+
+    Returns:
+        The verdict, and why unless it is ``met``. NaN is missed, whatever the bound.
+    """
+    if value is None:
+        return "not_measured", reason or f"{bound.name} was not measured"
+    if math.isnan(value):
+        return "missed", f"{bound.name} is not a number"
+    if _OPERATORS[bound.operator](value, bound.bound):
+        return "met", ""
+    return "missed", f"{bound.name} is {value:.10g}, asked for {bound.operator} {bound.bound!r}"

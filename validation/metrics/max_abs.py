@@ -1,0 +1,19 @@
+"""Largest absolute difference of any element."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from validation.contract import OutputMetric
+from validation.inputs import Array
+from validation.statistics import difference
+
+
+class MaxAbs(OutputMetric):
+    """max |a - b|, in the output's own unit."""
+
+    higher_is_better = False
+
+    def measure(self, original: Array, candidate: Array) -> float:
+        """0 for an output without elements."""
+        return float(np.abs(difference(original, candidate)).max(initial=0.0))
