@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
 
@@ -36,7 +37,24 @@ class HeadedAttention(ABC):
         """Take every other head out: smaller matrices, and the layer's own counts set to match."""
 
 
+@dataclass(frozen=True)
+class FixedAttention:
+    """An attention layer whose heads cannot be taken out, and why: what a pass reports instead of guessing."""
+
+    reason: str
+
+
 Trait = TypeVar("Trait")
+
+
+def only(trait: type[Trait], recognise: Callable[[nn.Module], object]) -> Callable[[nn.Module], Trait | None]:
+    """A recogniser of one trait, from a function that may answer with any of several."""
+
+    def answer(module: nn.Module) -> Trait | None:
+        found = recognise(module)
+        return found if isinstance(found, trait) else None
+
+    return answer
 
 
 @cache

@@ -1,0 +1,245 @@
+"""Remove the attention heads that matter least, the same share in every layer.
+
+Source: Michel et al. 2019, arXiv:1905.10650, section 4.1 and equation 2: a head's importance is the expected size of
+the loss's first-order change when the head is gated off. Departures: ``weight_norm`` scores a head by its columns of
+the output projection, so that no data is needed; ``taylor`` has no labels and takes sums of the model's first output
+under random signs for the loss, whose squared gradient is on average the output's own squared change (a mean square
+of the output would be blind where a layer norm comes last, which fixes it); heads compete within their layer only, so
+the paper's normalization by layer falls away.
+"""
+
+# mypy: disable-error-code="type-abstract"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Pass, Plan
+from passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
+from toolchain.errors import ToolchainError
+
+Heads = Mapping[str, HeadedAttention]
+Scores = dict[str, list[float]]
+
+PROBES = 4
+"""Random signs drawn for each calibration batch; each costs one backward pass."""
+
+
+class PruneHeads(Pass):
+    """Remove the weakest heads of every attention layer; the model's own width stays."""
+
+    share: float = Field(
+        default=0.25,
+        ge=0,
+        lt=1,
+        description="fraction of heads removed in each layer, rounded to whole heads; one always stays",
+    )
+    importance: Literal["weight_norm", "taylor"] = Field(
+        default="weight_norm",
+        description="weight_norm reads the output projection alone; taylor also needs calibration inputs",
+    )
+    exclude: tuple[str, ...] = Field(default=(), description="glob patterns of layer paths left alone")
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Score the heads of each layer and choose those that stay, in ascending order.
+
+        Raises ``ToolchainError`` for weights without values, for ``taylor`` without calibration inputs, and for an
+        ``exclude`` pattern that matches no attention layer.
+        """
+        if self.importance == "taylor" and not context.calibration:
+            raise ToolchainError(
+                f"{self.name()} with importance 'taylor' needs calibration inputs and got none",
+                help="give calibration inputs, or take importance = 'weight_norm'",
+            )
+        layers = dict(layers_of(model, HeadedAttention))
+        skipped = uncut(model, layers)
+        check_patterns(self.exclude, [*layers, *skipped])
+        skipped |= {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
+        layers = {path: layer for path, layer in layers.items() if path not in skipped}
+        scores = self.scores(model, layers, context)
+        skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in scores}
+        choice = {path: choose(score, self.number_removed(len(score))) for path, score in scores.items()}
+        facts: dict[str, object] = {"importance": self.importance, "scores": scores}
+        if self.importance == "taylor":
+            facts["calibration_batches"] = len(context.calibration)
+        return Plan(choice=choice, skipped=skipped, facts=facts)
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Cut, in place. Raises ``ToolchainError`` when a layer has not the heads that the plan was made for."""
+        for path, entry in plan.choice.items():
+            layer = layer_at(model, path, HeadedAttention)
+            if layer.heads != entry["of"]:
+                raise ToolchainError(
+                    f"the plan is for a layer of {entry['of']} heads; this one has {layer.heads}", where=path
+                )
+            layer.keep_heads(entry["kept"])
+        return model
+
+    def number_removed(self, heads: int) -> int:
+        """Heads to remove of so many: the nearest whole number, halves up, and never all."""
+        return min(math.floor(self.share * heads + 0.5), heads - 1)
+
+    def reason_to_skip(self, path: str, layer: HeadedAttention) -> str | None:
+        """Why a layer that can be cut is left alone, if it is."""
+        for pattern in self.exclude:
+            if fnmatchcase(path, pattern):
+                return f"excluded by {pattern!r}"
+        if layer.heads == 1:
+            return "has one head only"
+        if self.number_removed(layer.heads) == 0:
+            return f"a share of {self.share} of its {layer.heads} heads rounds to none"
+        return None
+
+    def scores(self, model: nn.Module, layers: Heads, context: Context) -> Scores:
+        """Importance of each head by layer path, to 6 significant digits; no entry for a layer that never ran."""
+        for path, layer in layers.items():
+            if layer.output.weight.is_meta:
+                raise ToolchainError(
+                    f"{self.importance} must read the weights, and they are on the meta device, which holds no values",
+                    where=path,
+                    help="load the model's weights before planning, or replay a plan that was made with them",
+                )
+        if self.importance == "taylor":
+            exact = taylor_scores(model, layers, context) if layers else {}
+        else:
+            exact = {path: weight_norms(layer) for path, layer in layers.items()}
+        return {path: finite(score, where=path) for path, score in exact.items()}
+
+
+def uncut(model: nn.Module, layers: Heads) -> dict[str, str]:
+    """Layers that look like attention but cannot be cut, and why.
+
+    A layer that no family knows is named by its class, unless it lies around or within one that has answered.
+    """
+    reasons = {path: fixed.reason for path, fixed in layers_of(model, FixedAttention)}
+    for path, module in model.named_modules():
+        if "attention" not in type(module).__name__.lower():
+            continue
+        if not any(nested(path, other) or nested(other, path) for other in (*layers, *reasons)):
+            reasons[path] = f"no family knows how the heads of a {type(module).__name__} are laid out"
+    return reasons
+
+
+def nested(inner: str, outer: str) -> bool:
+    """Whether a module path is the other one or lies below it."""
+    return not outer or inner == outer or inner.startswith(f"{outer}.")
+
+
+def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
+    """Raise for a pattern that protects nothing: it would be found out only after the layer is gone."""
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            known = ", ".join(paths) or "none"
+            raise ToolchainError(f"exclude {pattern!r} matches no attention layer", help=f"attention layers: {known}")
+
+
+def choose(scores: Sequence[float], number_removed: int) -> dict[str, object]:
+    """Which heads go (the lowest scores; of equal ones, the first) and which stay, both in ascending order."""
+    ranked = sorted(range(len(scores)), key=lambda head: (scores[head], head))
+    return {"kept": sorted(ranked[number_removed:]), "removed": sorted(ranked[:number_removed]), "of": len(scores)}
+
+
+def finite(scores: Tensor, *, where: str) -> list[float]:
+    """Scores (H,) as numbers of 6 significant digits, so that the last bits of another machine decide nothing."""
+    if not scores.isfinite().all():
+        raise ToolchainError(f"the importance of its heads is not finite: {scores.tolist()}", where=where)
+    return [float(f"{score:.6g}") for score in scores.tolist()]
+
+
+def weight_norms(layer: HeadedAttention) -> Tensor:
+    """L2 norm (H,) of each head's columns of the output projection (D, H*head_dim)."""
+    columns = layer.output.weight.detach().double().unflatten(1, (layer.heads, layer.head_dim))  # (D, H, head_dim)
+    return torch.linalg.vector_norm(columns, dim=(0, 2))
+
+
+def taylor_scores(model: nn.Module, layers: Heads, context: Context) -> dict[str, Tensor]:
+    """Equation 2 of Michel et al., (H,) for each layer that ran: |<result, gradient>| over all examples and probes.
+
+    Leaves the model as it was: gradients, ``requires_grad``, hooks, modes and the global random state.
+    """
+    totals: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(context.seed)
+    with torch.enable_grad(), evaluating(model):
+        for done, inputs in enumerate(context.calibration, start=1):
+            with results_of(layers) as results:
+                output = first_floating(model(**inputs))
+            if results and not output.requires_grad:
+                raise ToolchainError(
+                    "taylor cannot trace the model's output back to its heads: its forward cuts gradients"
+                )
+            for _ in range(PROBES if results else 0):
+                signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+                for path, score in gate_scores(layers, results, (output * signs).sum()):
+                    totals[path] = totals[path] + score if path in totals else score
+            context.say(done, len(context.calibration), "scoring heads")
+    return {path: totals[path] for path in layers if path in totals}
+
+
+def gate_scores(layers: Heads, results: Sequence[tuple[str, Tensor]], loss: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """For each result (B, ..., H*head_dim): layer path, and (H,) sums over examples of |<result, gradient>|."""
+    tensors = [result for _, result in results]
+    gradients = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
+    for (path, result), gradient in zip(results, gradients, strict=True):
+        heads, head_dim = layers[path].heads, layers[path].head_dim
+        products = (result.detach().double() * gradient.double()).reshape(len(result), -1, heads, head_dim)
+        yield path, products.sum(dim=(1, 3)).abs().sum(dim=0)
+
+
+@contextmanager
+def results_of(layers: Heads) -> Iterator[list[tuple[str, Tensor]]]:
+    """Collect what each layer's heads hand to the output projection, by path, as tensors with a gradient to come."""
+    results: list[tuple[str, Tensor]] = []
+
+    def collect(path: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        result = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+        results.append((path, result))
+        return (result, *inputs[1:])
+
+    hooks = [
+        layer.output.register_forward_pre_hook(lambda _, inputs, path=path: collect(path, inputs))
+        for path, layer in layers.items()
+    ]
+    try:
+        yield results
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def first_floating(output: object) -> Tensor:
+    """A model's first floating-point output."""
+    tensor = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
+    if tensor is None:
+        raise ToolchainError(f"taylor needs a floating-point output; this model gives a {type(output).__name__}")
+    return tensor
+
+
+def tensors_in(output: object) -> Iterator[Tensor]:
+    """The tensors of an output: itself, or those of a tuple, list or mapping, in order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from tensors_in(tuple(output.values()))
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from tensors_in(part)

@@ -1,0 +1,139 @@
+"""Make layers physically smaller: keep some rows or columns of a linear layer, some heads of an attention layer.
+
+Nothing here draws random numbers, and everything works on meta tensors too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from passes.traits import FixedAttention, HeadedAttention
+
+INERT = (nn.Dropout, nn.Identity)
+
+
+def keep_rows(linear: nn.Linear, rows: Sequence[int]) -> nn.Linear:
+    """A linear layer with these output features only, in this order; weight (out, in) -> (len(rows), in)."""
+    bias = None if linear.bias is None else pick(linear.bias, rows, dim=0)
+    return linear_like(linear, pick(linear.weight, rows, dim=0), bias)
+
+
+def keep_columns(linear: nn.Linear, columns: Sequence[int]) -> nn.Linear:
+    """A linear layer that reads these input features only, in this order; weight (out, in) -> (out, len(columns))."""
+    bias = None if linear.bias is None else linear.bias.detach().clone()
+    return linear_like(linear, pick(linear.weight, columns, dim=1), bias)
+
+
+def pick(tensor: Tensor, indices: Sequence[int], *, dim: int) -> Tensor:
+    """A contiguous copy of these slices of a tensor."""
+    return tensor.detach().index_select(dim, torch.tensor(indices, dtype=torch.long, device=tensor.device))
+
+
+def linear_like(original: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer around this weight (out, in) and bias (out,), trainable and in training mode as the original."""
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=weight.dtype)  # meta: no random start
+    layer.weight = nn.Parameter(weight, requires_grad=original.weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=original.bias.requires_grad)
+    return layer.train(original.training)
+
+
+def head_indices(kept: Sequence[int], *, heads: int, head_dim: int, stacks: int = 1) -> list[int]:
+    """The features that these heads own when ``stacks`` (3 for a fused q, k, v) groups of all heads lie in a row."""
+    starts = [(stack * heads + head) * head_dim for stack in range(stacks) for head in kept]
+    return [start + offset for start in starts for offset in range(head_dim)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedAttention(HeadedAttention):
+    """Heads that live in the rows of some input projections and in the columns of one output projection.
+
+    Args:
+        core: the module that owns the input projections and the layer's own counts.
+        inputs: names of those projections in ``core``.
+        stacks: how often all heads follow one another in an input projection: 3 for a fused q, k, v.
+        holder: the module that owns the output projection.
+        output_name: its name there.
+        counts: the attributes of ``core`` that grow with the number of heads, and by how much for each head.
+    """
+
+    core: nn.Module
+    inputs: tuple[str, ...]
+    stacks: int
+    holder: nn.Module
+    output_name: str
+    heads: int
+    head_dim: int
+    counts: Mapping[str, int]
+
+    @property
+    def output(self) -> nn.Linear:  # type: ignore[override]
+        """The projection (D, H*head_dim) that reads all heads' results."""
+        return linear_at(self.holder, self.output_name)
+
+    def keep_heads(self, kept: Sequence[int]) -> None:
+        """Take every other head out of the projections and set the layer's counts. Spent afterwards: ask anew."""
+        assert kept, "a layer needs at least one head"
+        assert set(kept) <= set(range(self.heads)), f"heads {kept} of {self.heads}"
+        rows = head_indices(kept, heads=self.heads, head_dim=self.head_dim, stacks=self.stacks)
+        for name in self.inputs:
+            setattr(self.core, name, keep_rows(linear_at(self.core, name), rows))
+        columns = head_indices(kept, heads=self.heads, head_dim=self.head_dim)
+        setattr(self.holder, self.output_name, keep_columns(self.output, columns))
+        for name, each in self.counts.items():
+            setattr(self.core, name, each * len(kept))
+
+
+def linear_at(owner: nn.Module, name: str) -> nn.Linear:
+    """A linear child."""
+    layer = getattr(owner, name)
+    assert isinstance(layer, nn.Linear), f"{name} is a {type(layer).__name__}"
+    return layer
+
+
+def projected_attention(
+    attention: ProjectedAttention, *, whole: Collection[str] = ()
+) -> HeadedAttention | FixedAttention:
+    """The attention as it stands if all of it can be cut, or why it cannot.
+
+    Args:
+        attention: how the layer is put together, if it is what it looks like.
+        whole: parts of ``core`` that stay as they are when heads go, because they never see them.
+    """
+    known = {*attention.inputs, *whole}
+    if attention.holder is attention.core:
+        known.add(attention.output_name)
+    reason = next(obstacles(attention, known), None)
+    return attention if reason is None else FixedAttention(reason)
+
+
+def obstacles(attention: ProjectedAttention, known: Collection[str]) -> Iterator[str]:
+    """Why the heads of a layer cannot be taken out; nothing when they can."""
+    core, holder = attention.core, attention.holder
+    for name in own_parts(core):
+        if name not in known:
+            yield f"its part {name!r} may depend on the heads"
+    owners = [*((core, name) for name in attention.inputs), (holder, attention.output_name)]
+    for owner, name in owners:
+        kind = type(getattr(owner, name))
+        if kind is not nn.Linear:
+            yield f"its {name!r} is a {kind.__name__}, not a plain Linear"
+            return
+    width = attention.heads * attention.head_dim
+    sizes = {name: linear_at(core, name).out_features for name in attention.inputs}
+    if any(size != attention.stacks * width for size in sizes.values()):
+        yield f"its {attention.heads} heads of {attention.head_dim} do not fill its projections: {sizes}"
+    if attention.output.in_features != width:
+        yield f"its output projection reads {attention.output.in_features} features, its heads write {width}"
+
+
+def own_parts(module: nn.Module) -> Iterator[str]:
+    """Names of a module's direct children, parameters and buffers that can change what it computes."""
+    yield from (name for name, child in module.named_children() if not isinstance(child, INERT))
+    yield from (name for name, _ in module.named_parameters(recurse=False))
+    yield from (name for name, _ in module.named_buffers(recurse=False))

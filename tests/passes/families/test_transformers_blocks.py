@@ -1,0 +1,58 @@
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, LlamaConfig, ViTConfig
+from transformers.models.bert.modeling_bert import BertAttention
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.vit.modeling_vit import ViTAttention
+
+from passes.families.transformers_blocks import attention, attention_beside_output
+from passes.traits import FixedAttention
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+SIZES = {"hidden_size": 32, "num_attention_heads": 4}
+
+
+@IMPLEMENTATIONS
+def test_vit_counts_follow_the_heads_and_heads_can_go_twice(implementation):
+    layer = ViTAttention(ViTConfig(attn_implementation=implementation, **SIZES))
+    for kept, heads in (([0, 1, 3], 3), ([0, 2], 2)):
+        attention(layer).keep_heads(kept)
+        assert (layer.num_attention_heads, layer.head_dim) == (heads, 8)
+        assert layer(torch.randn(2, 5, 32))[0].shape == (2, 5, 32)
+    assert layer.config.num_attention_heads == 4, "the config is shared with the other layers"
+
+
+@IMPLEMENTATIONS
+def test_bert_counts_follow_the_heads_and_heads_can_go_twice(implementation):
+    layer = BertAttention(BertConfig(attn_implementation=implementation, **SIZES))
+    for kept, heads in (([0, 1, 3], 3), ([0, 2], 2)):
+        attention_beside_output(layer).keep_heads(kept)
+        core = layer.self
+        assert (core.num_attention_heads, core.attention_head_size, core.all_head_size) == (heads, 8, heads * 8)
+        assert layer.output.dense.weight.shape == (32, heads * 8)
+        assert layer(torch.randn(2, 5, 32))[0].shape == (2, 5, 32)
+
+
+def test_bert_cross_attention_can_be_cut():
+    layer = BertAttention(BertConfig(attn_implementation="sdpa", **SIZES), is_cross_attention=True)
+
+    attention_beside_output(layer).keep_heads([3])
+
+    context = torch.randn(2, 7, 32)
+    assert layer(torch.randn(2, 5, 32), encoder_hidden_states=context)[0].shape == (2, 5, 32)
+
+
+def test_a_layer_that_keeps_its_count_elsewhere_is_refused():
+    layer = LlamaAttention(LlamaConfig(num_key_value_heads=2, **SIZES), layer_idx=0)
+
+    assert attention(layer) == FixedAttention("it does not say how many heads it has")
+
+
+def test_a_position_bias_for_each_head_is_refused_by_name():
+    layer = BertAttention(BertConfig(**SIZES))
+    layer.self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
+
+    answer = attention_beside_output(layer)
+
+    assert answer == FixedAttention("its part 'relative_position_bias_table' may depend on the heads")
