@@ -84,7 +84,7 @@ def export_onnx(
                 output_names=list(outputs),
                 verbose=False,
             )
-    except (torch.onnx.OnnxExporterError, torch.export.UserError) as cause:  # type: ignore[attr-defined]
+    except torch.onnx.errors.OnnxExporterError as cause:
         first = next((line for line in reversed(str(cause.__cause__ or cause).splitlines()) if line.strip()), "")
         raise ToolchainError(
             f"the model could not be exported to ONNX: {first.strip()}",

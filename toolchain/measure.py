@@ -6,9 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from validation.fidelity import OutputFidelity, compare, non_finite
-from validation.gates import GateBound, judge
-
 from reports import record
 from reports.pictures import png_grid
 from toolchain.calibration import VALIDATION_SEED
@@ -18,6 +15,8 @@ from toolchain.recipe import Validation
 from toolchain.sources.contract import Model
 from validation import latency
 from validation.contract import Drawn, Runner, SampleMetric, SamplingTask
+from validation.fidelity import OutputFidelity, compare, non_finite
+from validation.gates import GateBound, judge
 from validation.inputs import Arrays, draw
 from validation.metrics import load_metrics
 

@@ -3,8 +3,6 @@
 Checked against diffusers 0.42, whose ``Attention`` serves DiT, Stable Diffusion's U-Net and PixArt.
 """
 
-# mypy: disable-error-code="type-abstract"
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,7 +1,5 @@
 """How our own reference blocks answer."""
 
-# mypy: disable-error-code="type-abstract"
-
 from __future__ import annotations
 
 from torch import nn

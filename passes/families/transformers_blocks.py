@@ -4,8 +4,6 @@ Checked against transformers 5.23: ViT's attention owns all four projections; BE
 projection stands beside it, so there the parent of both answers.
 """
 
-# mypy: disable-error-code="type-abstract"
-
 from __future__ import annotations
 
 from typing import Any

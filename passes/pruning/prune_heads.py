@@ -8,21 +8,19 @@ of the output would be blind where a layer norm comes last, which fixes it); hea
 the paper's normalization by layer falls away.
 """
 
-# mypy: disable-error-code="type-abstract"
-
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
+from passes.selection import check_patterns, excluded_by
 from passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
 from toolchain.errors import ToolchainError
 
@@ -35,6 +33,8 @@ PROBES = 4
 
 class PruneHeads(Pass):
     """Remove the weakest heads of every attention layer; the model's own width stays."""
+
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8",)
 
     share: float = Field(
         default=0.25,
@@ -61,7 +61,7 @@ class PruneHeads(Pass):
             )
         layers = dict(layers_of(model, HeadedAttention))
         skipped = uncut(model, layers)
-        check_patterns(self.exclude, [*layers, *skipped])
+        check_patterns(self.exclude, [*layers, *skipped], what="attention layer")
         skipped |= {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
         scores = self.scores(model, layers, context)
@@ -89,9 +89,8 @@ class PruneHeads(Pass):
 
     def reason_to_skip(self, path: str, layer: HeadedAttention) -> str | None:
         """Why a layer that can be cut is left alone, if it is."""
-        for pattern in self.exclude:
-            if fnmatchcase(path, pattern):
-                return f"excluded by {pattern!r}"
+        if reason := excluded_by(path, self.exclude):
+            return reason
         if layer.heads == 1:
             return "has one head only"
         if self.number_removed(layer.heads) == 0:
@@ -131,14 +130,6 @@ def uncut(model: nn.Module, layers: Heads) -> dict[str, str]:
 def nested(inner: str, outer: str) -> bool:
     """Whether a module path is the other one or lies below it."""
     return not outer or inner == outer or inner.startswith(f"{outer}.")
-
-
-def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
-    """Raise for a pattern that protects nothing: it would be found out only after the layer is gone."""
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            known = ", ".join(paths) or "none"
-            raise ToolchainError(f"exclude {pattern!r} matches no attention layer", help=f"attention layers: {known}")
 
 
 def choose(scores: Sequence[float], number_removed: int) -> dict[str, object]:

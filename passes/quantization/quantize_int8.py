@@ -10,7 +10,6 @@ Shapes: R rows (all leading dimensions together), K inputs, N outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
 from passes.quantization.linear import QMAX, QMIN, QuantizedLinear, weight_scales
+from passes.selection import check_patterns, excluded_by
 
 ROWS = 256
 """Rows of a layer's input kept from each calibration call, enough to choose a scale by."""
@@ -49,6 +49,7 @@ class QuantizeInt8(Pass):
                     layers[path] = module
             elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding):
                 skipped[path] = f"{type(module).__name__}: only linear layers are quantized"
+        check_patterns(self.exclude, [*layers, *skipped], what="linear layer")
         seen = record_inputs(model, layers, context)
         choice = {}
         for number, (path, layer) in enumerate(layers.items()):
@@ -65,9 +66,8 @@ class QuantizeInt8(Pass):
 
     def reason_to_skip(self, path: str, layer: nn.Linear) -> str:
         """Why a linear layer stays as it is; empty when it does not."""
-        for pattern in self.exclude:
-            if fnmatchcase(path, pattern):
-                return f"excluded by {pattern!r}"
+        if reason := excluded_by(path, self.exclude):
+            return reason
         if layer.weight.numel() < self.smallest:
             return f"has {layer.weight.numel()} weights, fewer than {self.smallest}"
         return ""

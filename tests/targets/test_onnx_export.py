@@ -82,7 +82,7 @@ def test_a_branch_on_data_is_one_clear_error(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(ToolchainError, match="could not be exported to ONNX: .{10,}"):
+    with pytest.raises(ToolchainError, match=r"could not be exported to ONNX: .{10,}"):
         export(Branch(), tmp_path / "model.onnx")
 
 

@@ -52,7 +52,7 @@ class Scatter(nn.Module):
 def test_an_operator_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
     graph = export(Scatter(), tmp_path / "model.onnx")
     (tmp_path / "engine").mkdir()
-    with pytest.raises(ToolchainError, match="refuses these operators: .*NonZero"):
+    with pytest.raises(ToolchainError, match=r"refuses these operators: .*NonZero"):
         TensorRtRtx().build(graph, tmp_path / "engine")
 
 

@@ -42,7 +42,7 @@ int8 = "sometimes"
 def test_bad_gates_are_quoted() -> None:
     with pytest.raises(ToolchainError, match="nonsense"):
         make({"model": "dit:digits", "gates": ["nonsense"]})
-    with pytest.raises(ToolchainError, match="onnxruntim.*which the recipe lacks"):
+    with pytest.raises(ToolchainError, match=r"onnxruntim.*which the recipe lacks"):
         make({"model": "dit:digits", "gates": ["onnxruntim: latency.ratio <= 1"]})
 
 

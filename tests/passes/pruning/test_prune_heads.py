@@ -380,7 +380,7 @@ def test_an_unknown_importance_is_quoted():
 
 def test_parameters_and_macs_fall_as_computed_by_hand(dit):
     """DiT tiny: 2 layers, width 32, 4 heads of 8, 16 tokens, 2 images; each layer loses one head."""
-    result = PruneHeads(share=0.25).apply(dit.copy(), Context(calibration=[dit.inputs]))
+    result = PruneHeads(share=0.25).apply(dit.copy(), Context(example=dit.inputs))
 
     parameters = (3 * 8) * 32 + 3 * 8 + 32 * 8  # rows of q, k, v with their biases; columns of the output
     products = 16 * 32 * (3 * 8) + 16 * 16 * 8 + 16 * 16 * 8 + 16 * 8 * 32  # q, k, v; scores; mix; output

@@ -61,8 +61,8 @@ def test_a_rewrite_from_the_written_plan_is_the_same_to_the_bit(net: Net) -> Non
 
 def test_the_output_stays_close_and_does_move(net: Net) -> None:
     x = torch.arange(8)
-    before = net(x)
-    after = QuantizeInt8().apply(net, CALLS).model(x)
+    before = net(x).detach()
+    after = QuantizeInt8().apply(net, CALLS).model(x).detach()
     error = float((after - before).norm() / before.norm())
     assert 0 < error < 0.03
 
@@ -103,9 +103,15 @@ def test_least_squares_clips_a_rare_outlier() -> None:
 @pytest.mark.parametrize("bad", [{"observer": "median"}, {"percentile": 101}, {"smallest": -1}, {"bits": 4}])
 def test_parameters_out_of_range_are_quoted(bad: dict[str, object]) -> None:
     key, value = next(iter(bad.items()))
-    with pytest.raises(ToolchainError, match=f"{key}"):
+    with pytest.raises(ToolchainError) as caught:
         QuantizeInt8(**bad)
-    assert value is not None
+    assert key in str(caught.value)
+    assert key == "bits" or repr(value) in str(caught.value)
+
+
+def test_an_exclusion_that_matches_nothing_is_an_error(net: Net) -> None:
+    with pytest.raises(ToolchainError, match=r"exclude 'thre\*' matches no linear layer"):
+        QuantizeInt8(exclude=("thre*",)).plan(net, CALLS)
 
 
 def naive(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, int]:
@@ -144,9 +150,6 @@ def test_saturation_is_what_the_instructions_do() -> None:
 
 def test_seven_bits_never_pay_where_nothing_saturates() -> None:
     generator = torch.Generator().manual_seed(0)
-    full, reduced, share = saturation(
-        torch.rand(8, 64, generator=generator), torch.randn(16, 64, generator=generator) * 0.01 + 1e-6
-    )
     low = torch.randn(16, 64, generator=generator)
     low[:, 0] = 100  # every other weight is small beside it
     x = torch.rand(8, 64, generator=generator)

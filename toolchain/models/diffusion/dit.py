@@ -185,7 +185,7 @@ class DiT(nn.Module):
             self.pos_embed.copy_(position_table(self.config.width, self.config.side // self.config.patch))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (B, C, S, S), t (B,) in steps, y (B,) class, ``classes``: none -> (B, 2C, S, S), prediction and variance."""
+        """x (B, C, S, S), t (B,) in steps, y (B,) class or none -> (B, 2C, S, S), prediction and variance."""
         batch, patch = x.shape[0], self.config.patch
         side = self.config.side // patch
         h = self.x_embedder(x) + self.pos_embed  # (B, N, D)

@@ -1,0 +1,48 @@
+"""Every reference model keeps the contract of a model file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from toolchain import catalog, sources
+from toolchain.sources.reference import WEIGHTS, sizes_of
+from validation.inputs import Dim, draw
+
+
+@pytest.mark.parametrize("name", catalog.entries("models"))
+def test_the_tiny_size_takes_its_inputs_at_any_batch_and_names_its_outputs(name: str) -> None:
+    model = sources.load(f"{name}:tiny")
+    assert not model.module.training
+    outputs = []
+    for batch in (1, 3):
+        arrays = draw(model.inputs, seed=0, sizes={"batch": batch})
+        with torch.no_grad():
+            found = model.module(**{k: torch.from_numpy(v) for k, v in arrays.items()})
+        found = [found] if isinstance(found, torch.Tensor) else list(found)
+        assert len(found) == len(model.outputs)
+        assert all(len(tensor) == batch for tensor in found)
+        assert all(tensor.isfinite().all() and tensor.std() > 0 for tensor in found)
+        outputs.append(found)
+
+
+@pytest.mark.parametrize("name", catalog.entries("models"))
+def test_the_same_seed_gives_the_same_weights(name: str) -> None:
+    one, two, other = (sources.load(f"{name}:tiny", seed=s).module.state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", catalog.entries("models"))
+def test_every_size_describes_itself(name: str) -> None:
+    module = catalog.load("models", name)
+    assert module.OUTPUTS
+    for size, config in sizes_of(module).items():
+        specs = module.inputs(config)
+        assert any(isinstance(d, Dim) and d.name == "batch" for spec in specs for d in spec.shape), size
+    for size in module.SHIPPED:
+        assert (WEIGHTS / f"{name}-{size}.safetensors").is_file()
+
+
+def test_shipped_weights_stay_small() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 20e6

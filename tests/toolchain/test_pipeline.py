@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reports import record
+from targets.contract import Answer, Availability
+from targets.tensorrt_rtx_engine import TensorRtRtx
+from toolchain import artifact as artifacts
+from toolchain import pipeline, sources
+from toolchain.errors import ToolchainError
+from toolchain.opened import open_subject, replay
+from toolchain.pipeline import Run, exit_code, share
+from toolchain.progress import Progress
+from toolchain.recipe import make, read
+from validation.inputs import draw
+
+QUIET = Progress(quiet=True)
+
+
+def test_the_artifact_is_whole_and_says_what_ran(artifact: Path) -> None:
+    manifest = artifacts.read_manifest(artifact)
+    assert {"model.onnx", "model.safetensors", "recipe.toml", "plans/01-quantize_int8.json"} <= manifest["files"].keys()
+    assert (artifact / "report.html").is_file()
+    report = record.read(artifact / "report.json")
+    assert report.verdict == "met"
+    step = report.steps[0]
+    assert len(step.changed) > 10
+    assert {skip.path for skip in step.skipped} >= {"x_embedder.proj", "y_embedder.embedding_table"}
+    assert step.bytes.after < step.bytes.before
+    assert step.macs.after == step.macs.before
+    ort, tensorrt = report.targets
+    assert ort.built
+    assert ort.fidelity[0].output == "prediction_and_variance"
+    assert 0 < ort.fidelity[0].relative_l2 < 0.2
+    assert len(ort.latency.samples_s) == len(ort.latency.original_samples_s) == 4
+    assert tensorrt.optional
+    if not tensorrt.built:
+        assert tensorrt.reason
+        assert tensorrt.latency is None
+    assert "auto" not in (artifact / "recipe.toml").read_text()
+
+
+def test_nothing_of_this_machine_is_in_the_artifact(artifact: Path) -> None:
+    words = [
+        str(Path.home()).encode(),
+        str(artifact.parent).encode(),
+        str(Path(__file__).parent.parent.parent).encode(),
+    ]
+    for path in artifact.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(len(word) > 5 and word in content for word in words), path
+
+
+def test_running_its_recipe_again_gives_the_same_plans_and_the_same_onnx_bytes(artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    report, _ = pipeline.export(read(artifact / "recipe.toml"), out, force=False, progress=QUIET)
+    before = record.read(artifact / "report.json")
+    assert [s.plan_digest for s in report.steps] == [s.plan_digest for s in before.steps]
+    for name in ("model.onnx", "model.safetensors", "plans/01-quantize_int8.json"):
+        assert (out / name).read_bytes() == (artifact / name).read_bytes(), name
+    assert artifacts.read_manifest(out)["plans"] == artifacts.read_manifest(artifact)["plans"]
+
+
+def test_replaying_the_plans_gives_the_module_that_was_exported(artifact: Path) -> None:
+    run = Run(read(artifact / "recipe.toml"), QUIET)
+    module = replay(run, artifact)
+    call = draw(run.model.inputs, seed=5)
+    with torch.no_grad():
+        wanted = module(**{k: torch.from_numpy(v) for k, v in call.items()}).numpy()
+    original = run.model.module
+    found = open_subject(str(artifact / "model.onnx")).runners["model.onnx"](call)
+    np.testing.assert_allclose(next(iter(found.values())), wanted, rtol=1e-2, atol=2e-2 * np.abs(wanted).max())
+    assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in original.parameters())
+
+
+def test_the_copy_shares_every_tensor_and_leaves_the_original_alone() -> None:
+    module = sources.load("dit:tiny").module
+    copy = share(module)
+    assert all(a is b for a, b in zip(module.parameters(), copy.parameters(), strict=True))
+    copy.blocks[0].attn = torch.nn.Identity()
+    assert not isinstance(module.blocks[0].attn, torch.nn.Identity)
+
+
+def test_structure_and_8_bits_together(tmp_path: Path) -> None:
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "steps": [{"pass": "prune_heads", "share": 0.5}, {"pass": "quantize_int8"}],
+            "targets": [{"target": "pytorch"}],
+            "validation": {"rounds": 3, "calls": 1},
+        }
+    )
+    report, code = pipeline.export(recipe, tmp_path / "out", force=False, progress=QUIET)
+    assert code == 0
+    assert report.steps[0].macs.after < report.steps[0].macs.before
+    assert report.steps[1].parameter_count.before == report.steps[0].parameter_count.after
+    assert report.targets[0].fidelity[0].relative_l2 > 0.01
+
+
+def test_a_missed_gate_ends_in_1_and_an_unmeasured_one_in_3(tmp_path: Path) -> None:
+    for gate, target, code in (
+        ("fidelity.cosine >= 0.999999999", "onnxruntime", 1),
+        ("tensorrt_rtx: latency.ratio <= 1", "tensorrt_rtx", 3 if not TensorRtRtx().availability().runnable.yes else 0),
+        ("quality.judged_as_asked >= 0.9", "onnxruntime", 3),
+    ):
+        recipe = make(
+            {
+                "model": "dit:tiny",
+                "gates": [gate],
+                "steps": [{"pass": "quantize_int8"}],
+                "targets": [{"target": target}],
+                "validation": {"rounds": 3, "calls": 1},
+            }
+        )
+        report, found = pipeline.export(recipe, tmp_path / gate[:8], force=True, progress=QUIET)
+        assert found == code, gate
+        assert report.verdict != "met" or code == 0
+
+
+def test_a_target_that_cannot_be_built_ends_in_3_unless_optional_and_the_rest_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no = Answer(False, "made so by this test")
+    able = Availability(installed=Answer(True), importable=Answer(True), buildable=no, runnable=no)
+    monkeypatch.setattr(TensorRtRtx, "availability", lambda self: able)
+    for optional, code in ((False, 3), (True, 0)):
+        recipe = make(
+            {
+                "model": "dit:tiny",
+                "targets": [{"target": "tensorrt_rtx", "optional": optional}, {"target": "onnxruntime"}],
+                "validation": {"rounds": 3, "calls": 1},
+            }
+        )
+        report, found = pipeline.export(recipe, tmp_path / str(code), force=False, progress=QUIET)
+        assert found == code
+        assert report.targets[0].reason == "not buildable: made so by this test"
+        assert report.targets[1].fidelity
+        assert (tmp_path / str(code) / "engines" / "onnxruntime").is_dir()
+        assert not (tmp_path / str(code) / "engines" / "tensorrt_rtx").exists()
+
+
+def test_built_but_not_runnable_is_not_measured_and_never_green(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yes, no = Answer(True), Answer(False, "no GPU in this test")
+    able = Availability(installed=yes, importable=yes, buildable=yes, runnable=no)
+    monkeypatch.setattr(TensorRtRtx, "availability", lambda self: able)
+    recipe = make({"model": "dit:tiny", "targets": [{"target": "tensorrt_rtx"}]})
+    report, code = pipeline.export(recipe, tmp_path / "out", force=False, progress=QUIET)
+    assert code == 0
+    assert report.verdict == "not_measured"
+    assert report.targets[0].built
+    assert report.targets[0].latency is None
+    assert "no GPU in this test" in report.targets[0].reason
+
+
+def test_an_original_that_is_not_finite_is_refused_with_its_layer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = sources.load
+
+    def spoiled(*args: object, **more: object) -> object:
+        model = real(*args, **more)  # type: ignore[arg-type]
+        with torch.no_grad():
+            model.module.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(sources, "load", spoiled)
+    with pytest.raises(ToolchainError, match=r"cannot be a reference(.|\n)*blocks\.1\.mlp\.fc1"):
+        pipeline.export(make({"model": "dit:tiny"}), tmp_path / "out", force=False, progress=QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_is_not_finite_is_a_fault_with_its_layer_and_never_green(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from passes.quantization.quantize_int8 import QuantizeInt8
+
+    real = QuantizeInt8.rewrite
+
+    def spoiled(self: QuantizeInt8, model: torch.nn.Module, plan: object) -> torch.nn.Module:
+        model = real(self, model, plan)  # type: ignore[arg-type]
+        model.blocks[1].mlp.fc1.weight_scale.fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(QuantizeInt8, "rewrite", spoiled)
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "gates": ["fidelity.cosine >= 0.5"],
+            "steps": [{"pass": "quantize_int8"}],
+            "targets": [{"target": "onnxruntime"}],
+        }
+    )
+    report, code = pipeline.export(recipe, tmp_path / "out", force=False, progress=QUIET)
+    assert code == 1
+    assert report.verdict == "missed"
+    assert "blocks.1.mlp.fc1" in report.targets[0].faults[0]
+    assert report.gates[0].verdict != "met"
+
+
+def test_a_failing_step_names_itself_and_those_before_it() -> None:
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "steps": [{"pass": "prune_heads"}, {"pass": "quantize_int8", "exclude": ["nothing.like.this"]}],
+        }
+    )
+    with pytest.raises(ToolchainError, match=r"step 2 \(quantize_int8\); steps before it: prune_heads"):
+        pipeline.decide(recipe, QUIET)
+
+
+def test_exit_code_of_a_report_without_gates_is_0(artifact: Path) -> None:
+    report = record.read(artifact / "report.json").model_copy(update={"gates": [], "verdict": "not_measured"})
+    assert exit_code(report) == 0
+
+
+def test_validation_inputs_are_not_the_calibration_inputs() -> None:
+    from toolchain import calibration
+
+    recipe = make({"model": "dit:tiny", "calibration": {"calls": 4}})
+    model = sources.load("dit:tiny")
+    fit = calibration.inputs(recipe, model)
+    held = model.batches(8, recipe.head.seed + calibration.VALIDATION_SEED)
+    assert len(fit) == 4
+    assert not any(np.array_equal(a["x"].numpy(), b["x"]) for a in fit for b in held)
+
+
+def test_the_plan_on_disk_is_the_plan_in_the_report(artifact: Path) -> None:
+    from passes.contract import Plan
+
+    text = (artifact / "plans" / "01-quantize_int8.json").read_text()
+    assert (
+        Plan.from_json(text).digest() == json.loads((artifact / "report.json").read_text())["steps"][0]["plan_digest"]
+    )
