@@ -108,9 +108,11 @@ def bench_command(chosen: Namespace) -> int:
     from toolchain.recipe import Validation, threads_here
     from validation.inputs import draw
 
+    subjects = [chosen.subject, *chosen.against]
+    if len(subjects) == 1 and not Path(chosen.subject.partition("#")[0]).is_dir():
+        raise ToolchainError("there is nothing to time it against", help="name an artifact, or add --against SUBJECT")
     progress = Progress(quiet=chosen.quiet)
     threads = chosen.threads or threads_here()
-    subjects = [chosen.subject, *chosen.against]
     with progress.stage("load"):
         opened = [open_subject(text, threads=threads) for text in subjects]
     first = opened[0]
@@ -121,8 +123,6 @@ def bench_command(chosen: Namespace) -> int:
         if runner is not first.original
     }
     original = first.original or runners.pop(next(iter(runners)))
-    if not runners:
-        raise ToolchainError("there is nothing to time it against", help="name an artifact, or add --against SUBJECT")
     call = draw(first.inputs, seed=0, sizes=sizes_from(chosen.size, first.inputs))
     settings = Validation(rounds=chosen.rounds)
     with progress.stage("time, in turns"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from torch import nn
 from passes.quantization.linear import QuantizedLinear
 from targets import machine
 from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
+from targets.dynamic_int8 import to_float
+from targets.onnx_export import export_onnx, save
 from targets.onnxruntime_engine import OnnxRuntime
 from toolchain.errors import ToolchainError
 
@@ -100,7 +102,10 @@ def test_auto_measures_keeps_one_form_and_says_which(exported: tuple[Net, dict[s
     graph = Graph(path=root / "int8" / "model.onnx", ranges={}, examples=[x])
     result = OnnxRuntime().build(graph, folder)
     assert result.resolved["int8"] in ("static", "dynamic")
-    assert f"{result.resolved['int8']} 8-bit products" in result.notes[-1]
+    assert f"{result.resolved['int8']} 8-bit products" in result.notes[-2]
+    assert "of the time of the same graph in fp32" in result.notes[-1]
+    assert ("NOT faster" in result.notes[-1]) == (float(result.notes[-1].rpartition(" took ")[2].split()[0]) >= 1)
+    assert not list(folder.glob("fp32*"))
     assert ("MatMulInteger" in operators(folder)) == (result.resolved["int8"] == "dynamic")
 
 
@@ -124,6 +129,25 @@ def test_marked_layers_get_7_bits_only_where_the_processor_saturates(
         assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.03
     assert largest[False] == (127, 127)
     assert largest[True] == (64, 127)
+
+
+def test_taking_the_8_bits_out_again_gives_the_rounded_weights_in_fp32(
+    exported: tuple[Net, dict[str, np.ndarray], Path], tmp_path: Path
+) -> None:
+    net, x, root = exported
+    model = ir.load(root / "int8" / "model.onnx")
+    assert to_float(model) == 3
+    save(model, tmp_path / "model.onnx")
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {
+        node.op_type for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+    }
+    rounded = Net().eval()
+    for name in ("a", "b", "c"):
+        layer, linear = QuantizedLinear(getattr(net, name), 1.0), getattr(rounded, name)
+        linear.weight.data = (layer.weight.float() * layer.weight_scale).T
+        linear.bias = layer.bias
+    found = OnnxRuntime().open(tmp_path / "model.onnx", 1)(x)["y"]
+    np.testing.assert_allclose(found, rounded(torch.from_numpy(x["x"])).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_an_engine_file_that_points_outside_the_artifact_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""The wheel, installed outside the repository, does what the README documents."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def documented_commands() -> list[list[str]]:
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that the repository gains no build folder."""
+    source = tmp_path_factory.mktemp("source")
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("enginewright-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command of a new environment with the wheel; the libraries are those of this one."""
+    root = tmp_path_factory.mktemp("environment")
+    venv.create(root, with_pip=False)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(root), "platbase": str(root)}))
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(packages)
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    command = root / "bin" / "enginewright"
+    command.write_text(f"#!{root}/bin/python\nimport sys\nfrom toolchain.cli import main\nsys.exit(main())\n")
+    command.chmod(0o755)
+    return command
+
+
+def test_the_wheel_holds_weights_recipes_templates_and_no_tests(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for wanted in (
+        "toolchain/models/weights/dit-digits.safetensors",
+        "toolchain/recipes/dit-digits-int8.toml",
+        "reports/report.html.j2",
+        "targets/tensorrt_worker.py",
+    ):
+        assert wanted in names
+    assert not any(name.startswith(("tests/", "out/")) for name in names)
+
+
+def test_every_documented_command_works_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
+    commands = documented_commands()
+    assert len(commands) > 8
+    used = {command[1] for command in commands}
+    assert used >= {"export", "run", "bench", "compare", "check", "plan", "list", "show", "doctor"}
+    for command in commands:
+        assert command[0] == "enginewright"
+        run = subprocess.run(
+            [installed, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False, env={}
+        )
+        assert run.returncode == 0, f"{shlex.join(command)}\n{run.stdout}\n{run.stderr}"
+    where = subprocess.run(
+        [installed.parent / "python", "-c", "import toolchain; print(toolchain.__file__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={},
+    )
+    assert str(ROOT) not in where.stdout
+
+
+def test_every_option_in_the_readme_is_one_that_exists() -> None:
+    from toolchain.cli import parser
+
+    text = (ROOT / "README.md").read_text()
+    known = {option for action in subparsers(parser()) for option in action._option_string_actions}
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)):
+        assert option in known, option
+
+
+def subparsers(root: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    choices = [a.choices for a in root._actions if isinstance(a, argparse._SubParsersAction)]
+    return [root, *(command for by_name in choices for command in by_name.values())]
