@@ -76,7 +76,8 @@ def to_float(model: ir.Model) -> int:
     for node, activation, weight, scale in static_products(model):
         assert weight.const_value is not None
         assert scale.const_value is not None
-        values = weight.const_value.numpy().astype(np.float32) * scale.const_value.numpy()  # (K, N)
+        with np.errstate(all="ignore"):  # a scale that is not finite is validation's to find
+            values = weight.const_value.numpy().astype(np.float32) * scale.const_value.numpy()  # (K, N)
         name = f"{weight.name}_float"
         model.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(values, name=name)))
         node.replace_input_with(0, activation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
+from targets.onnx_files import check_onnx
 from toolchain.errors import ToolchainError
+
+ENGINE = "engine.json"
 
 
 class PyTorch(Target):
-    """No files of its own: the artifact's source, plans and weights give the module back."""
+    """No weights of its own: the artifact's source and plans give the module back."""
 
     def availability(self) -> Availability:
         """Always: the toolchain stands on PyTorch."""
@@ -22,14 +26,15 @@ class PyTorch(Target):
         return Availability(installed=yes, importable=yes, buildable=yes, runnable=yes)
 
     def build(self, graph: Graph, folder: Path) -> Built:
-        """Nothing to build."""
-        del graph, folder
+        """Write what the outputs are called."""
+        names = [output.name for output in check_onnx(graph.path).graph.output]
+        (folder / ENGINE).write_text(json.dumps({"outputs": names}) + "\n")
         return Built()
 
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:
         """Run the module that the artifact's plans give."""
-        del folder
-        return EagerRunner(module(), threads=threads)
+        names = json.loads((folder / ENGINE).read_text())["outputs"]
+        return EagerRunner(module(), threads=threads, outputs=names)
 
 
 class EagerRunner:
