@@ -1,0 +1,94 @@
+"""What a record amounts to, in sentences and picked figures that every rendering shares."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from reports import words
+from reports.record import Report, Step, TargetRecord
+
+
+def headline(report: Report) -> str:
+    """How many gates were met, missed and not measured."""
+    if not report.gates:
+        return "No gates were asked for, so there is nothing to meet."
+    counts = Counter(gate.verdict for gate in report.gates)
+    parts = [f"{counts[verdict]} {word}" for verdict, word in words.VERDICT.items() if counts[verdict]]
+    faulty = [target.name for target in report.targets if target.faults]
+    faults = f" Unusable: {words.listing(faulty)}." if faulty else ""
+    return f"Of {words.plural(len(report.gates), 'gate')}: {words.listing(parts)}.{faults}"
+
+
+def paragraph(report: Report) -> str:
+    """What was done and what it brought."""
+    return " ".join([_done(report), *(target_sentence(report, target) for target in report.targets)])
+
+
+def _done(report: Report) -> str:
+    model = report.model
+    came = f"{model.name} ({words.amount(model.parameter_count)} parameters, {words.size(model.bytes)} of weights)"
+    if not report.steps:
+        return f"{came} was exported as it is."
+    after = words.size(report.steps[-1].bytes.after)
+    steps = words.listing([step.name for step in report.steps])
+    return f"{came} went through {steps}, which left {after} of weights."
+
+
+def target_sentence(report: Report, target: TargetRecord) -> str:
+    """One target: built or not, how large, how fast, how far off."""
+    if not target.built:
+        return f"{target.name} was not built: {why_not_measured(report, target)}."
+    built = f"{target.name} was built: {words.size(report.model.bytes)} became {words.size(target.bytes)}"
+    if target.faults:
+        return f"{built}, but it is unusable: {target.faults[0]}."
+    if not target.fidelity and target.latency is None:
+        return f"{built}; neither speed nor fidelity was measured: {why_not_measured(report, target)}."
+    return f"{built}; {_speed(report, target)}; {_nearness(report, target)}."
+
+
+def _speed(report: Report, target: TargetRecord) -> str:
+    timed = target.latency
+    if timed is None:
+        return f"its speed was not measured: {why_not_measured(report, target)}"
+    return words.ratio_phrase(timed.ratio, timed.ratio_low, timed.ratio_high)
+
+
+def _nearness(report: Report, target: TargetRecord) -> str:
+    if not target.fidelity:
+        return f"its fidelity was not measured: {why_not_measured(report, target)}"
+    worst = max(target.fidelity, key=lambda output: output.relative_l2)
+    cosine = worst_cosine(target)
+    off = f"its worst output, {worst.output}, is off by {words.number(worst.relative_l2)} in relative L2"
+    return f"{off}; the lowest cosine is {cosine}"
+
+
+def worst_cosine(target: TargetRecord) -> str:
+    """The lowest cosine over the outputs."""
+    values = [output.cosine for output in target.fidelity]
+    return words.cosine(min(values)) if values else words.NOT_MEASURED
+
+
+def worst_relative_l2(target: TargetRecord) -> str:
+    """The largest relative L2 over the outputs."""
+    values = [output.relative_l2 for output in target.fidelity]
+    return words.number(max(values)) if values else words.NOT_MEASURED
+
+
+def why_not_measured(report: Report, target: TargetRecord) -> str:
+    """Why a target has no figures."""
+    reasons = [*target.faults[:1], target.reason, str(report.validation.get("skipped") or "")]
+    return next(filter(None, reasons), "the record gives no reason").rstrip(".")
+
+
+def skip_reasons(step: Step) -> list[tuple[str, int]]:
+    """Each reason for leaving a layer alone and how many layers it held for, the most common first."""
+    return Counter(skip.reason for skip in step.skipped).most_common()
+
+
+def warnings(report: Report) -> list[tuple[str, str]]:
+    """Target and what to doubt or mend about it."""
+    found = []
+    for target in report.targets:
+        doubts = target.latency.warnings if target.latency else []
+        found += [(target.name, text) for text in (*target.faults, *doubts)]
+    return found

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from reports import junit
+from tests.reports.example import example_report
+
+
+def test_met_passes_missed_fails_and_not_measured_is_skipped() -> None:
+    root = ElementTree.fromstring(junit.render(example_report()))
+    assert (root.get("failures"), root.get("errors"), root.get("skipped")) == ("1", "0", "1")
+    by_name = {f"{case.get('classname')} {case.get('name')}": case for case in root.iter("testcase")}
+    for gate in example_report().gates:
+        case = by_name[f"{gate.target} {gate.name} {gate.bound}"]
+        outcome = {"met": [], "missed": ["failure"], "not_measured": ["skipped"]}[gate.verdict]
+        assert [child.tag for child in case] == outcome
+        assert all(child.get("message") for child in case)
+    assert root.get("tests") == str(len(by_name)) == str(len(example_report().gates) + 2)
+
+
+def test_an_engine_that_is_faulty_or_missing_is_an_error_unless_optional() -> None:
+    report = example_report()
+    report.targets[0].faults = ["output 'y' holds NaN"]
+    report.targets[1].built = False
+    root = ElementTree.fromstring(junit.render(report))
+    assert root.get("errors") == "2"
+    report.targets[1].optional = True
+    assert ElementTree.fromstring(junit.render(report)).get("errors") == "1"
+
+
+def test_characters_that_xml_cannot_hold_are_left_out() -> None:
+    root = ElementTree.fromstring(junit.render_cases("a\x00b", [("c\x1b[1m <d>", "e & \ud800f"), ("fine", "")]))
+    case = next(root.iter("testcase"))
+    assert (root.get("name"), case.get("name")) == ("ab", "c[1m <d>")
+    failure = case.find("failure")
+    assert failure is not None
+    assert failure.get("message") == "e & f"
+    assert (root.get("tests"), root.get("failures")) == ("2", "1")
