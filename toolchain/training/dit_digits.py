@@ -179,10 +179,12 @@ def measure(samples: int, steps: int, guidance: float) -> None:
     test = reference["test"].numpy()
     distance = frechet_distance(features.numpy(), test)
     real = frechet_distance(reference["train"][:samples].numpy(), test)
+    _, _, x_test, y_test = digits()
     figures = {
         "samples": samples,
         "sampler_steps": steps,
         "guidance": guidance,
+        "judge_test_accuracy": round(accuracy(judge, x_test, y_test), 4),
         "judged_as_asked": round(accuracy(judge, drawn, y), 4),
         "frechet": round(distance, 3),
         "frechet_of_real": round(real, 3),
