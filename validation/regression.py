@@ -150,7 +150,8 @@ def baseline_from(record: Mapping[str, Any], *, keep: Baseline | None = None) ->
 def check(baseline: Baseline, record: Mapping[str, Any]) -> list[Comparison]:
     """Hold a run against the baseline, whose tolerances and directions count; worst news first.
 
-    A latency ratio from another CPU or GPU model, or another number of threads, is ``not_comparable``.
+    A latency ratio from another CPU or GPU model, or another number of threads, is ``not_comparable``; so is a slower
+    one whose interval reaches what is allowed, and worse fidelity on a CPU whose 8-bit arithmetic is another.
 
     Raises:
         ToolchainError: the baseline is another model's.
@@ -283,11 +284,18 @@ def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare(key: str, then: Figure, now: Figure | None, baseline: Baseline, record: Mapping[str, Any]) -> Comparison:
     verdict, reason = _verdict(then, now)
+    environment = _environment(record)
     if now is None:
         reason = _why_missing(key, record)
     elif key.endswith(f"/{_LATENCY}"):
-        other = _other_machine(key.removesuffix(f"/{_LATENCY}"), baseline.environment, _environment(record))
-        verdict, reason = ("not_comparable", other) if other else (verdict, reason)
+        target = key.removesuffix(f"/{_LATENCY}")
+        doubt = _other_machine(target, baseline.environment, environment)
+        if not doubt and verdict == "regressed":
+            doubt = _within_interval(then, dict(_named_targets(record))[target]["latency"])
+        verdict, reason = ("not_comparable", doubt) if doubt else (verdict, reason)
+    elif verdict == "regressed" and not key.startswith("model/") and not key.endswith("/bytes"):
+        doubt = _other_arithmetic(baseline.environment, environment)
+        verdict, reason = ("not_comparable", doubt) if doubt else (verdict, reason)
     return Comparison(
         key=key,
         verdict=verdict,
@@ -318,6 +326,22 @@ def _other_machine(target: str, then: Mapping[str, Any], now: Mapping[str, Any])
             return f"another {part.upper()}: {then.get(part)} then, {now.get(part)} now"
     threads = [side.get("latency_threads", {}).get(target) for side in (then, now)]
     return "" if threads[0] == threads[1] else f"another number of threads: {threads[0]} then, {threads[1]} now"
+
+
+def _within_interval(then: Figure, latency: Mapping[str, Any]) -> str:
+    """Why a slower ratio may be noise: its interval reaches down to what the baseline allows; empty when it is not."""
+    allowed = then.value + then.tolerance.allowed(then.value)
+    low, high = latency["ratio_low"], latency["ratio_high"]
+    return f"its interval, {low:.3g} to {high:.3g}, reaches the allowed {allowed:.3g}" if low <= allowed else ""
+
+
+def _other_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Why fidelity on this CPU need not be that of the other: one of the two halves 8-bit weights; or empty."""
+    sides = [side.get("int8_saturates") for side in (then, now)]
+    words = {True: "saturates", False: "does not saturate"}
+    if sides[0] == sides[1] or not all(side in words for side in sides):
+        return ""
+    return f"8-bit arithmetic here {words[bool(sides[1])]}, the baseline's {words[bool(sides[0])]}; gates still hold it"
 
 
 def _why_missing(key: str, record: Mapping[str, Any]) -> str:

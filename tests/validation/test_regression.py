@@ -187,6 +187,8 @@ class TestCheck:
     def test_each_direction(self, record, key, value, verdict):
         holder, name = place(record, key)
         holder[name] = value
+        if name == "ratio":
+            holder |= {"ratio_low": value - 0.002, "ratio_high": value + 0.02}
         found = compared(record)
         assert found[key].verdict == verdict
         assert found[key].failed == (verdict == "regressed")
@@ -243,6 +245,29 @@ class TestCheck:
         record["targets"][0]["latency"] |= {"threads": 8, "ratio": 3.0}
         latency = compared(record)["onnxruntime/latency.ratio"]
         assert (latency.verdict, latency.reason) == ("not_comparable", "another number of threads: 2 then, 8 now")
+
+    def test_a_slower_ratio_whose_interval_reaches_what_is_allowed_is_no_failure(self, record):
+        latency = record["targets"][0]["latency"]
+        latency |= {"ratio": 1.5, "ratio_low": 1.03, "ratio_high": 1.9}
+        found = compared(record)["onnxruntime/latency.ratio"]
+        assert (found.verdict, found.failed) == ("not_comparable", False)
+        assert found.reason == "its interval, 1.03 to 1.9, reaches the allowed 1.04"
+        latency["ratio_low"] = 1.05
+        assert compared(record)["onnxruntime/latency.ratio"].verdict == "regressed"
+
+    def test_worse_fidelity_in_other_8_bit_arithmetic_is_not_compared(self, record):
+        baseline = copy.deepcopy(RECORD)
+        baseline["environment"]["int8_saturates"] = False
+        record["environment"]["int8_saturates"] = True
+        record["targets"][0]["fidelity"][0]["cosine"] = 0.9
+        record["targets"][0]["bytes"] = 20_000
+        found = compared(record, baseline_from(baseline))
+        cosine = found["onnxruntime/fidelity.cosine/velocity"]
+        reason = "8-bit arithmetic here saturates, the baseline's does not saturate; gates still hold it"
+        assert (cosine.verdict, cosine.reason, cosine.failed) == ("not_comparable", reason, False)
+        assert found["onnxruntime/bytes"].verdict == "regressed"
+        record["environment"]["int8_saturates"] = False
+        assert compared(record, baseline_from(baseline))[cosine.key].verdict == "regressed"
 
     def test_the_tolerance_and_direction_of_the_baseline_count(self, record):
         content = baseline_from(RECORD).model_dump(by_alias=True)
