@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolchain import catalog
+from toolchain import catalog, sources
 from toolchain.errors import FaultsError, ToolchainError, raise_faults
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def check_names(content: dict[str, Any]) -> None:
     faults: list[ToolchainError] = []
     wanted = [("passes", step["pass"], "--pass") for step in content["steps"]]
     wanted += [("targets", target["target"], "--target") for target in content["targets"]]
-    wanted.append(("models", content["model"].partition(":")[0], "MODEL"))
+    prefix = content["model"].partition(":")[0]
+    if prefix not in sources.prefixes():
+        wanted.append(("models", prefix, "MODEL"))
     for kind, name, where in wanted:
         try:
             catalog.entry(kind, name, where=where)

@@ -1,6 +1,6 @@
 """Where models come from; one file a source.
 
-``PREFIX:REST`` goes to ``sources/PREFIX.py`` where there is one; anything else names a reference model.
+``PREFIX:REST`` goes to ``sources/PREFIX_source.py`` where there is one; anything else names a reference model.
 """
 
 from __future__ import annotations
@@ -13,14 +13,32 @@ if TYPE_CHECKING:
     from toolchain.sources.contract import Model
 
 
-def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
+def prefixes() -> list[str]:
+    """What a model string may begin with, before its colon."""
+    return sorted(path.stem.removesuffix("_source") for path in Path(__file__).parent.glob("*_source.py"))
+
+
+def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_code: bool = False) -> Model:
     """The model that a string asks for.
 
+    Args:
+        text: ``PREFIX:REST``, or ``NAME:SIZE`` of a reference model.
+        weights: a safetensors file for a reference model.
+        seed: of random weights.
+        trust_remote_code: run code that a checkpoint folder brings along.
+
     Raises:
-        ToolchainError: no such model, with the nearest name.
+        ToolchainError: no such model, with the nearest name; or what stands in its way.
     """
     prefix = text.partition(":")[0]
-    own = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__", "contract", "reference"}
-    source = importlib.import_module(f"toolchain.sources.{prefix if prefix in own else 'reference'}")
-    model: Model = source.load(text, weights=weights, seed=seed)
+    if prefix not in prefixes():
+        from toolchain.sources import reference
+
+        return reference.load(text, weights=weights, seed=seed)
+    if weights is not None:
+        from toolchain.errors import ToolchainError
+
+        raise ToolchainError(f"--weights is for reference models; {text!r} brings its own")
+    source = importlib.import_module(f"toolchain.sources.{prefix}_source")
+    model: Model = source.load(text, seed=seed, trust_remote_code=trust_remote_code)
     return model

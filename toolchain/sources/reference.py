@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from targets import stored
 from toolchain import catalog
-from toolchain.errors import ToolchainError, unknown
+from toolchain.errors import unknown
 from toolchain.sources.contract import Model
+from toolchain.sources.filling import fill, without_memory
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "weights"
 
@@ -34,16 +36,19 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
     if size not in sizes:
         raise unknown(f"size of {name}", size, sizes, where=text)
     config = sizes[size]
-    torch.manual_seed(seed)
-    net: nn.Module = module.build(config)
     shipped = WEIGHTS / f"{name}-{size}.safetensors"
     if weights is None and size in module.SHIPPED:
         weights = shipped
+    net: nn.Module
     if weights is None:
+        torch.manual_seed(seed)
+        net = module.build(config)
         fill_zeros(net, seed)
         said = f"random, seed {seed}"
     else:
-        load_weights(net, weights)
+        with without_memory():
+            net = module.build(config)
+        fill(net, stored.read(weights), where=weights)
         said = "trained, shipped" if weights == shipped else f"from {weights.name}"
     net.eval()
     return Model(
@@ -73,32 +78,3 @@ def fill_zeros(net: nn.Module, seed: int) -> None:
         for parameter in net.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.02, generator=generator)
-
-
-def load_weights(net: nn.Module, path: Path) -> None:
-    """Read a safetensors file into a network; every parameter once, nothing left over."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path)
-    except FileNotFoundError as cause:
-        raise ToolchainError(f"there is no weights file {path.name!r}", where=str(path)) from cause
-    except SafetensorError as cause:
-        raise ToolchainError(
-            f"{path.name} is not a whole safetensors file: {cause}",
-            where=str(path),
-            help="it may have been cut short; copy or download it again",
-        ) from cause
-    wanted = net.state_dict()
-    faults = [f"missing {name}" for name in wanted.keys() - state.keys()]
-    faults += [f"unknown {name}" for name in state.keys() - wanted.keys()]
-    faults += [
-        f"{name} is {tuple(state[name].shape)}, the model has {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & state.keys()
-        if state[name].shape != wanted[name].shape
-    ]
-    if faults:
-        listed = "; ".join(sorted(faults)[:8]) + ("; …" if len(faults) > 8 else "")
-        raise ToolchainError(f"{path.name} does not fit the model ({len(faults)} tensors): {listed}", where=str(path))
-    net.load_state_dict(state, assign=True)

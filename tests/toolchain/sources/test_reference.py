@@ -49,5 +49,5 @@ def test_a_file_cut_short_is_said_to_be(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(100)}, tmp_path / "w.safetensors")
     whole = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(ToolchainError, match="not a whole safetensors file"):
+    with pytest.raises(ToolchainError, match="cut short"):
         sources.load("dit:tiny", weights=tmp_path / "cut.safetensors")
