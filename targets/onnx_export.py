@@ -1,4 +1,8 @@
-"""From a PyTorch module to an ONNX file whose weights lie in a safetensors file beside it.
+"""From a PyTorch module to an ONNX file whose weights lie in safetensors files beside it.
+
+Weights that are on disk already are not written again: their file is linked into the folder ``weights`` beside the
+graph (ONNX allows no path that leaves the graph's folder, and no symbolic link), which costs no space, outlives the
+original's removal, and is read where it lies. Across file systems, where no link can be, it is copied.
 
 Nothing of this machine stays in the file: the exporter's stack traces go, the name of each node's module stays (under
 the metadata key ``module``). The same module and inputs give the same bytes.
@@ -10,8 +14,11 @@ import ast
 import contextlib
 import json
 import logging
+import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +26,18 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
+from targets import stored
+from targets.element_types import hollow, in_type, keep_interface, restore
 from toolchain.errors import ToolchainError
 
 OPSET = 20
 """Newest opset without the fused Attention operator, which TensorRT-RTX builds in some shapes only."""
+
+LINKED = "weights"
+"""Folder beside a graph with the weight files that were on disk before."""
 
 INLINE_BYTES = 1024
 """Smaller initializers stay in the graph, where shape inference can read them."""
@@ -52,9 +65,11 @@ def export_onnx(
     dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]],
     outputs: Sequence[str],
     path: Path,
+    embed: bool = False,
+    dtype: torch.dtype | None = None,
     opset: int = OPSET,
 ) -> None:
-    """Write ``path`` and, beside it, its weights with the suffix ``.safetensors``.
+    """Write ``path`` and, beside it, new weights with the suffix ``.safetensors``; weights on disk are linked.
 
     Args:
         module: in eval mode.
@@ -62,6 +77,8 @@ def export_onnx(
         dynamic: for each input, the dimensions that may change, as (name, smallest, largest).
         outputs: names for what the module returns.
         path: the ONNX file.
+        embed: write all weights beside the graph, those on disk too.
+        dtype: floating type to compute in; inputs and outputs keep theirs. None: as the module is.
         opset: ONNX operator set.
 
     Raises:
@@ -70,19 +87,25 @@ def export_onnx(
     dims = {
         name: torch.export.Dim(name, min=low, max=high) for by in dynamic.values() for name, low, high in by.values()
     }
+    traced, inputs = module, dict(example)
+    originals: dict[int, Tensor] = {}
+    if dtype is not None:
+        traced, originals = hollow(module, dtype)
+        inputs = in_type(example, dtype)
     shapes = {name: {axis: dims[dim[0]] for axis, dim in dynamic.get(name, {}).items()} for name in example}
     try:
         with quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
-                module,
+                traced,
                 args=(),
-                kwargs=dict(example),
+                kwargs=inputs,
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=shapes,
                 input_names=list(example),
                 output_names=list(outputs),
                 verbose=False,
+                optimize=False,  # it would write transposed copies of weights that are on disk
             )
     except torch.onnx.errors.OnnxExporterError as cause:
         first = next((line for line in reversed(str(cause.__cause__ or cause).splitlines()) if line.strip()), "")
@@ -95,8 +118,23 @@ def export_onnx(
     found = model.opset_imports.get("")
     if found != opset:
         raise ToolchainError(f"asked for ONNX opset {opset}, the exporter wrote {found}", help=f"use opset {OPSET}")
+    if dtype is not None:
+        restore(model, originals, dtype, stays=lambda value: not embed and place_of(value) is not None)
+        keep_interface(model, example, ir.DataType.FLOAT)
+    optimize(model, embed=embed)
     scrub(model)
-    save(model, path)
+    save(model, path, embed=embed)
+
+
+def optimize(model: ir.Model, *, embed: bool) -> None:
+    """Fold small constants and drop what is redundant; weights that lie on disk stay as they are, also transposed."""
+
+    def should_fold(node: ir.Node) -> bool | None:
+        reads = [value for value in node.inputs if value is not None and value.const_value is not None]
+        large = [value for value in reads if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES]
+        return False if not embed and any(place_of(value) for value in large) else None
+
+    optimize_ir(model, should_fold=should_fold)
 
 
 @contextlib.contextmanager
@@ -139,8 +177,8 @@ def module_path(node: ir.Node) -> str:
     return node.metadata_props.get("module", "")
 
 
-def save(model: ir.Model, path: Path) -> None:
-    """Write the graph, and its larger initializers to the safetensors file beside it, streamed one by one."""
+def save(model: ir.Model, path: Path, *, embed: bool = False) -> None:
+    """Write the graph; its larger initializers are linked where they lie on disk, others streamed to a file."""
     common.RemoveUnusedNodesPass()(model)
     model.producer_version = (model.producer_version or "").partition("+")[0]
     large = {
@@ -150,10 +188,79 @@ def save(model: ir.Model, path: Path) -> None:
         and value.const_value.nbytes >= INLINE_BYTES
         and value.const_value.dtype in SAFETENSORS_TYPES
     }
-    if large:
-        write_external(large, path.with_suffix(".safetensors"))
+    places = {} if embed else {name: place for name, value in large.items() if (place := place_of(value))}
+    point_at(model.graph.initializers, places, path.parent)
+    if rest := {name: value for name, value in large.items() if name not in places}:
+        write_external(rest, path.with_suffix(".safetensors"))
     ir.save(model, path)
-    onnx.checker.check_model(path)
+    check(path, {place.path for place in places.values()})
+
+
+def place_of(value: ir.Value) -> stored.Place | None:
+    """Where on disk an initializer lies, in a file that may be linked: a source's, or one linked before."""
+    constant: Any = value.const_value
+    if isinstance(constant, ir.ExternalTensor):
+        found = Path(constant.base_dir) / constant.location
+        if found.parent.name != LINKED or constant.offset is None or constant.length is None:
+            return None
+        return stored.Place(found, constant.offset, constant.length)
+    raw = getattr(constant, "raw", None)
+    return stored.place_of(raw) if isinstance(raw, Tensor) else None
+
+
+def point_at(values: Mapping[str, ir.Value], places: Mapping[str, stored.Place], folder: Path) -> None:
+    """Link the files of ``places`` into ``folder`` and let the initializers point into them."""
+    files = link({place.path for place in places.values()}, folder / LINKED) if places else {}
+    for name, place in places.items():
+        tensor: Any = values[name].const_value
+        values[name].const_value = ir.ExternalTensor(
+            f"{LINKED}/{files[place.path]}",
+            place.offset,
+            place.bytes,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=name,
+            base_dir=folder,
+        )
+
+
+def link(paths: Iterable[Path], folder: Path) -> dict[Path, str]:
+    """Link files into ``folder``, or copy them where no link can be; the name that each has there."""
+    folder.mkdir(exist_ok=True)
+    names: dict[Path, str] = {}
+    for path in sorted(paths):
+        name, number = path.name, 1
+        while (folder / name).exists() and not (folder / name).samefile(path):
+            number += 1
+            name = f"{path.stem}-{number}{path.suffix}"
+        if not (folder / name).exists():
+            try:
+                os.link(path.resolve(), folder / name)
+            except OSError:
+                shutil.copyfile(path, folder / name)
+        names[path] = name
+    return names
+
+
+def check(path: Path, linked: Iterable[Path]) -> None:
+    """Have ONNX's checker look at a file.
+
+    The checker refuses external data that has a second name on the disk, so where files are linked it looks at a copy
+    of the graph beside empty files of the same sizes.
+    """
+    if not linked:
+        onnx.checker.check_model(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        shutil.copyfile(path, copy)
+        own = path.with_suffix(".safetensors")
+        for file in (*(path.parent / LINKED).iterdir(), *([own] if own.exists() else [])):
+            stand_in = Path(folder) / file.relative_to(path.parent)
+            stand_in.parent.mkdir(exist_ok=True)
+            with stand_in.open("wb") as empty:
+                empty.truncate(file.stat().st_size)
+        onnx.checker.check_model(copy)
 
 
 def write_external(values: Mapping[str, ir.Value], path: Path) -> None:

@@ -65,7 +65,7 @@ def read(path: Path) -> dict[str, Tensor]:
         base = torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr()
         for name, entry in header.items():
             tensors[name] = one_tensor(mapped, name, entry, start, size, path)
-    _mapped[base], _paths[base] = mapped, path.resolve()
+    _mapped[base], _paths[base] = mapped, path.absolute()
     return tensors
 
 

@@ -27,6 +27,10 @@ def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
         "targets": [named("target", text) for text in chosen.targets],
     }
     check_names(content)
+    if chosen.trust_remote_code:
+        content["trust_remote_code"] = True
+    asked = {"dtype": chosen.dtype, "embed_weights": chosen.embed_weights}
+    content["export"] = {key: value for key, value in asked.items() if value}
     if chosen.weights:
         content["weights"] = chosen.weights
     if chosen.calibration:

@@ -122,10 +122,17 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(text)
 
 
+_digests: dict[tuple[int, ...], str] = {}
+
+
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file; one with several names that did not change is read once."""
+    status = path.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if identity not in _digests:
+        with path.open("rb") as file:
+            _digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[identity]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 from passes.contract import Context, Inputs, Pass, Plan, Result, cost
 from reports import record, rendering
 from targets.contract import Graph, ShapeRange
+from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, calibration, environment, sources
@@ -43,7 +44,7 @@ class Run:
         """The untouched original."""
         head = self.recipe.head
         weights = self.recipe.path(head.weights) if head.weights else None
-        return sources.load(head.model, weights=weights, seed=head.seed)
+        return sources.load(head.model, weights=weights, seed=head.seed, trust_remote_code=head.trust_remote_code)
 
     @property
     def threads(self) -> int:
@@ -104,7 +105,10 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
     run = Run(recipe, progress)
     with artifact.staging(out, force=force) as folder:
         with progress.stage(f"load {recipe.head.model}"):
-            refuse_non_finite(run.model, run.example(), run.threads)
+            if recipe.head.validation.skip:
+                run.model  # noqa: B018 - loaded here, but not run: its weights may not fit into memory
+            else:
+                refuse_non_finite(run.model, run.example(), run.threads)
         module = run.optimize()
         write_plans(run, folder)
         with progress.stage("export to ONNX"):
@@ -141,7 +145,16 @@ def write_graph(run: Run, module: nn.Module, path: Path) -> None:
         spec.name: {i: (d.name, d.low, d.high) for i, d in enumerate(spec.shape) if not isinstance(d, int)}
         for spec in model.inputs
     }
-    export_onnx(module, run.example(**sizes), dynamic=dynamic, outputs=model.outputs, path=path)
+    settings = run.recipe.head.export
+    export_onnx(
+        module,
+        run.example(**sizes),
+        dynamic=dynamic,
+        outputs=model.outputs,
+        path=path,
+        embed=settings.embed_weights,
+        dtype=DTYPES[settings.dtype] if settings.dtype else None,
+    )
 
 
 def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:

@@ -50,6 +50,15 @@ class Calibration(Table):
     calls: int = Field(16, ge=1, description="calls of the model to calibrate on")
 
 
+class Export(Table):
+    """How the graph is written."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="floating type to compute in; None: as the weights are"
+    )
+    embed_weights: bool = Field(False, description="copy weights that are on disk, so that the folder stands alone")
+
+
 class Validation(Table):
     """How engines are compared with the original."""
 
@@ -69,7 +78,9 @@ class Head(Table):
     model: str
     weights: str | None = None
     seed: int = Field(0, ge=0)
+    trust_remote_code: bool = Field(False, description="run code that a checkpoint folder brings along")
     gates: tuple[str, ...] = ()
+    export: Export = Export()
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
 

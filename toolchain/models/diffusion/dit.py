@@ -87,7 +87,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """T (B,) in diffusion steps -> (B, D)."""
         angle = t[:, None].float() * self.frequencies  # (B, 128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
