@@ -83,10 +83,12 @@ class Built:
     Args:
         resolved: parameters that were ``auto`` and what they became.
         notes: sentences for the report.
+        bytes: size of the engine, where that is not the size of the files in its folder.
     """
 
     resolved: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bytes: int | None = None
 
 
 class Runner(Protocol):

@@ -52,6 +52,20 @@ def all_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return found
 
 
+def external_bytes(path: Path, *, linked: bool = False) -> int:
+    """Bytes that a graph reads from other files; with ``linked`` from those in other folders only."""
+    entries = [
+        {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in all_tensors(onnx.load(path, load_external_data=False))
+    ]
+    return sum(int(entry.get("length", 0)) for entry in entries if not linked or "/" in entry.get("location", ""))
+
+
+def graph_bytes(path: Path) -> int:
+    """What a graph takes with the weights that it reads; a weight file may hold more."""
+    return path.stat().st_size + external_bytes(path)
+
+
 def check_location(tensor: onnx.TensorProto, path: Path) -> None:
     """Refuse external data outside the graph's folder, behind a link that leaves it, or past the end of its file."""
     entries = {entry.key: entry.value for entry in tensor.external_data}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -23,8 +24,8 @@ from torch import nn
 from targets import machine
 from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
 from targets.dynamic_int8 import reduce_range, static_products, to_dynamic, to_float
-from targets.onnx_export import module_path, save
-from targets.onnx_files import check_onnx
+from targets.onnx_export import LINKED, module_path, save
+from targets.onnx_files import check_onnx, external_bytes, graph_bytes
 from toolchain.errors import ToolchainError, require
 
 PROVIDERS = {
@@ -64,7 +65,7 @@ class OnnxRuntime(Target):
             return self.lower(model, products, graph, folder)
         self.session(graph.path, graph.threads)  # refuses here what it would refuse later
         choose(graph.path, folder)
-        return Built()
+        return Built(bytes=graph_bytes(graph.path))
 
     def lower(self, model: ir.Model, products: int, graph: Graph, folder: Path) -> Built:
         """Choose the form of the 8-bit products, write it, and say why and what 8 bits bring over fp32 here."""
@@ -93,11 +94,9 @@ class OnnxRuntime(Target):
         share = seconds[form] / seconds["fp32"]
         outcome = f"8 bits took {share:.2f} of the time of the same graph in fp32 in ONNX Runtime"
         notes.append(outcome if share < 1 else f"8 bits are NOT faster than fp32 here: {outcome}")
-        for path in folder.iterdir():
-            if path.stem != forms[form].stem:
-                path.unlink()
+        keep_only(forms[form], folder)
         choose(forms[form], folder)
-        return Built(resolved={"int8": form}, notes=tuple(notes))
+        return Built(resolved={"int8": form}, notes=tuple(notes), bytes=graph_bytes(forms[form]))
 
     def race(self, paths: Mapping[str, Path], graph: Graph, rounds: int = 12) -> dict[str, float]:
         """Median seconds of each graph on an example, taken in turns, each after one untimed call."""
@@ -177,6 +176,15 @@ class SessionRunner:
             if not np.isfinite(value).all():
                 return module_path(nodes[name]) or nodes[name].name or name
         return ""
+
+
+def keep_only(path: Path, folder: Path) -> None:
+    """Remove the graphs that were tried and not chosen, and weights that only they read."""
+    for tried in folder.glob("*.*"):
+        if tried.is_file() and tried.stem != path.stem:
+            tried.unlink()
+    if not (path.parent == folder and external_bytes(path, linked=True)):
+        shutil.rmtree(folder / LINKED, ignore_errors=True)
 
 
 def choose(path: Path, folder: Path) -> None:

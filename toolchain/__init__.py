@@ -1,3 +1,29 @@
-"""The way in and the whole run."""
+"""The way in and the whole run.
+
+From Python, an artifact's engine takes the place of the module that it was made from::
+
+    import toolchain
+
+    pipe.transformer = toolchain.load("out")     # tensors in, tensors out, as the module had it
+    module = toolchain.load_module("out")        # the optimized PyTorch module, for further training
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolchain.loaded import load as load
+    from toolchain.loaded import load_module as load_module
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load", "load_module"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``load`` and ``load_module`` when they are first used: the command line's help needs no backend."""
+    if name in ("load", "load_module"):
+        from toolchain import loaded
+
+        return getattr(loaded, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -59,7 +59,18 @@ def open_artifact(folder: Path, wanted: str, threads: int) -> Opened:
     """An artifact's engines that run here, and its original."""
     artifact.read_manifest(folder)
     run = Run(read(folder / "recipe.toml"), Progress(quiet=True))
+    runners, absent = engines_of(run, folder, wanted, threads)
     model = run.model
+    original = EagerRunner(model.module, threads=threads, outputs=model.outputs)
+    return Opened(runners=runners, inputs=model.inputs, model=model, original=original, absent=absent)
+
+
+def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[str, Runner], dict[str, str]]:
+    """An artifact's engines that run here (or the one wanted), and why others do not.
+
+    Raises:
+        ToolchainError: it has no such engine, or none runs here.
+    """
     runners: dict[str, Runner] = {}
     absent: dict[str, str] = {}
     for step in run.recipe.targets:
@@ -79,8 +90,7 @@ def open_artifact(folder: Path, wanted: str, threads: int) -> Opened:
     if not runners:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items()) or "it was exported without targets"
         raise UnavailableError(f"no engine of {str(folder)!r} runs here: {reasons}")
-    original = EagerRunner(model.module, threads=threads, outputs=model.outputs)
-    return Opened(runners=runners, inputs=model.inputs, model=model, original=original, absent=absent)
+    return runners, absent
 
 
 def replay(run: Run, folder: Path) -> nn.Module:

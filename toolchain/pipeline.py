@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.measure import judge_gates, measure
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
-from toolchain.sources.contract import Model
+from toolchain.sources.contract import Model, write_interface
 from validation.contract import Runner
 from validation.fidelity import non_finite
 from validation.inputs import draw
@@ -192,9 +193,7 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             built = target.build(graph, engine)
         except ToolchainError as error:
             found.reason = error.message
-            for path in engine.iterdir():
-                path.unlink()
-            engine.rmdir()
+            shutil.rmtree(engine)
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built.resolved)
@@ -203,7 +202,7 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             "built": True,
             "parameters": {**found.parameters, **built.resolved},
             "seconds": round(time.perf_counter() - began, 3),
-            "bytes": sum(path.stat().st_size for path in engine.iterdir()) or None,
+            "bytes": built.bytes or sum(path.stat().st_size for path in engine.rglob("*") if path.is_file()) or None,
             "notes": list(built.notes),
         }
     )
@@ -301,6 +300,9 @@ def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
     (folder / "recipe.toml").write_text(run.recipe.as_toml(run.resolved))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
+    for path in run.model.carried:
+        (folder / "source").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "source" / path.name)
     artifact.write_manifest(
         folder,
         {
@@ -309,6 +311,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
                 f"plans/{number + 1:02d}-{step.name()}.json": result.plan.digest()
                 for number, (step, result, _) in enumerate(run.results)
             },
+            "interface": write_interface(run.model),
             "versions": report.versions,
         },
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from toolchain.errors import ToolchainError
 from validation.contract import SamplingTask
-from validation.inputs import Arrays, InputSpec, draw
+from validation.inputs import Arrays, Dim, InputSpec, draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,15 @@ class Interface:
         returns: ``tensor``, ``tuple``, or the class of a model output, ``module:Class``, of diffusers or transformers.
         keys: fields of that class, as many as there are outputs.
         module: path of the module that is replaced, inside the one that is exported; empty for that one itself.
-        config: what the module's ``config`` says, for pipelines that look there.
+        original: class of that module, as ``diffusers:Name`` or ``transformers:Name``; empty for others.
+        config: its configuration, to build it again from.
     """
 
     arguments: tuple[str, ...]
     returns: str = "tensor"
     keys: tuple[str, ...] = ()
     module: str = ""
+    original: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -97,6 +101,8 @@ def interface_of(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         result = module(**inputs)
     arguments = tuple(name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs"))
+    library = type(module).__module__.partition(".")[0]
+    original = f"{library}:{type(module).__name__}" if library in ("diffusers", "transformers") else ""
     returns = "tensor"
     keys: tuple[str, ...] = ("output",)
     if isinstance(result, tuple | list):
@@ -104,4 +110,39 @@ def interface_of(
     elif isinstance(result, Mapping):
         returns = f"{type(result).__module__}:{type(result).__qualname__}"
         keys = tuple(key for key, value in result.items() if isinstance(value, Tensor))
-    return Interface(arguments=arguments, returns=returns, keys=keys, module=path, config=config or {}), keys
+    found = Interface(
+        arguments=arguments, returns=returns, keys=keys, module=path, original=original, config=config or {}
+    )
+    return found, keys
+
+
+def write_interface(model: Model) -> dict[str, Any]:
+    """What a manifest says about calling an engine, as JSON can hold it."""
+    plain = Interface(
+        arguments=tuple(spec.name for spec in model.inputs),
+        returns="tensor" if len(model.outputs) == 1 else "tuple",
+        keys=model.outputs,
+    )
+    inputs = [
+        {**vars(spec), "shape": [vars(d) if isinstance(d, Dim) else d for d in spec.shape]} for spec in model.inputs
+    ]
+    content = {"inputs": inputs, "outputs": model.outputs, "call": vars(model.interface or plain)}
+    plain_json: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    return plain_json
+
+
+def read_interface(manifest: Mapping[str, Any]) -> tuple[tuple[InputSpec, ...], tuple[str, ...], Interface]:
+    """Inputs, names of outputs, and the interface, from a manifest.
+
+    Raises:
+        ToolchainError: the manifest lacks them.
+    """
+    if "interface" not in manifest:
+        raise ToolchainError("the artifact does not say how its engines are called", help="export it again")
+    content = manifest["interface"]
+    inputs = tuple(
+        InputSpec(**{**entry, "shape": tuple(Dim(**d) if isinstance(d, dict) else d for d in entry["shape"])})
+        for entry in content["inputs"]
+    )
+    call = {**content["call"], **{key: tuple(content["call"][key]) for key in ("arguments", "keys")}}
+    return inputs, tuple(content["outputs"]), Interface(**call)

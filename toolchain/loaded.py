@@ -1,0 +1,194 @@
+"""An artifact's engine in the place of the module that it was made from."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from targets import stored
+from targets.contract import Arrays, Runner
+from toolchain import artifact
+from toolchain.errors import ToolchainError, UnavailableError
+from toolchain.opened import engines_of, replay
+from toolchain.pipeline import Run
+from toolchain.progress import Progress
+from toolchain.recipe import read, threads_here
+from toolchain.sources.contract import Interface, read_interface
+from toolchain.sources.filling import without_memory
+from validation.inputs import Dim, InputSpec
+
+LIBRARIES = ("diffusers", "transformers")
+"""Whose output classes an artifact may name."""
+
+ABSENT = {"attention_mask": 1, "token_type_ids": 0}
+"""What an input is when a caller leaves it out, as transformers has it."""
+
+
+class Engine:
+    """Called like the module that it stands in for, with tensors or with arrays, and answers in kind.
+
+    Attributes that the module has and an engine lacks (``config``, methods that pipelines call) come from a copy of the
+    module without weights.
+    """
+
+    def __init__(
+        self, runner: Runner, inputs: tuple[InputSpec, ...], outputs: tuple[str, ...], interface: Interface
+    ) -> None:
+        self.runner, self.inputs, self.outputs, self.interface = runner, inputs, outputs, interface
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        self._skeleton: nn.Module | None = None
+
+    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Run the engine.
+
+        Raises:
+            ToolchainError: an input is missing, unknown, or of another shape than the engine takes.
+        """
+        given = self.named(args, kwargs)
+        tensors = any(isinstance(value, Tensor) for value in given.values())
+        arrays = self.arrays(given)
+        found = self.runner(arrays)
+        values = [torch.from_numpy(found[name]) if tensors else found[name] for name in self.outputs]
+        return self.answer(values, return_dict=return_dict)
+
+    forward = __call__
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs by name; mappings are spread, options that are off are dropped."""
+        arguments = self.interface.arguments
+        if len(args) > len(arguments):
+            raise ToolchainError(f"{len(args)} positional arguments were given; the module takes {len(arguments)}")
+        given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+        for name in [name for name, value in given.items() if isinstance(value, Mapping)]:
+            given |= given.pop(name)
+        wanted = {spec.name for spec in self.inputs}
+        for name, value in list(given.items()):
+            if name not in wanted:
+                if isinstance(value, Tensor | np.ndarray):
+                    raise ToolchainError(
+                        f"the engine has no input {name!r}; it was exported with {', '.join(sorted(wanted))}"
+                    )
+                if value not in (None, False):
+                    raise ToolchainError(f"the engine cannot be called with {name}={value!r}: it was exported without")
+                del given[name]
+        return {name: value for name, value in given.items() if value is not None}
+
+    def arrays(self, given: Mapping[str, Any]) -> Arrays:
+        """What the runner takes: every input, of its type and rank."""
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            shape = np.shape(given[spec.name]) if spec.name in given else ()
+            if len(shape) == len(spec.shape):
+                sizes |= {d.name: n for d, n in zip(spec.shape, shape, strict=True) if isinstance(d, Dim)}
+        return {spec.name: self.one(spec, given, sizes) for spec in self.inputs}
+
+    def one(self, spec: InputSpec, given: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
+        """One input as an array; a single number stands for every row."""
+        if spec.name not in given:
+            if spec.name not in ABSENT:
+                raise ToolchainError(f"input {spec.name!r} is missing")
+            return np.full(spec.sizes(sizes), ABSENT[spec.name], spec.dtype)
+        value = given[spec.name]
+        array = value.detach().cpu().float().numpy() if is_bfloat16(value) else np.asarray(value)
+        if array.ndim == 0:
+            array = np.broadcast_to(array, spec.sizes(sizes))
+        wanted = spec.sizes(sizes)
+        if array.shape != wanted:
+            shape = ", ".join(d.name if isinstance(d, Dim) else str(d) for d in spec.shape)
+            raise ToolchainError(f"input {spec.name!r} has shape {array.shape}; the engine takes ({shape})")
+        return np.ascontiguousarray(array, spec.dtype)
+
+    def answer(self, values: list[Any], *, return_dict: bool) -> Any:
+        """Values in the form that the module returns them in."""
+        if self.interface.returns == "tensor":
+            return values[0]
+        if self.interface.returns == "tuple" or not return_dict:
+            return tuple(values)
+        module, _, name = self.interface.returns.partition(":")
+        if module.partition(".")[0] not in LIBRARIES:
+            raise ToolchainError(f"the artifact names {self.interface.returns!r} for its outputs; refused")
+        cls = getattr(importlib.import_module(module), name)
+        return cls(**dict(zip(self.interface.keys, values, strict=True)))
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module itself would say, from a copy without weights."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self._skeleton is None:
+            self._skeleton = skeleton(self.interface)
+        return getattr(self._skeleton, name)
+
+
+def is_bfloat16(value: Any) -> bool:
+    """Whether numpy lacks the type of a value."""
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
+
+
+def skeleton(interface: Interface) -> nn.Module:
+    """The module of an interface, built from its configuration, without weights.
+
+    Raises:
+        AttributeError: the interface names no class of a known library.
+    """
+    library, _, name = interface.original.partition(":")
+    if library not in LIBRARIES:
+        raise AttributeError("the engine is no module; it has no other attributes than those of an engine")
+    cls = getattr(importlib.import_module(library), name)
+    with without_memory():
+        if library == "diffusers":
+            built: nn.Module = cls.from_config(dict(interface.config))
+        else:
+            built = cls(cls.config_class(**interface.config))
+    return built
+
+
+def load(folder: str | Path, target: str | None = None, *, threads: int | None = None) -> Engine:
+    """Ready an artifact's engine, to be called like the module that it was made from.
+
+    Args:
+        folder: what ``enginewright export`` wrote.
+        target: which engine; by default the first that runs here.
+        threads: CPU threads; by default every core allowed.
+
+    Raises:
+        ToolchainError: damaged, or no engine of it runs here.
+    """
+    folder = Path(folder)
+    manifest = artifact.read_manifest(folder)
+    run = Run(read(folder / "recipe.toml"), Progress(quiet=True))
+    return Engine(first_engine(run, folder, target, threads or threads_here()), *read_interface(manifest))
+
+
+def first_engine(run: Run, folder: Path, target: str | None, threads: int) -> Runner:
+    """The engine asked for, or the first that runs here."""
+    reasons: list[str] = []
+    for name in [target] if target else [step.target.name() for step in run.recipe.targets]:
+        try:
+            return engines_of(run, folder, name, threads)[0][name]
+        except UnavailableError as cause:
+            reasons.append(cause.message)
+    raise UnavailableError("; ".join(reasons) or f"{str(folder)!r} was exported without targets")
+
+
+def load_module(folder: str | Path) -> nn.Module:
+    """An artifact's optimized PyTorch module, for further training: source, recorded plans, weights of its own.
+
+    Raises:
+        ToolchainError: the artifact is damaged, or its source is not where it was.
+    """
+    folder = Path(folder)
+    artifact.read_manifest(folder)
+    run = Run(read(folder / "recipe.toml"), Progress(quiet=True))
+    module = replay(run, folder)
+    for parameter in (*module.parameters(), *module.buffers()):
+        if stored.place_of(parameter):
+            parameter.data = parameter.data.clone()  # a mapped file is read-only
+    inner = run.model.interface.module if run.model.interface else ""
+    return module.get_submodule(inner)
