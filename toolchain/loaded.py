@@ -86,7 +86,7 @@ class Engine:
         for spec in self.inputs:
             shape = np.shape(given[spec.name]) if spec.name in given else ()
             if len(shape) == len(spec.shape):
-                sizes |= {d.name: n for d, n in zip(spec.shape, shape, strict=True) if isinstance(d, Dim)}
+                sizes = {d.name: n for d, n in zip(spec.shape, shape, strict=True) if isinstance(d, Dim)} | sizes
         return {spec.name: self.one(spec, given, sizes) for spec in self.inputs}
 
     def one(self, spec: InputSpec, given: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
@@ -101,7 +101,10 @@ class Engine:
             array = np.broadcast_to(array, spec.sizes(sizes))
         wanted = spec.sizes(sizes)
         if array.shape != wanted:
-            shape = ", ".join(d.name if isinstance(d, Dim) else str(d) for d in spec.shape)
+            named = [
+                f"{d.name} = {n}" if isinstance(d, Dim) else str(n) for d, n in zip(spec.shape, wanted, strict=True)
+            ]
+            shape = ", ".join(named)
             raise ToolchainError(f"input {spec.name!r} has shape {array.shape}; the engine takes ({shape})")
         return np.ascontiguousarray(array, spec.dtype)
 

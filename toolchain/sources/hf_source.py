@@ -61,7 +61,10 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     module, said = built(cls, config, folder)
     inputs = contract(cls, config, folder)
     example = {name: torch.from_numpy(array) for name, array in draw(inputs, seed=0).items()}
-    interface, outputs = interface_of(module, example, config=config.to_dict())
+    two_towers = {"input_ids", "pixel_values"} <= example.keys()
+    interface, outputs = interface_of(module, example, path="inner" if two_towers else "", config=config.to_dict())
+    if two_towers:
+        module = TwoTowers(module, outputs).eval()
     return Model(
         name=text,
         module=module,
@@ -72,6 +75,22 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         interface=interface,
         carried=tuple(sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})),
     )
+
+
+class TwoTowers(nn.Module):
+    """A CLIP-like model without the outputs of each tower, which would come out a second time."""
+
+    def __init__(self, inner: nn.Module, outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.inner, self.outputs = inner, outputs
+
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Texts (B, N) and pictures (B', C, H, W) -> logits and embeddings."""
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        result = self.inner(input_ids=input_ids, pixel_values=pixel_values, **mask)
+        return tuple(result[name] for name in self.outputs)
 
 
 def configuration(folder: Path, transformers: Any, trust_remote_code: bool) -> Any:
