@@ -101,10 +101,10 @@ class Engine:
             array = np.broadcast_to(array, spec.sizes(sizes))
         wanted = spec.sizes(sizes)
         if array.shape != wanted:
-            named = [
-                f"{d.name} = {n}" if isinstance(d, Dim) else str(n) for d, n in zip(spec.shape, wanted, strict=True)
-            ]
-            shape = ", ".join(named)
+            shape = ", ".join(
+                str(d) if isinstance(d, int) else f"{d.name} = {sizes[d.name]}" if d.name in sizes else d.name
+                for d in spec.shape
+            )
             raise ToolchainError(f"input {spec.name!r} has shape {array.shape}; the engine takes ({shape})")
         return np.ascontiguousarray(array, spec.dtype)
 

@@ -96,8 +96,11 @@ def test_attributes_of_the_module_are_there_without_its_weights(bert: tuple[Any,
     ("arguments", "message"),
     [
         ({}, "input 'input_ids' is missing"),
-        ({"input_ids": IDS[0]}, r"input 'input_ids' has shape \(4,\); the engine takes \(batch = 2, sequence = 64\)"),
-        ({"input_ids": IDS, "attention_mask": MASK[:1]}, r"input 'attention_mask' has shape \(1, 4\)"),
+        ({"input_ids": IDS[0]}, r"input 'input_ids' has shape \(4,\); the engine takes \(batch, sequence\)"),
+        (
+            {"input_ids": IDS, "attention_mask": MASK[:1]},
+            r"input 'attention_mask' has shape \(1, 4\); the engine takes \(batch = 2, sequence = 4\)",
+        ),
         ({"input_ids": IDS, "inputs_embeds": torch.ones(1)}, "no input 'inputs_embeds'; it was exported with"),
         ({"input_ids": IDS, "output_attentions": True}, "cannot be called with output_attentions=True"),
     ],
