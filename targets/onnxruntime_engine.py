@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,8 @@ class OnnxRuntime(Target):
             )
             forms["static"] = folder / "static.onnx"
             save(model, forms["static"])
-        for name, rewrite in (("dynamic", to_dynamic), ("fp32", to_float)):
+        rows = {path for path, hint in graph.hints.items() if hint.get("rows")}
+        for name, rewrite in (("dynamic", partial(to_dynamic, rows=rows)), ("fp32", to_float)):
             copy = model.clone()
             rewrite(copy)
             save(copy, forms[name])

@@ -23,6 +23,10 @@ from passes.selection import check_patterns, excluded_by
 ROWS = 256
 """Rows of a layer's input kept from each calibration call, enough to choose a scale by."""
 
+ROWS_ABOVE, ROWS_GAIN = 0.01, 0.7
+"""A scale for each row takes time, so a layer is marked for it where its relative error with one scale is above the
+first, and with one for each row below the second times that."""
+
 
 class QuantizeInt8(Pass):
     """Replace linear layers by their 8-bit form: symmetric, weights per output channel, activations per tensor."""
@@ -83,10 +87,13 @@ class QuantizeInt8(Pass):
             )
         else:
             limit = least_squares_limit(x)
-        full, reduced, share = saturation(x, weight)
+        whole, by_row = dynamic_error(x, weight, rows=False), dynamic_error(x, weight, rows=True)
+        rows = whole > ROWS_ABOVE and by_row < ROWS_GAIN * whole
+        full, reduced, share = saturation(x, weight, by_row=rows)
         return {
             "precision": "int8",
             "input_scale": float(f"{limit / QMAX:.6g}"),
+            "rows": rows,
             "saturating_share": float(f"{share:.3g}"),
             "reduced_range": full > reduced,
         }
@@ -136,7 +143,25 @@ def least_squares_limit(x: Tensor) -> float:
     return min((largest * share / 40 for share in range(40, 0, -1)), key=error)
 
 
-def saturation(x: Tensor, weight: Tensor, rows: int = 32) -> tuple[float, float, float]:
+def as_bytes(x: Tensor, *, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """X (R, K) as DynamicQuantizeLinear makes it 0 .. 255, with one scale, or one for each row; the scale and zero."""
+    low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)  # (R, 1)
+    if not by_row:
+        low, high = low.min().clamp(max=0), high.max().clamp(min=0)
+    step = ((high - low) / 255).clamp(min=1e-14)
+    zero = -low / step if by_row else (-low / step).round()
+    return (x / step + zero).round().clamp(0, 255), step, zero
+
+
+def dynamic_error(x: Tensor, weight: Tensor, *, rows: bool) -> float:
+    """Relative error of x (R, K) times weight (N, K) when x is made 8 bits with one scale, or one for each row."""
+    weight = weight.detach().float()
+    q, step, zero = as_bytes(x, by_row=rows)
+    exact = x @ weight.T
+    return float((((q - zero) * step) @ weight.T - exact).norm() / exact.norm().clamp(min=1e-12))
+
+
+def saturation(x: Tensor, weight: Tensor, rows: int = 32, *, by_row: bool = False) -> tuple[float, float, float]:
     """What 16-bit sums of neighbours do to x (R, K) times weight (N, K), by simulating them exactly.
 
     x86 without VNNI multiplies unsigned by signed bytes and adds neighbours k and k+1 in 16 saturating bits.
@@ -146,20 +171,17 @@ def saturation(x: Tensor, weight: Tensor, rows: int = 32) -> tuple[float, float,
         nothing can saturate), and the share of sums that saturate.
     """
     x = x[torch.linspace(0, len(x) - 1, min(rows, len(x))).long()]
-    if x.shape[1] % 2:
-        x, weight = nn.functional.pad(x, (0, 1)), nn.functional.pad(weight, (0, 1))
     weight = weight.detach().float()
-    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    step = (high - low) / 255 or 1.0
-    zero = round(-low / step)
-    q = (x / step).round().add(zero).clamp(0, 255)  # (R, K) as DynamicQuantizeLinear gives it
     exact = x @ weight.T  # (R, N)
+    q, step, zero = as_bytes(x, by_row=by_row)  # (R, K)
+    if x.shape[1] % 2:
+        q, weight = nn.functional.pad(q, (0, 1)), nn.functional.pad(weight, (0, 1))
     norm = float(exact.norm()) or 1.0
 
     scale = weight_scales(weight)  # (N,)
     w = (weight / scale[:, None]).round()  # (N, K)
     product, clipped = torch.zeros_like(exact), 0
-    for start in range(0, x.shape[1], 64):
+    for start in range(0, q.shape[1], 64):
         left, right = q[:, start : start + 64], w[:, start : start + 64]
         terms = left[:, None, :] * right[None]  # (R, N, 64)
         sums = terms[..., 0::2] + terms[..., 1::2]

@@ -172,3 +172,31 @@ def test_the_first_value_that_is_not_finite_is_named_by_its_layer(tmp_path: Path
 def test_availability_tells_what_stands_in_the_way() -> None:
     assert OnnxRuntime().availability().why_not("runnable") == ""
     assert "CUDAExecutionProvider" in OnnxRuntime(provider="cuda").availability().why_not("runnable")
+
+
+def test_a_scale_for_each_row_keeps_small_rows_beside_a_large_one(
+    exported: tuple[Net, dict[str, np.ndarray], Path],
+) -> None:
+    net, x, root = exported
+    uneven = {"x": (x["x"] * np.array([[100], [1], [0.01], [0]])).astype(np.float32)}
+    with torch.no_grad():
+        exact = net(torch.from_numpy(uneven["x"])).numpy()
+    errors = {}
+    for rows in (False, True):
+        hints = {path: {"rows": rows} for path in ("a", "b", "c")}
+        target = OnnxRuntime(int8="dynamic")
+        runner = target.load(built(root, "int8", target, uneven, hints), threads=1)
+        errors[rows] = np.abs(runner(uneven)["y"] - exact).max(axis=1) / np.abs(exact).max(axis=1)
+    assert errors[True].max() < 0.03
+    assert errors[False][2] > 0.2, "a row of a ten-thousandth of the largest must be lost without its own scale"
+
+
+def test_only_marked_layers_get_a_scale_for_each_row_and_share_it(
+    exported: tuple[Net, dict[str, np.ndarray], Path],
+) -> None:
+    _, x, root = exported
+    hints = {"a": {"rows": True}, "b": {"rows": True}, "c": {"rows": False}}
+    folder = built(root, "int8", OnnxRuntime(int8="dynamic"), x, hints)
+    graph = onnx.load(folder / "dynamic.onnx", load_external_data=False).graph
+    count = [node.op_type for node in graph.node].count
+    assert (count("ReduceMin"), count("DynamicQuantizeLinear"), count("MatMulInteger")) == (1, 2, 3)

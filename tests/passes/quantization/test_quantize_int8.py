@@ -9,7 +9,7 @@ from torch import nn
 
 from passes.contract import Context, Plan
 from passes.quantization.linear import QuantizedLinear
-from passes.quantization.quantize_int8 import QuantizeInt8, least_squares_limit, saturation
+from passes.quantization.quantize_int8 import QuantizeInt8, as_bytes, least_squares_limit, saturation
 from toolchain.errors import ToolchainError
 
 
@@ -156,3 +156,23 @@ def test_seven_bits_never_pay_where_nothing_saturates() -> None:
     full, reduced, share = saturation(x, low)
     assert share == 0
     assert full <= reduced
+
+
+def test_uneven_rows_are_marked_for_scales_of_their_own_and_even_ones_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 32, generator=generator), torch.randn(16, 32, generator=generator)
+    sizes = torch.logspace(-2, 0, 64)[:, None]
+    choose = QuantizeInt8().choose
+    assert choose(x * sizes, weight)["rows"] is True
+    assert choose(x.clamp(-2, 2), weight)["rows"] is False
+
+
+def test_bytes_with_one_scale_are_those_of_the_operator_and_rows_use_their_whole_range() -> None:
+    x = torch.tensor([[-1.0, 0.5, 3.0], [0.01, 0.018, 0.03]])
+    q, step, zero = as_bytes(x, by_row=False)
+    assert q.tolist() == [[0, 96, 255], [65, 65, 66]]
+    assert float(step) == pytest.approx(4 / 255)
+    assert float(zero) == 64
+    q, step, zero = as_bytes(x, by_row=True)
+    assert q.tolist() == [[0, 96, 255], [0, 102, 255]]
+    torch.testing.assert_close((q - zero) * step, x, atol=0.01, rtol=0)
