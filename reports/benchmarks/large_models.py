@@ -1,0 +1,142 @@
+"""Graphs of networks larger than memory: peak memory and time of exporting them from disk.
+
+    python -m reports.benchmarks.large_models [NAME…]
+
+Writes each network's checkpoint as a sparse file (shapes and zeros, no space on the disk), exports it through the
+command line with weights left where they are, has ONNX's checker read the result, and adds the figures to
+``reports/results/large_models.json``. Peaks are of the exporting process, its libraries included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from targets.onnx_files import check_onnx, external_bytes
+from targets.stored import TYPES
+from toolchain.errors import require
+from toolchain.sources.filling import without_memory
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "large_models.json"
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD3 = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+MODELS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
+    "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, torch.bfloat16),
+    "SDXL UNet": ("UNet2DConditionModel", SDXL, torch.float16),
+    "SD3 medium": ("SD3Transformer2DModel", SD3, torch.float16),
+    "CogVideoX-2B": ("CogVideoXTransformer3DModel", {}, torch.float16),
+}
+BOUND_BYTES, BOUND_SECONDS = 2e9, 180
+DTYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+
+def write_sparse(tensors: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> int:
+    """A safetensors file of zeros that takes no space; returns the bytes it claims."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        start, end = end, end + math.prod(tensor.shape) * kind.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[kind], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 4096)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def checkpoint(name: str, folder: Path) -> tuple[int, int]:
+    """Write a network's configuration and sparse weights; parameters and bytes."""
+    cls, settings, dtype = MODELS[name]
+    with without_memory():
+        module: Any = getattr(require("diffusers", extra="diffusers"), cls)(**settings)
+    module.save_config(folder)
+    written = write_sparse(module.state_dict(), dtype, folder / "diffusion_pytorch_model.safetensors")
+    return sum(p.numel() for p in module.parameters()), written
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Export one network and look at what came out."""
+    source = folder / "checkpoint"
+    source.mkdir()
+    parameters, weights = checkpoint(name, source)
+    measured = "import resource, sys; from toolchain.cli import main; code = main(sys.argv[1:]); "
+    measured += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
+    out = folder / "out"
+    command = [
+        sys.executable,
+        "-c",
+        measured,
+        "export",
+        f"diffusers:{source}",
+        "--no-validate",
+        "--quiet",
+        "-o",
+        str(out),
+    ]
+    start = time.perf_counter()
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if run.returncode:
+        sys.exit(f"the export of {name} failed with exit code {run.returncode}")
+    graph = check_onnx(out / "model.onnx").graph
+    peak = int(run.stdout.splitlines()[-1])
+    return {
+        "parameters": parameters,
+        "weight_bytes": weights,
+        "nodes": len(graph.node),
+        "bytes_read_in_place": external_bytes(out / "model.onnx", linked=True),
+        "peak_bytes": peak,
+        "bound_bytes": BOUND_BYTES,
+        "seconds": round(seconds, 1),
+        "bound_seconds": BOUND_SECONDS,
+    }
+
+
+def main() -> None:
+    """Measure the networks that were named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}")
+    names = parser.parse_args().names or list(MODELS)
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(name, Path(folder))
+        print(name, json.dumps(found), flush=True)
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps({**known, name: found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
