@@ -23,6 +23,12 @@ def documented_commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
+def documented_files() -> dict[str, str]:
+    """Python blocks whose first line names a file."""
+    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return dict(blocks)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that the repository gains no build folder."""
@@ -72,6 +78,8 @@ def test_every_documented_command_works_from_the_installed_wheel(installed: Path
     assert len(commands) > 8
     used = {command[1] for command in commands}
     assert used >= {"export", "run", "bench", "compare", "check", "plan", "list", "show", "doctor"}
+    for name, text in documented_files().items():
+        (tmp_path / name).write_text(text)
     for command in commands:
         assert command[0] == "enginewright"
         run = subprocess.run(

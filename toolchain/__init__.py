@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toolchain.loaded import load as load
     from toolchain.loaded import load_module as load_module
+    from toolchain.spec import ModelSpec as ModelSpec
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "load_module"]
+__all__ = ["ModelSpec", "__version__", "load", "load_module"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``load`` and ``load_module`` when they are first used: the command line's help needs no backend."""
+    """Import public names when they are first used: the command line's help needs no backend."""
     if name in ("load", "load_module"):
         from toolchain import loaded
 
         return getattr(loaded, name)
+    if name == "ModelSpec":
+        from toolchain.spec import ModelSpec
+
+        return ModelSpec
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -114,6 +114,8 @@ class Engine:
             return values[0]
         if self.interface.returns == "tuple" or not return_dict:
             return tuple(values)
+        if self.interface.returns == "dict":
+            return dict(zip(self.interface.keys, values, strict=True))
         module, _, name = self.interface.returns.partition(":")
         if module.partition(".")[0] not in LIBRARIES:
             raise ToolchainError(f"the artifact names {self.interface.returns!r} for its outputs; refused")

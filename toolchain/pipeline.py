@@ -45,7 +45,9 @@ class Run:
         """The untouched original."""
         head = self.recipe.head
         weights = self.recipe.path(head.weights) if head.weights else None
-        return sources.load(head.model, weights=weights, seed=head.seed, trust_remote_code=head.trust_remote_code)
+        return sources.load(
+            self.recipe.model, weights=weights, seed=head.seed, trust_remote_code=head.trust_remote_code
+        )
 
     @property
     def threads(self) -> int:
@@ -297,7 +299,7 @@ def exit_code(report: record.Report) -> int:
 
 def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
     """Everything but the graph, the plans and the engines: recipe, report and manifest."""
-    (folder / "recipe.toml").write_text(run.recipe.as_toml(run.resolved))
+    (folder / "recipe.toml").write_text(run.recipe.moved(folder).as_toml(run.resolved))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:

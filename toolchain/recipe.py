@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from passes.contract import Pass
 from targets.contract import Target
-from toolchain import catalog
+from toolchain import catalog, sources
 from toolchain.errors import FaultsError, ToolchainError, invalid, raise_faults
 from validation.gates import GateBound, parse
 from validation.gates import gate_names as gates_of
@@ -107,6 +107,27 @@ class Recipe:
     def path(self, text: str) -> Path:
         """A path of the recipe."""
         return self.folder / text
+
+    @property
+    def model(self) -> str:
+        """The model string, its path, if it holds one, from the recipe's folder."""
+        return sources.with_path(self.head.model, self.folder, lambda path: str(self.path(path)))
+
+    def moved(self, folder: Path) -> Recipe:
+        """The same recipe for a file in another folder: relative paths lead to where they did, absolute ones stay."""
+
+        def move(path: str) -> str:
+            if Path(path).is_absolute():
+                return path
+            return Path(os.path.relpath(self.folder.resolve() / path, folder.resolve())).as_posix()
+
+        changes: dict[str, Any] = {"model": sources.with_path(self.head.model, self.folder, move)}
+        if self.head.weights:
+            changes["weights"] = move(self.head.weights)
+        if self.head.calibration.file:
+            file = move(self.head.calibration.file)
+            changes["calibration"] = self.head.calibration.model_copy(update={"file": file})
+        return replace(self, head=self.head.model_copy(update=changes), folder=folder)
 
     def as_toml(self, resolved: Mapping[str, Mapping[str, Any]] | None = None) -> str:
         """The recipe with every default spelled out.

@@ -87,3 +87,25 @@ def test_written_out_it_reads_the_same_with_every_default(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", catalog.entries("recipes"))
 def test_every_recipe_that_ships_is_sound(name: str) -> None:
     assert read(catalog.recipe_path(name)).steps
+
+
+def test_a_recipe_that_moves_still_finds_its_files(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    content = {"weights": "w.safetensors", "calibration": {"file": "in/c.safetensors"}}
+    out = tmp_path / "a" / "out"
+    out.mkdir(parents=True)
+    for model, wanted in {
+        "py:net.py:build": "py:../../net.py:build",
+        "hf:checkpoint": "hf:../../checkpoint",
+        "hf:owner/name": "hf:owner/name",  # on a hub: no such folder here
+        "py:/there/net.py:build": "py:/there/net.py:build",
+        "dit:S/2": "dit:S/2",
+    }.items():
+        recipe = make({"model": model, **content}, folder=tmp_path)
+        moved = recipe.moved(out)
+        assert moved.head.model == wanted
+        assert moved.head.weights == "../../w.safetensors"
+        assert moved.head.calibration.file == "../../in/c.safetensors"
+        assert moved.moved(tmp_path).head == recipe.head
+        assert moved.moved(tmp_path).model == recipe.model
+    assert make({"model": "py:net.py:build"}, folder=tmp_path).model == f"py:{tmp_path}/net.py:build"

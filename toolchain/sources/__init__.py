@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from toolchain.sources.contract import Model
+
+FILES = ("onnx", "pt2", "py")
+"""Sources whose strings hold a path; those of others hold one if it is there, and may else name a model on a hub."""
 
 
 def prefixes() -> list[str]:
@@ -42,3 +47,19 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_
     source = importlib.import_module(f"toolchain.sources.{prefix}_source")
     model: Model = source.load(text, seed=seed, trust_remote_code=trust_remote_code)
     return model
+
+
+def with_path(text: str, folder: Path, change: Callable[[str], str]) -> str:
+    """A model string whose relative path, where it holds one, went through ``change``.
+
+    Args:
+        text: as for ``load``.
+        folder: where the path starts.
+        change: from the path as it stands to another.
+    """
+    found = re.fullmatch(r"(\w+):(.+?)(:\w+)?", text)
+    if not found or found[1] not in prefixes() or Path(found[2]).is_absolute():
+        return text
+    if found[1] not in FILES and not (folder / found[2]).exists():
+        return text
+    return f"{found[1]}:{change(found[2])}{found[3] or ''}"

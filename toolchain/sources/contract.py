@@ -34,8 +34,9 @@ class Interface:
     Args:
         arguments: names of the arguments of ``forward``, in order. One that takes a mapping of inputs, such as
             ``added_cond_kwargs``, is given as one.
-        returns: ``tensor``, ``tuple``, or the class of a model output, ``module:Class``, of diffusers or transformers.
-        keys: fields of that class, as many as there are outputs.
+        returns: ``tensor``, ``tuple``, ``dict``, or the class of a model output, ``module:Class``, of diffusers or
+            transformers.
+        keys: fields of that class or keys of that dict, as many as there are outputs.
         module: path of the module that is replaced, inside the one that is exported; empty for that one itself.
         original: class of that module, as ``diffusers:Name`` or ``transformers:Name``; empty for others.
         config: its configuration, to build it again from.
