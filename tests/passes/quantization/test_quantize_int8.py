@@ -9,7 +9,8 @@ from torch import nn
 
 from passes.contract import Context, Plan
 from passes.quantization.linear import QuantizedLinear
-from passes.quantization.quantize_int8 import QuantizeInt8, least_squares_limit, saturation
+from passes.quantization.quantize_int8 import QuantizeInt8
+from passes.quantization.scales import least_squares_limit, saturation
 from toolchain.errors import ToolchainError
 
 
