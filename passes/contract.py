@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from passes.graph.module import GraphModule, is_parameter, weights_of
 from toolchain.errors import ToolchainError, invalid, raise_faults
 
 Inputs = dict[str, Tensor]
@@ -97,11 +98,17 @@ class Result:
     after: Cost
 
 
+WORDS = {"module": "PyTorch modules", "graph": "ONNX graphs"}
+"""What a pass works on, in words."""
+
+
 class Pass(BaseModel, ABC):
     """One optimization. Parameters are pydantic fields with defaults, ranges and descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
+    works_on: ClassVar[Literal["module", "graph"]] = "module"
+    """PyTorch modules, or ONNX graphs: ``plan`` and ``rewrite`` are then handed a ``GraphModule``."""
     needs_calibration: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = ()
     """Passes that may not stand before this one in a recipe."""
@@ -128,6 +135,8 @@ class Pass(BaseModel, ABC):
 
     def apply(self, model: nn.Module, context: Context) -> Result:
         """Plan, rewrite and account for it."""
+        if isinstance(model, GraphModule) != (self.works_on == "graph"):
+            raise ToolchainError(f"{self.name()} works on {WORDS[self.works_on]}, and was handed another model")
         if self.needs_calibration and not context.calibration:
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
         before = cost(model, context.example)
@@ -141,14 +150,24 @@ class Pass(BaseModel, ABC):
 def cost(model: nn.Module, example: Inputs | None) -> Cost:
     """Count parameters, weight bytes and, given an example call, multiply-accumulates.
 
-    Integer matrices held as buffers (a quantized layer's weights) count as parameters; other buffers do not.
+    Integer matrices held as buffers (a quantized layer's weights) count as parameters; other buffers do not. Of an ONNX
+    graph its float tensors and int8 matrices count, and no multiply-accumulates.
     """
+    if isinstance(model, GraphModule):
+        return graph_cost(model)
     weights = [*model.parameters(), *(b for b in model.buffers() if b.dtype.itemsize == 1 and b.ndim > 1)]
     return Cost(
         parameter_count=sum(t.numel() for t in weights),
         macs=None if example is None else macs(model, example),
         bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
     )
+
+
+def graph_cost(model: GraphModule) -> Cost:
+    """Parameters and bytes of a graph's initializers."""
+    weights = {value: value.const_value for value in weights_of(model.graph) if value.const_value is not None}
+    learned = sum(tensor.size for value, tensor in weights.items() if is_parameter(value))
+    return Cost(parameter_count=learned, macs=None, bytes=sum(tensor.nbytes for tensor in weights.values()))
 
 
 def macs(model: nn.Module, example: Inputs) -> int:

@@ -6,6 +6,9 @@ scale for all of x is poor where rows (tokens) differ much in size. In layers th
 first brought to the range 0 to 1, which gives it a scale of its own. With lo and r a row's smallest value and its
 range, x W = ((x - lo) / r) W r + lo (1 W).
 
+Convolutions have no fast dynamic kernel: that form multiplies their 8-bit weights out again and computes in floats. In
+the static form ONNX Runtime computes one in 8 bits only if its output is rounded too, which ``add_output_pairs`` does.
+
 On x86 without VNNI the 8-bit product adds two neighbours u8*s8 in 16 bits and saturates; ``reduce_range`` gives the
 layers where that happens weights of 7 bits, which cannot.
 """
@@ -13,7 +16,7 @@ layers where that happens weights of 7 bits, which cannot.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +32,25 @@ class Product(NamedTuple):
     activation: ir.Value
     weight: ir.Value
     scale: ir.Value
+    axis: int
+
+    def float_weight(self) -> npt.NDArray[np.float32]:
+        """The weight multiplied by its scales, which lie along ``axis``."""
+        assert self.weight.const_value is not None
+        assert self.scale.const_value is not None
+        scale = self.scale.const_value.numpy()
+        if scale.ndim:
+            scale = scale.reshape([-1 if i == self.axis else 1 for i in range(len(self.weight.const_value.shape))])
+        with np.errstate(all="ignore"):  # a scale that is not finite is validation's to find
+            return self.weight.const_value.numpy().astype(np.float32) * scale
 
 
 def static_products(model: ir.Model) -> Iterator[Product]:
     """Every product whose two sides are dequantized, the right one from a constant."""
     for node in list(model.graph):
-        if node.op_type != "MatMul":
+        if node.op_type not in ("MatMul", "Conv"):
             continue
-        left, right = (value.producer() if value is not None else None for value in node.inputs)
+        left, right = (value.producer() if value is not None else None for value in node.inputs[:2])
         if left is None or right is None or left.op_type != "DequantizeLinear" or right.op_type != "DequantizeLinear":
             continue
         quantize = left.inputs[0].producer() if left.inputs[0] is not None else None
@@ -44,11 +58,11 @@ def static_products(model: ir.Model) -> Iterator[Product]:
         if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.inputs[0] is None:
             continue
         if weight is not None and scale is not None and weight.const_value is not None:
-            yield Product(node, quantize.inputs[0], weight, scale)
+            yield Product(node, quantize.inputs[0], weight, scale, right.attributes.get_int("axis", 1))
 
 
 def to_dynamic(model: ir.Model, rows: Collection[str] = ()) -> int:
-    """Rewrite every static product; returns how many. Nodes that nothing uses any more are left for ``save``.
+    """Rewrite every static product; returns how many became dynamic. Nodes that nothing uses are left for ``save``.
 
     Args:
         model: changed in place.
@@ -57,7 +71,11 @@ def to_dynamic(model: ir.Model, rows: Collection[str] = ()) -> int:
     measured: dict[tuple[ir.Value, bool], ir.Node] = {}
     normalised: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
     count = 0
-    for node, activation, weight, scale in static_products(model):
+    for product in static_products(model):
+        node, activation, weight, scale, _ = product
+        if node.op_type == "Conv":
+            in_floats(model, product)
+            continue
         by_row = module_path(node) in rows
         before = Nodes(node, count)
         source = activation
@@ -68,8 +86,8 @@ def to_dynamic(model: ir.Model, rows: Collection[str] = ()) -> int:
         if (activation, by_row) not in measured:
             measured[activation, by_row] = before.add("DynamicQuantizeLinear", source, outputs=3).node
         quantized, step, zero = measured[activation, by_row].outputs
-        product = before.add("MatMulInteger", quantized, weight, zero)
-        as_float = before.add("Cast", product.value, attributes={"to": ir.DataType.FLOAT})
+        integers = before.add("MatMulInteger", quantized, weight, zero)
+        as_float = before.add("Cast", integers.value, attributes={"to": ir.DataType.FLOAT})
         steps = before.add("Mul", step, scale)
         result = before.add("Mul", as_float.value, steps.value)
         if by_row:
@@ -77,9 +95,10 @@ def to_dynamic(model: ir.Model, rows: Collection[str] = ()) -> int:
             ones = constant(model, f"{weight.name}_sums", column_sums(weight, scale))
             scaled, shifted = before.add("Mul", result.value, span), before.add("Mul", low, ones)
             result = before.add("Add", scaled.value, shifted.value)
-        result.value.shape, result.value.type = node.outputs[0].shape, node.outputs[0].type
+        old, new = node.outputs[0], result.value
+        new.name, new.shape, new.type = old.name, old.shape, old.type  # it may be the graph's output
         model.graph.insert_before(node, before.nodes)
-        ir.convenience.replace_all_uses_with(node.outputs[0], result.value, replace_graph_outputs=True)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
         count += 1
     return count
@@ -138,16 +157,42 @@ def column_sums(weight: ir.Value, scale: ir.Value) -> npt.NDArray[np.float32]:
 
 def to_float(model: ir.Model) -> int:
     """Take the 8 bits out of every static product again, to time the same graph in fp32; returns how many."""
+    products = list(static_products(model))
+    for product in products:
+        in_floats(model, product)
+    return len(products)
+
+
+def in_floats(model: ir.Model, product: Product) -> None:
+    """Let one product read its activation as it is, and its weight multiplied out."""
+    name = f"{product.weight.name}_float"
+    if name not in model.graph.initializers:
+        model.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(product.float_weight(), name=name)))
+    product.node.replace_input_with(0, product.activation)
+    product.node.replace_input_with(1, model.graph.initializers[name])
+
+
+def add_output_pairs(model: ir.Model, hints: Mapping[str, Mapping[str, Any]]) -> int:
+    """Round the outputs of convolutions to int8 where a pass chose an ``output_scale``, by module path; how many."""
     count = 0
-    for node, activation, weight, scale in static_products(model):
-        assert weight.const_value is not None
-        assert scale.const_value is not None
-        with np.errstate(all="ignore"):  # a scale that is not finite is validation's to find
-            values = weight.const_value.numpy().astype(np.float32) * scale.const_value.numpy()  # (K, N)
-        name = f"{weight.name}_float"
-        model.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(values, name=name)))
-        node.replace_input_with(0, activation)
-        node.replace_input_with(1, model.graph.initializers[name])
+    for product in list(static_products(model)):
+        [output] = product.node.outputs
+        scale = hints.get(module_path(product.node), {}).get("output_scale")
+        if product.node.op_type != "Conv" or scale is None:
+            continue
+        readers = list(output.uses())
+        constants = []
+        for kind, value in (("scale", np.array(scale, np.float32)), ("zero", np.array(0, np.int8))):
+            name = f"{output.name}.output.{kind}"
+            constants.append(ir.Value(name=name, const_value=ir.tensor(value, name=name)))
+            model.graph.register_initializer(constants[-1])
+        quantize = ir.node("QuantizeLinear", [output, *constants])
+        back = ir.node("DequantizeLinear", [quantize.outputs[0], *constants])
+        quantize.outputs[0].name, back.outputs[0].name = f"{output.name}.int8.output", f"{output.name}.output"
+        back.outputs[0].shape, back.outputs[0].type = output.shape, output.type
+        for use in readers:
+            use.node.replace_input_with(use.idx, back.outputs[0])
+        model.graph.insert_after(product.node, [quantize, back])
         count += 1
     return count
 
@@ -158,7 +203,7 @@ def reduce_range(model: ir.Model, reduced: Collection[str]) -> int:
     Halving an 8-bit weight rounds a second time: its error is about a third above that of rounding once to 7 bits.
     """
     count = 0
-    for node, _, weight, scale in static_products(model):
+    for node, _, weight, scale, _ in static_products(model):
         if module_path(node) not in reduced or weight.const_value is None or scale.const_value is None:
             continue
         halves = np.rint(weight.const_value.numpy().astype(np.float32) / 2).astype(np.int8)

@@ -91,7 +91,8 @@ def plan_command(chosen: Namespace) -> int:
             print(f"{step.name}: would change {len(step.changed)} layers, leave {len(step.skipped)}")
             for label in ("parameter_count", "macs", "bytes"):
                 count = getattr(step, label)
-                print(f"  {label}: {count.before:,} -> {count.after:,}")
+                if count.before is not None and count.after is not None:
+                    print(f"  {label}: {count.before:,} -> {count.after:,}")
             for skip in step.skipped:
                 print(f"  leaves {skip.path}: {skip.reason}")
         if not decisions:

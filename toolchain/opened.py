@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 from torch import nn
 
 from passes.contract import Plan
@@ -20,7 +19,8 @@ from toolchain.pipeline import Run, share
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
 from toolchain.sources.contract import Model
-from validation.inputs import Dim, InputSpec
+from toolchain.sources.onnx_source import inputs_of
+from validation.inputs import InputSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def open_subject(text: str, *, threads: int | None = None) -> Opened:
     place, _, wanted = text.partition("#")
     if Path(place).is_dir():
         return open_artifact(Path(place), wanted, threads)
-    if place.endswith(".onnx"):
+    if place.endswith(".onnx") and sources.gives(place) == "module":
         return open_onnx(Path(place), threads)
     model = sources.load(text)
     eager = EagerRunner(model.module, threads=threads, outputs=model.outputs)
@@ -103,25 +103,7 @@ def replay(run: Run, folder: Path) -> nn.Module:
 
 
 def open_onnx(path: Path, threads: int) -> Opened:
-    """A bare ONNX file in ONNX Runtime; unknown sizes become 2, integers are drawn from 0 and 1."""
-    graph = check_onnx(path)
-    known = {tensor.name for tensor in graph.graph.initializer}
-    inputs = tuple(input_spec(value) for value in graph.graph.input if value.name not in known)
+    """A bare ONNX file in ONNX Runtime; open sizes are guessed, integers are drawn from 0 and 1."""
+    inputs = inputs_of(check_onnx(path), where=str(path))
     target: Any = catalog.target_class("onnxruntime")()
     return Opened(runners={path.name: target.open(path, threads)}, inputs=inputs, absent={})
-
-
-def input_spec(value: onnx.ValueInfoProto) -> InputSpec:
-    """An ONNX graph input as an input contract."""
-    kind = value.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    shape = tuple(
-        d.dim_value
-        if d.HasField("dim_value")
-        else Dim(name=d.dim_param or f"{value.name}_{i}", low=1, typical=2, high=64)
-        for i, d in enumerate(kind.shape.dim)
-    )
-    whole = dtype.kind in "iub"
-    return InputSpec(
-        name=value.name, shape=shape, dtype=dtype.name, low=0 if whole else None, high=2 if whole else None
-    )

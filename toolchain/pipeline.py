@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from passes.contract import Context, Inputs, Pass, Plan, Result, cost
+from passes.graph.module import GraphModule
 from reports import record, rendering
 from targets.contract import Graph, ShapeRange
 from targets.element_types import DTYPES
-from targets.onnx_export import export_onnx
+from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, calibration, environment, sources
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
@@ -142,6 +143,9 @@ def write_plans(run: Run, folder: Path) -> None:
 def write_graph(run: Run, module: nn.Module, path: Path) -> None:
     """``model.onnx`` with its weights beside it."""
     model = run.model
+    if isinstance(module, GraphModule):
+        save(module.graph.clone(), path)
+        return
     # At least 2, because the tracer takes a dimension of 1 for a constant.
     sizes = {d.name: max(d.typical, 2) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
     dynamic = {

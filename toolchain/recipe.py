@@ -28,7 +28,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from passes.contract import Pass
+from passes.contract import WORDS, Pass
 from targets.contract import Target
 from toolchain import catalog, sources
 from toolchain.errors import FaultsError, ToolchainError, invalid, raise_faults
@@ -219,6 +219,8 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
         if gate and gate.target and gate.target not in named
     ]
     faults.extend(order_faults([step for step in steps if step], where))
+    if head:
+        faults.extend(kind_faults([step for step in steps if step], head.model, where))
     raise_faults(faults)
     assert head is not None
     return Recipe(head=head, steps=tuple(steps), targets=tuple(targets), gates=tuple(gates), folder=folder)
@@ -279,6 +281,21 @@ def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
                 message = f"{step.name()} cannot come after {earlier.name()}"
                 faults.append(ToolchainError(message, where=at(where, f"steps[{i}]"), help="change their order"))
     return faults
+
+
+def kind_faults(steps: list[Pass], model: str, where: str) -> list[ToolchainError]:
+    """Steps that work on modules where the model is a graph, or the other way round."""
+    given = sources.gives(model)
+    wrong = {i: step for i, step in enumerate(steps) if step.works_on != given}
+    fitting = [name for name in catalog.entries("passes") if wrong and catalog.pass_class(name).works_on == given]
+    return [
+        ToolchainError(
+            f"{step.name()} works on {WORDS[step.works_on]}; {model!r} is one of the {WORDS[given]}",
+            where=at(where, f"steps[{i}]"),
+            help=f"passes for {WORDS[given]}: {', '.join(fitting)}",
+        )
+        for i, step in wrong.items()
+    ]
 
 
 def gate_names() -> list[str]:

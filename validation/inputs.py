@@ -67,7 +67,7 @@ def draw(specs: Sequence[InputSpec], *, seed: int, sizes: Mapping[str, int] | No
         shape, dtype = spec.sizes(sizes), np.dtype(spec.dtype)
         if spec.low is None or spec.high is None:
             arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
-        elif np.issubdtype(dtype, np.integer):
+        elif dtype.kind in "iub":
             arrays[spec.name] = rng.integers(int(spec.low), int(spec.high), shape).astype(dtype)
         else:
             arrays[spec.name] = rng.uniform(spec.low, spec.high, shape).astype(dtype)

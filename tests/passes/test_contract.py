@@ -4,40 +4,54 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 
-from passes.contract import Context, Plan, cost, macs
+from passes.contract import WORDS, Context, Pass, Plan, cost, macs
+from passes.graph.module import GraphModule
+from targets.pytorch_engine import flat
+from tests.graphs import mixed
 from toolchain import catalog, sources
+from toolchain.errors import ToolchainError
 from validation.inputs import draw
 
 
-def model_and_context() -> tuple[torch.nn.Module, Context]:
-    model = sources.load("dit:tiny")
+def model_and_context(step: type[Pass], folder: Path) -> tuple[torch.nn.Module, Context]:
+    model = sources.load("dit:tiny" if step.works_on == "module" else f"onnx:{mixed(folder / 'm.onnx')}")
     calls = [{k: torch.from_numpy(v) for k, v in draw(model.inputs, seed=i).items()} for i in range(2)]
     return model.module, Context(calibration=calls, example=calls[0])
 
 
+def content(module: torch.nn.Module) -> object:
+    """All that a pass could have changed: tensors, training mode, gradients; or the graph's bytes."""
+    if isinstance(module, GraphModule):
+        return ir.to_proto(module.graph).SerializeToString()
+    tensors = {name: value.tolist() for name, value in module.state_dict().items()}
+    return tensors, module.training, [(p.requires_grad, p.grad is None) for p in module.parameters()]
+
+
+def places(module: torch.nn.Module) -> set[str]:
+    """What a plan may name: module paths, or node names."""
+    if isinstance(module, GraphModule):
+        return {node.name or "" for node in module.graph.graph.all_nodes()}
+    return {path for path, _ in module.named_modules()}
+
+
 @pytest.mark.parametrize("name", catalog.entries("passes"))
-def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str) -> None:
-    module, context = model_and_context()
+def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp_path: Path) -> None:
     step = catalog.pass_class(name)()
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    training, needs = module.training, [p.requires_grad for p in module.parameters()]
+    module, context = model_and_context(type(step), tmp_path)
+    before = content(module)
     plan = step.plan(module, context)
-    after = module.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    assert module.training == training
-    assert [p.requires_grad for p in module.parameters()] == needs
-    assert all(p.grad is None for p in module.parameters())
+    assert content(module) == before
 
     assert step.plan(module, context).digest() == plan.digest(), "planning twice gives two plans"
-    assert plan.choice, "a pass that has nothing to do on the tiny DiT has no contract test"
-    paths = {path for path, _ in module.named_modules()}
-    assert set(plan.choice) <= paths
-    assert set(plan.skipped) <= paths
+    assert plan.choice, "a pass that has nothing to do on the small model has no contract test"
+    assert set(plan.choice) <= places(module)
+    assert set(plan.skipped) <= places(module)
     assert not set(plan.choice) & set(plan.skipped)
     assert all(len(reason) > 5 for reason in plan.skipped.values())
     json.loads(plan.as_json())
@@ -45,17 +59,33 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str) -> 
     one = step.rewrite(copy.deepcopy(module), plan)
     two = step.rewrite(copy.deepcopy(module), Plan.from_json(plan.as_json()))
     with torch.no_grad():
-        outputs = [net(**context.calibration[0]) for net in (module, one, two)]
+        outputs = [flat(net(**context.calibration[0]))[0] for net in (module, one, two)]
     assert torch.equal(outputs[1], outputs[2])
     assert not torch.equal(outputs[0], outputs[1]), "the rewrite changed nothing"
 
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
-def test_a_rewrite_never_writes_into_the_tensors_it_was_handed(name: str) -> None:
-    module, context = model_and_context()
+def test_a_rewrite_never_writes_into_the_tensors_it_was_handed(name: str, tmp_path: Path) -> None:
+    step = catalog.pass_class(name)()
+    module, context = model_and_context(type(step), tmp_path)
+    if isinstance(module, GraphModule):
+        before = content(module)
+        step.apply(module, context)
+        assert content(module) == before
+        return
     held = [(t, t.clone()) for t in (*module.parameters(), *module.buffers())]
-    catalog.pass_class(name)().apply(module, context)
+    step.apply(module, context)
     assert all(torch.equal(tensor, copy) for tensor, copy in held)
+
+
+@pytest.mark.parametrize("name", catalog.entries("passes"))
+def test_a_pass_refuses_what_it_does_not_work_on(name: str, tmp_path: Path) -> None:
+    step = catalog.pass_class(name)()
+    kinds = {"module": torch.nn.Linear(2, 2), "graph": sources.load(f"onnx:{mixed(tmp_path / 'm.onnx')}").module}
+    del kinds[step.works_on]
+    for other in kinds.values():
+        with pytest.raises(ToolchainError, match=f"{name} works on {WORDS[step.works_on]}"):
+            step.apply(other, Context(calibration=[{}]))
 
 
 def test_cost_counts_by_hand() -> None:

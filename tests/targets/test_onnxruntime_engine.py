@@ -200,3 +200,27 @@ def test_only_marked_layers_get_a_scale_for_each_row_and_share_it(
     graph = onnx.load(folder / "dynamic.onnx", load_external_data=False).graph
     count = [node.op_type for node in graph.node].count
     assert (count("ReduceMin"), count("DynamicQuantizeLinear"), count("MatMulInteger")) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("static_scale", "wanted"), [(4 / 127, "static"), (40 / 127, "dynamic")], ids=["as good", "far off"]
+)
+def test_the_faster_form_is_not_taken_where_it_is_far_off(
+    static_scale: float, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    x = torch.randn(4, 64)
+    (tmp_path / "int8").mkdir()
+    module = nn.Sequential(QuantizedLinear(layer, static_scale)).eval()
+    path = tmp_path / "int8" / "model.onnx"
+    export_onnx(module, {"input": x}, dynamic={"input": {0: ("batch", 1, 8)}}, outputs=["y"], path=path)
+    taken = {"static": 1.0, "dynamic": 2.0, "fp32": 3.0}
+    monkeypatch.setattr(OnnxRuntime, "race", lambda *_: taken)
+    folder = tmp_path / "int8" / "engines" / "one"
+    folder.mkdir(parents=True)
+    graph = Graph(path=path, ranges={}, examples=[{"input": x.numpy()}])
+    built = OnnxRuntime().build(graph, folder)
+    assert built.resolved == {"int8": wanted}
+    assert ("relative error" in built.notes[0]) == (wanted == "dynamic")
+    assert "2.00 of the static form's time" in built.notes[0]

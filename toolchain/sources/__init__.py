@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from toolchain.sources.contract import Model
@@ -21,6 +21,11 @@ FILES = ("onnx", "pt2", "py")
 def prefixes() -> list[str]:
     """What a model string may begin with, before its colon."""
     return sorted(path.stem.removesuffix("_source") for path in Path(__file__).parent.glob("*_source.py"))
+
+
+def gives(text: str) -> Literal["module", "graph"]:
+    """What a model string stands for: a PyTorch module or an ONNX graph."""
+    return "graph" if text.partition(":")[0] == "onnx" else "module"
 
 
 def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_code: bool = False) -> Model:

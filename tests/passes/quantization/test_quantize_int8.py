@@ -9,7 +9,8 @@ from torch import nn
 
 from passes.contract import Context, Plan
 from passes.quantization.linear import QuantizedLinear
-from passes.quantization.quantize_int8 import QuantizeInt8, as_bytes, least_squares_limit, saturation
+from passes.quantization.quantize_int8 import QuantizeInt8
+from passes.quantization.scales import arithmetic, as_bytes, least_squares_limit, saturation
 from toolchain.errors import ToolchainError
 
 
@@ -162,9 +163,9 @@ def test_uneven_rows_are_marked_for_scales_of_their_own_and_even_ones_are_not() 
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(64, 32, generator=generator), torch.randn(16, 32, generator=generator)
     sizes = torch.logspace(-2, 0, 64)[:, None]
-    choose = QuantizeInt8().choose
-    assert choose(x * sizes, weight)["rows"] is True
-    assert choose(x.clamp(-2, 2), weight)["rows"] is False
+    assert arithmetic(x * sizes, weight)["rows"] is True
+    assert arithmetic(x * sizes, weight, products=False)["rows"] is False
+    assert arithmetic(x.clamp(-2, 2), weight)["rows"] is False
 
 
 def test_bytes_with_one_scale_are_those_of_the_operator_and_rows_use_their_whole_range() -> None:

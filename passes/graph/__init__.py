@@ -1,0 +1,1 @@
+"""Passes that work on ONNX graphs, and the module that holds one."""

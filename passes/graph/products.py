@@ -1,0 +1,124 @@
+"""Products of an ONNX graph with constant weights: MatMul, Gemm and Conv, seen as x (R, K) times weight (N, K).
+
+Shapes: R rows, K inputs, N outputs, B batch, C channels, G groups of a convolution, P positions of its kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from passes.graph.module import PAIR
+from passes.quantization.scales import some_rows
+
+KINDS = ("MatMul", "Gemm", "Conv")
+PATCHES = 64
+"""Places of a convolution's input kept from each calibration call."""
+IN_8_BITS = ("QLinearMatMul", "QLinearConv", "MatMulInteger", "ConvInteger")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A node, what flows into it, and its constant weight."""
+
+    node: ir.Node
+    activation: ir.Value
+    weight: ir.Value
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether x is (B, C, …) and not (…, K)."""
+        return self.node.op_type == "Conv"
+
+    def constant(self) -> Tensor:
+        """The weight as it stands in the graph."""
+        assert self.weight.const_value is not None
+        return torch.tensor(self.weight.const_value.numpy())
+
+    def matrix(self) -> Tensor:
+        """The weight as (N, K), a Gemm's alpha in it. A convolution's K runs over positions, then channels."""
+        weight = self.constant()
+        if self.is_convolution:
+            return weight.movedim(1, -1).flatten(1)
+        if self.node.op_type == "MatMul":
+            return weight.T
+        weight = weight * self.node.attributes.get_float("alpha", 1.0)
+        return weight if self.node.attributes.get_int("transB", 0) else weight.T
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Some rows of the input, the largest value's among them: (R, K), or (R, P * C) for a convolution."""
+        if not self.is_convolution:
+            return some_rows(x.reshape(-1, x.shape[-1]))
+        kernel = self.constant().shape[2:]
+        return some_patches(x, kernel, self.node.attributes.get_ints("dilations", [1] * len(kernel)))
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """Some rows of a convolution's output y (B, N, …), the largest value's among them: (R, N)."""
+        return some_rows(y.movedim(1, -1).flatten(0, -2))
+
+    def by_group(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Rows and weights of each group that is multiplied for itself: (R, K) and (N / G, K)."""
+        if not self.is_convolution:
+            return [(rows, self.matrix())]
+        groups = self.node.attributes.get_int("group", 1)
+        parts = rows.unflatten(1, (-1, groups, self.constant().shape[1]))  # (R, P, G, C / G)
+        return [(parts[:, :, g].flatten(1), part) for g, part in enumerate(self.matrix().chunk(groups))]
+
+
+def some_patches(x: Tensor, kernel: Sequence[int], dilations: Sequence[int]) -> Tensor:
+    """What a convolution's kernel sees of x (B, C, …) at some places, the largest value's among them: (R, P * C)."""
+    reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
+    missing = [max(0, r - size) for r, size in zip(reach, x.shape[2:], strict=True)]
+    x = nn.functional.pad(x, [side for more in reversed(missing) for side in (0, more)])
+    last = [size - r for r, size in zip(reach, x.shape[2:], strict=True)]
+    room = [x.shape[0], *(place + 1 for place in last)]
+    spaced = torch.linspace(0, float(torch.tensor(room).prod()) - 1, PATCHES, dtype=torch.float64).long().unique()
+    batch, _, *highest = torch.unravel_index(x.abs().argmax(), x.shape)
+    places = torch.stack(torch.unravel_index(spaced, room), dim=1).tolist()
+    places.append([int(batch), *(min(int(at), most) for at, most in zip(highest, last, strict=True))])
+    patches = []
+    for b, *starts in places:
+        window = [slice(s, s + r, d) for s, r, d in zip(starts, reach, dilations, strict=True)]
+        patches.append(x[(b, slice(None), *window)].movedim(0, -1).flatten())
+    return torch.stack(patches)
+
+
+def product_of(node: ir.Node) -> Product | str:
+    """A MatMul, Gemm or Conv as a product with a constant weight, or why it is none."""
+    activation, weight = node.inputs[0], node.inputs[1]
+    assert activation is not None
+    assert weight is not None
+    producer = weight.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return "is already quantized"
+    if weight.const_value is None:
+        left = activation.const_value is not None
+        return "its constant weight stands on the left" if left else "has no constant weight"
+    if activation.const_value is not None:
+        return "both its inputs are constant"
+    if weight.dtype != ir.DataType.FLOAT:
+        return f"its weight is {weight.dtype}; only FLOAT is quantized"
+    if node.op_type == "MatMul" and weight.const_value.shape.rank() != 2:
+        return f"its weight has {weight.const_value.shape.rank()} dimensions; only 2 are quantized"
+    if node.op_type == "Gemm":
+        if node.attributes.get_int("transA", 0):
+            return "transposes its input (transA)"
+        if len(node.inputs) > 2 and node.attributes.get_float("beta", 1.0) != 1:
+            return f"scales its bias by beta = {node.attributes.get_float('beta', 1.0):g}"
+    return Product(node, activation, weight)
+
+
+def reason_for_other(node: ir.Node, smallest: int) -> str:
+    """Why a node of another kind that holds weights stays as it is; empty when it holds none to speak of."""
+    if node.op_type in IN_8_BITS:
+        return f"{node.op_type}: already works in 8 bits"
+    if node.op_type in PAIR:
+        return ""
+    constants = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+    if any(c.dtype.is_floating_point() and c.shape.rank() > 1 and c.size >= max(smallest, 1) for c in constants):
+        return f"{node.op_type}: only {', '.join(KINDS)} are quantized"
+    return ""
