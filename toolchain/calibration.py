@@ -59,15 +59,20 @@ def from_file(path: Path, specs: tuple[InputSpec, ...]) -> list[Arrays]:
             faults.append(ToolchainError(message, where=str(path)))
     strangers = sorted(arrays.keys() - {spec.name for spec in specs})
     faults += [ToolchainError(f"the model has no input {name!r}", where=str(path)) for name in strangers]
-    rows = {len(arrays[spec.name]) for spec in specs if spec.name in arrays and isinstance(spec.shape[0], Dim)}
-    if not faults and len(rows) != 1:
+    by_row = {spec.name: d for spec in specs for d in spec.shape[:1] if isinstance(d, Dim)}
+    rows = {len(arrays[name]) for name in by_row if name in arrays}
+    if not faults and by_row and len(rows) != 1:
         faults.append(
             ToolchainError(f"calibration inputs have different numbers of rows: {sorted(rows)}", where=str(path))
         )
     raise_faults(faults)
-    lead = specs[0].shape[0]
-    step = lead.typical if isinstance(lead, Dim) else 1
-    return [{name: array[i : i + step] for name, array in arrays.items()} for i in range(0, rows.pop(), step)]
+    if not by_row:
+        return [arrays]
+    step = next(iter(by_row.values())).typical
+    return [
+        {name: array[i : i + step] if name in by_row else array for name, array in arrays.items()}
+        for i in range(0, rows.pop(), step)
+    ]
 
 
 def shape_text(shape: tuple[int | str, ...]) -> str:

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from toolchain import sources
 from toolchain.calibration import from_file
 from toolchain.errors import FaultsError, ToolchainError
+from validation.inputs import Dim, InputSpec
 
 
 def rows(n: int) -> dict[str, np.ndarray]:
@@ -54,3 +55,13 @@ def test_rows_that_do_not_match_truncation_and_absence(tmp_path: Path) -> None:
         from_file(tmp_path / "cut.safetensors", specs)
     with pytest.raises(ToolchainError, match="no calibration file"):
         from_file(tmp_path / "gone.safetensors", specs)
+
+
+def test_inputs_without_rows_go_whole_into_every_call(tmp_path: Path) -> None:
+    batch = Dim(name="batch", low=1, typical=2, high=4)
+    specs = (InputSpec(name="rate", shape=(), dtype="int64"), InputSpec(name="x", shape=(batch, 3)))
+    save_file({"rate": np.array(16_000), "x": np.ones((3, 3), np.float32)}, tmp_path / "c.safetensors")
+    calls = from_file(tmp_path / "c.safetensors", specs)
+    assert [(int(call["rate"]), len(call["x"])) for call in calls] == [(16_000, 2), (16_000, 1)]
+    save_file({"rate": np.array(16_000)}, tmp_path / "one.safetensors")
+    assert len(from_file(tmp_path / "one.safetensors", specs[:1])) == 1

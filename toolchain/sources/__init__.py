@@ -62,7 +62,7 @@ def with_path(text: str, folder: Path, change: Callable[[str], str]) -> str:
         folder: where the path starts.
         change: from the path as it stands to another.
     """
-    found = re.fullmatch(r"(\w+):(.+?)(:\w+)?", text)
+    found = re.fullmatch(r"(\w+):(.+?)([:#]\w+)?", text)
     if not found or found[1] not in prefixes() or Path(found[2]).is_absolute():
         return text
     if found[1] not in FILES and not (folder / found[2]).exists():

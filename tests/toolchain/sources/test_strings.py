@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from toolchain.sources import with_path
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("dit:digits", "dit:digits"),
+        ("py:net.py:build", "py:<net.py>:build"),
+        ("onnx:sub/net.onnx", "onnx:<sub/net.onnx>"),
+        ("onnx:/abs/net.onnx", "onnx:/abs/net.onnx"),
+        ("hf:here", "hf:<here>"),
+        ("hf:owner/name", "hf:owner/name"),
+        ("diffusers:here", "diffusers:<here>"),
+        ("diffusers:here#unet", "diffusers:<here>#unet"),
+        ("diffusers:owner/name#unet", "diffusers:owner/name#unet"),
+    ],
+)
+def test_relative_paths_are_found_in_model_strings(
+    text: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    known = ["diffusers", "hf", "onnx", "py"]
+    monkeypatch.setattr("toolchain.sources.prefixes", lambda: known)
+    assert with_path(text, tmp_path, lambda path: f"<{path}>") == wanted
