@@ -79,7 +79,8 @@ def to_float(model: ir.Model) -> int:
         with np.errstate(all="ignore"):  # a scale that is not finite is validation's to find
             values = weight.const_value.numpy().astype(np.float32) * scale.const_value.numpy()  # (K, N)
         name = f"{weight.name}_float"
-        model.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(values, name=name)))
+        if name not in model.graph.initializers:  # a layer that is called twice has two products
+            model.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(values, name=name)))
         node.replace_input_with(0, activation)
         node.replace_input_with(1, model.graph.initializers[name])
         count += 1
@@ -92,9 +93,13 @@ def reduce_range(model: ir.Model, reduced: Collection[str]) -> int:
     Halving an 8-bit weight rounds a second time: its error is about a third above that of rounding once to 7 bits.
     """
     count = 0
+    halved: set[ir.Value] = set()
     for node, _, weight, scale in static_products(model):
+        if weight in halved:  # a layer that is called twice has two products
+            continue
         if module_path(node) not in reduced or weight.const_value is None or scale.const_value is None:
             continue
+        halved.add(weight)
         halves = np.rint(weight.const_value.numpy().astype(np.float32) / 2).astype(np.int8)
         weight.const_value = ir.tensor(halves, name=weight.name)
         scale.const_value = ir.tensor(scale.const_value.numpy() * np.float32(2), name=scale.name)

@@ -13,7 +13,7 @@ from torch import nn
 from passes.quantization.linear import QuantizedLinear
 from targets import machine
 from targets.contract import Graph, ShapeRange
-from targets.dynamic_int8 import to_float
+from targets.dynamic_int8 import reduce_range, to_float
 from targets.onnx_export import export_onnx, save
 from targets.onnxruntime_engine import OnnxRuntime
 from toolchain.errors import ToolchainError
@@ -172,3 +172,27 @@ def test_the_first_value_that_is_not_finite_is_named_by_its_layer(tmp_path: Path
 def test_availability_tells_what_stands_in_the_way() -> None:
     assert OnnxRuntime().availability().why_not("runnable") == ""
     assert "CUDAExecutionProvider" in OnnxRuntime(provider="cuda").availability().why_not("runnable")
+
+
+def test_a_layer_that_is_called_twice_is_changed_once(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = QuantizedLinear(nn.Linear(64, 64), 4 / 127)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(self.a(x))
+
+    module, x = Twice().eval(), torch.randn(4, 64)
+    export_onnx(module, {"x": x}, dynamic={}, outputs=["y"], path=tmp_path / "m.onnx")
+    halved = ir.load(tmp_path / "m.onnx")
+    assert reduce_range(halved, {"a"}) == 1
+    (weight,) = {
+        value
+        for value in halved.graph.initializers.values()
+        if value.dtype == ir.DataType.INT8 and value.shape.rank() == 2
+    }
+    assert abs(weight.const_value.numpy()).max() == 64
+    model = ir.load(tmp_path / "m.onnx")
+    assert to_float(model) == 2
