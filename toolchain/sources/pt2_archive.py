@@ -160,6 +160,13 @@ def check_text(value: Any, key: str, path: Path) -> None:
     elif isinstance(value, list):
         for content in value:
             check_text(content, key, path)
+    elif isinstance(value, str) and key in ("in_spec", "out_spec"):
+        if not is_plain_tree(json.loads(value)[1], inputs=key == "in_spec"):
+            raise ToolchainError(
+                f"{path.name} {'takes' if key == 'in_spec' else 'returns'} other than tensors in tuples, lists and dicts",
+                where=str(path),
+                help="wrap the module so that its forward takes and returns those, and export that",
+            )
     elif isinstance(value, str) and not harmless(value, key):
         raise refused(path, f"has a {key} that no exporter writes: {value[:80]!r}")
 
@@ -173,8 +180,6 @@ def harmless(text: str, key: str) -> bool:
         return bool(EXPRESSION.fullmatch(text)) and all(SYMBOL.fullmatch(n) or n in SIZE_WORDS for n in names)
     if key in ("target", "as_operator"):
         return bool(ARITHMETIC.fullmatch(text)) or is_operator(text)
-    if key in ("in_spec", "out_spec"):
-        return is_plain_tree(json.loads(text)[1], inputs=key == "in_spec")
     return bool(PLAIN.fullmatch(text))
 
 

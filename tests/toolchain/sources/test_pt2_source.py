@@ -302,7 +302,7 @@ def in_graph(old: str, new: str) -> Callable[[dict[str, bytes], Path], None]:
         (in_graph("torch.ops.aten.linear.default", "torch.ops.load_library.__call__"), "has a target that no"),
         (in_graph("torch.ops.aten.linear.default", "_operator.methodcaller"), "has a target that no exporter writes"),
         (in_graph('"linear"', "\"linear = __import__('os').mkdir('MARK')\""), "has a name that no exporter writes"),
-        (in_graph("builtins.tuple", "collections.defaultdict"), "has a in_spec that no exporter writes"),
+        (in_graph("builtins.tuple", "collections.defaultdict"), "takes other than tensors in tuples"),
         (in_graph('"type": "cpu"', '"type": "cuda"'), "was exported on 'cuda'"),
         (in_graph('"major": 8', '"major": 99'), "cannot read altered.pt2, written by torch"),
         (in_graph('{"graph_module"', '["graph_module"'), "is damaged"),
