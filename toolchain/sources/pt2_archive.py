@@ -162,8 +162,9 @@ def check_text(value: Any, key: str, path: Path) -> None:
             check_text(content, key, path)
     elif isinstance(value, str) and key in ("in_spec", "out_spec"):
         if not is_plain_tree(json.loads(value)[1], inputs=key == "in_spec"):
+            does = "takes" if key == "in_spec" else "returns"
             raise ToolchainError(
-                f"{path.name} {'takes' if key == 'in_spec' else 'returns'} other than tensors in tuples, lists and dicts",
+                f"{path.name} {does} other than tensors in tuples, lists and dicts",
                 where=str(path),
                 help="wrap the module so that its forward takes and returns those, and export that",
             )
