@@ -203,9 +203,13 @@ def reduce_range(model: ir.Model, reduced: Collection[str]) -> int:
     Halving an 8-bit weight rounds a second time: its error is about a third above that of rounding once to 7 bits.
     """
     count = 0
+    halved: set[ir.Value] = set()
     for node, _, weight, scale, _ in static_products(model):
+        if weight in halved:  # a layer that is called twice has two products
+            continue
         if module_path(node) not in reduced or weight.const_value is None or scale.const_value is None:
             continue
+        halved.add(weight)
         halves = np.rint(weight.const_value.numpy().astype(np.float32) / 2).astype(np.int8)
         weight.const_value = ir.tensor(halves, name=weight.name)
         scale.const_value = ir.tensor(scale.const_value.numpy() * np.float32(2), name=scale.name)

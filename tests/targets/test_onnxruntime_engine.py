@@ -13,7 +13,7 @@ from torch import nn
 from passes.quantization.linear import QuantizedLinear
 from targets import machine
 from targets.contract import Graph, ShapeRange
-from targets.dynamic_int8 import to_float
+from targets.dynamic_int8 import reduce_range, to_float
 from targets.onnx_export import export_onnx, save
 from targets.onnxruntime_engine import OnnxRuntime
 from toolchain.errors import ToolchainError
@@ -224,3 +224,27 @@ def test_the_faster_form_is_not_taken_where_it_is_far_off(
     assert built.resolved == {"int8": wanted}
     assert ("relative error" in built.notes[0]) == (wanted == "dynamic")
     assert "2.00 of the static form's time" in built.notes[0]
+
+
+def test_a_layer_that_is_called_twice_is_changed_once(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = QuantizedLinear(nn.Linear(64, 64), 4 / 127)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(self.a(x))
+
+    module, x = Twice().eval(), torch.randn(4, 64)
+    export_onnx(module, {"x": x}, dynamic={}, outputs=["y"], path=tmp_path / "m.onnx")
+    halved = ir.load(tmp_path / "m.onnx")
+    assert reduce_range(halved, {"a"}) == 1
+    (weight,) = {
+        value
+        for value in halved.graph.initializers.values()
+        if value.dtype == ir.DataType.INT8 and value.shape.rank() == 2
+    }
+    assert abs(weight.const_value.numpy()).max() == 64
+    model = ir.load(tmp_path / "m.onnx")
+    assert to_float(model) == 2

@@ -98,6 +98,7 @@ def test_a_recipe_that_moves_still_finds_its_files(tmp_path: Path) -> None:
         "py:net.py:build": "py:../../net.py:build",
         "hf:checkpoint": "hf:../../checkpoint",
         "hf:owner/name": "hf:owner/name",  # on a hub: no such folder here
+        "pt2:net.pt2": "pt2:../../net.pt2",
         "py:/there/net.py:build": "py:/there/net.py:build",
         "dit:S/2": "dit:S/2",
     }.items():
