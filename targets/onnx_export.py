@@ -65,7 +65,7 @@ def export_onnx(
         opset: ONNX operator set.
 
     Raises:
-        ToolchainError: the module cannot be traced or translated.
+        ToolchainError: the module cannot be traced or translated, or a dynamic dimension came out fixed.
     """
     dims = {
         name: torch.export.Dim(name, min=low, max=high) for by in dynamic.values() for name, low, high in by.values()
@@ -82,6 +82,7 @@ def export_onnx(
                 dynamic_shapes=shapes,
                 input_names=list(example),
                 output_names=list(outputs),
+                custom_translation_table={torch.ops.aten.squeeze.dim: squeeze},
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as cause:
@@ -95,8 +96,29 @@ def export_onnx(
     found = model.opset_imports.get("")
     if found != opset:
         raise ToolchainError(f"asked for ONNX opset {opset}, the exporter wrote {found}", help=f"use opset {OPSET}")
+    refuse_frozen(model, dynamic)
     scrub(model)
     save(model, path)
+
+
+def refuse_frozen(model: ir.Model, dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]]) -> None:
+    """The exporter may take a dynamic dimension for a constant without a word; the engine would then fail elsewhere."""
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        for axis, (name, _, _) in dynamic.get(value.name or "", {}).items():
+            if isinstance(value.shape[axis], int):
+                raise ToolchainError(
+                    f"the exporter fixed dimension {name!r} of {value.name!r} at {value.shape[axis]}",
+                    help="something in the model holds for that size alone; make the dimension fixed in its inputs",
+                )
+
+
+def squeeze(x: ir.Value, dim: int) -> Any:
+    """Leave a dimension that is not 1, as PyTorch does; the exporter's own translation writes an invalid Squeeze."""
+    from onnxscript import opset18 as op
+
+    assert x.shape is not None
+    return op.Squeeze(x, op.Constant(value_ints=[dim])) if x.shape[dim] == 1 else op.Identity(x)
 
 
 @contextlib.contextmanager
