@@ -10,6 +10,7 @@ import ast
 import contextlib
 import json
 import logging
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def export_onnx(
                 dynamic_shapes=shapes,
                 input_names=list(example),
                 output_names=list(outputs),
-                custom_translation_table={torch.ops.aten.squeeze.dim: squeeze},
+                custom_translation_table={torch.ops.aten.squeeze.dim: squeeze, operator.floordiv: floor_divide},
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as cause:
@@ -115,10 +116,19 @@ def refuse_frozen(model: ir.Model, dynamic: Mapping[str, Mapping[int, tuple[str,
 
 def squeeze(x: ir.Value, dim: int) -> Any:
     """Leave a dimension that is not 1, as PyTorch does; the exporter's own translation writes an invalid Squeeze."""
-    from onnxscript import opset18 as op
+    import onnxscript
 
+    op: Any = onnxscript.opset18  # its methods are typed for scripts, which this is not
     assert x.shape is not None
     return op.Squeeze(x, op.Constant(value_ints=[dim])) if x.shape[dim] == 1 else op.Identity(x)
+
+
+def floor_divide(a: Any, b: Any) -> Any:
+    """Round sizes down, as Python does; the exporter's own translation rounds negative ones, as in a crop, up."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    return op.Div(op.Sub(a, op.Mod(a, b)), b)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,18 @@ def test_squeezing_a_dimension_that_is_not_one_leaves_it(tmp_path: Path) -> None
     np.testing.assert_allclose(y, x + x[:, :1])
 
 
+class Cropping(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (2 - x.shape[0]) // 2
+
+
+def test_sizes_are_rounded_down_even_below_zero(tmp_path: Path) -> None:
+    path = export(Cropping(), tmp_path / "model.onnx")
+    for batch, first in ((1, 0), (2, 0), (3, -1), (4, -1), (5, -2)):
+        (y,) = onnxruntime.InferenceSession(path).run(None, {"x": np.zeros((batch, 16), dtype=np.float32)})
+        assert (y == first).all()
+
+
 class Freezing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(2, -1) * torch.ones(2, 16)
