@@ -14,6 +14,7 @@ import ast
 import contextlib
 import json
 import logging
+import operator
 import os
 import shutil
 import tempfile
@@ -82,7 +83,7 @@ def export_onnx(
         opset: ONNX operator set.
 
     Raises:
-        ToolchainError: the module cannot be traced or translated.
+        ToolchainError: the module cannot be traced or translated, or a dynamic dimension came out fixed.
     """
     dims = {
         name: torch.export.Dim(name, min=low, max=high) for by in dynamic.values() for name, low, high in by.values()
@@ -104,6 +105,7 @@ def export_onnx(
                 dynamic_shapes=shapes,
                 input_names=list(example),
                 output_names=list(outputs),
+                custom_translation_table={torch.ops.aten.squeeze.dim: squeeze, operator.floordiv: floor_divide},
                 verbose=False,
                 optimize=False,  # it would write transposed copies of weights that are on disk
             )
@@ -118,6 +120,7 @@ def export_onnx(
     found = model.opset_imports.get("")
     if found != opset:
         raise ToolchainError(f"asked for ONNX opset {opset}, the exporter wrote {found}", help=f"use opset {OPSET}")
+    refuse_frozen(model, dynamic)
     if dtype is not None:
         restore(model, originals, dtype, stays=lambda value: not embed and place_of(value) is not None)
         keep_interface(model, example, ir.DataType.FLOAT)
@@ -135,6 +138,35 @@ def optimize(model: ir.Model, *, embed: bool) -> None:
         return False if not embed and any(place_of(value) for value in large) else None
 
     optimize_ir(model, should_fold=should_fold)
+
+
+def refuse_frozen(model: ir.Model, dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]]) -> None:
+    """The exporter may take a dynamic dimension for a constant without a word; the engine would then fail elsewhere."""
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        for axis, (name, _, _) in dynamic.get(value.name or "", {}).items():
+            if isinstance(value.shape[axis], int):
+                raise ToolchainError(
+                    f"the exporter fixed dimension {name!r} of {value.name!r} at {value.shape[axis]}",
+                    help="something in the model holds for that size alone; make the dimension fixed in its inputs",
+                )
+
+
+def squeeze(x: ir.Value, dim: int) -> Any:
+    """Leave a dimension that is not 1, as PyTorch does; the exporter's own translation writes an invalid Squeeze."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18  # its methods are typed for scripts, which this is not
+    assert x.shape is not None
+    return op.Squeeze(x, op.Constant(value_ints=[dim])) if x.shape[dim] == 1 else op.Identity(x)
+
+
+def floor_divide(a: Any, b: Any) -> Any:
+    """Round sizes down, as Python does; the exporter's own translation rounds negative ones, as in a crop, up."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    return op.Div(op.Sub(a, op.Mod(a, b)), b)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,10 @@ from tests.conftest import ROOT
 ROOMS = ("passes", "targets", "validation", "reports")
 
 
+BENCHMARKS = ROOT / "reports" / "benchmarks"
+"""Scripts, which stand on top of everything: they may import any room, and no room imports them."""
+
+
 def imports_of(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -26,7 +30,7 @@ def imports_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_do_not_import_one_another(room: str) -> None:
-    files = list((ROOT / room).rglob("*.py"))
+    files = [path for path in (ROOT / room).rglob("*.py") if path.parent != BENCHMARKS]
     assert files
     for path in files:
         for name in imports_of(path):
@@ -34,6 +38,12 @@ def test_rooms_do_not_import_one_another(room: str) -> None:
             assert top not in set(ROOMS) - {room}, f"{path.relative_to(ROOT)} imports {name}"
             if top == "toolchain":
                 assert name.startswith("toolchain.errors"), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_nothing_imports_a_benchmark() -> None:
+    for room in (*ROOMS, "toolchain"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert not any(name.startswith("reports.benchmarks") for name in imports_of(path)), path
 
 
 def test_errors_is_a_leaf() -> None:

@@ -89,3 +89,37 @@ def test_a_branch_on_data_is_one_clear_error(tmp_path: Path) -> None:
 def test_an_opset_the_exporter_cannot_write_is_an_error_not_a_log_line(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError, match="opset 11"):
         export(Net(), tmp_path / "model.onnx", opset=11)
+
+
+class Squeezing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.squeeze(1) + x[:, :1].squeeze(1)[:, None]
+
+
+def test_squeezing_a_dimension_that_is_not_one_leaves_it(tmp_path: Path) -> None:
+    path = export(Squeezing(), tmp_path / "model.onnx")
+    x = np.random.default_rng(0).standard_normal((3, 16), dtype=np.float32)
+    (y,) = onnxruntime.InferenceSession(path).run(None, {"x": x})
+    np.testing.assert_allclose(y, x + x[:, :1])
+
+
+class Cropping(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (2 - x.shape[0]) // 2
+
+
+def test_sizes_are_rounded_down_even_below_zero(tmp_path: Path) -> None:
+    path = export(Cropping(), tmp_path / "model.onnx")
+    for batch, first in ((1, 0), (2, 0), (3, -1), (4, -1), (5, -2)):
+        (y,) = onnxruntime.InferenceSession(path).run(None, {"x": np.zeros((batch, 16), dtype=np.float32)})
+        assert (y == first).all()
+
+
+class Freezing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, -1) * torch.ones(2, 16)
+
+
+def test_a_dimension_that_came_out_fixed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError, match="fixed dimension 'batch' of 'x' at 2"):
+        export(Freezing(), tmp_path / "model.onnx")

@@ -55,7 +55,7 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_
 
 
 def with_path(text: str, folder: Path, change: Callable[[str], str]) -> str:
-    """A model string whose relative path, where it holds one, went through ``change``.
+    """A model string whose path, where it holds one, went through ``change``.
 
     Args:
         text: as for ``load``.
@@ -63,8 +63,13 @@ def with_path(text: str, folder: Path, change: Callable[[str], str]) -> str:
         change: from the path as it stands to another.
     """
     found = re.fullmatch(r"(\w+):(.+?)([:#]\w+)?", text)
-    if not found or found[1] not in prefixes() or Path(found[2]).is_absolute():
+    if not found or found[1] not in prefixes():
         return text
     if found[1] not in FILES and not (folder / found[2]).exists():
         return text
     return f"{found[1]}:{change(found[2])}{found[3] or ''}"
+
+
+def short(text: str) -> str:
+    """A model string without the folders that its path leads through: what reports call the model."""
+    return with_path(text, Path(), lambda path: Path(path).resolve().name)

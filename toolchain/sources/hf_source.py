@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.errors import ToolchainError, require, unknown
+from toolchain.sources import short
 from toolchain.sources.contract import Model, interface_of
 from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
 from toolchain.sources.hub import folder_of
@@ -66,7 +67,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     if two_towers:
         module = TwoTowers(module, outputs).eval()
     return Model(
-        name=text,
+        name=short(text),
         module=module,
         inputs=inputs,
         outputs=outputs,

@@ -21,6 +21,7 @@ from onnx_ir.passes import common
 from passes.graph.module import GraphModule
 from targets.onnx_files import check_onnx
 from toolchain.errors import FaultsError, ToolchainError, raise_faults, unknown
+from toolchain.sources import short
 from toolchain.sources.contract import Model
 from validation.inputs import Dim, InputSpec
 
@@ -68,7 +69,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     guessed = {d.name: d for spec in inputs for d in spec.shape if isinstance(d, Dim) and d.name not in given}
     said = ", ".join(f"{d.name} {d.low} to {d.high}" for d in guessed.values())
     return Model(
-        name=text,
+        name=short(text),
         module=GraphModule(graph, path).eval(),
         inputs=inputs,
         outputs=outputs,

@@ -18,7 +18,6 @@ from targets import stored
 from targets.onnx_export import export_onnx
 from toolchain import sources
 from toolchain.errors import ToolchainError
-from toolchain.sources import hub
 from validation.inputs import draw
 
 transformers: Any = pytest.importorskip("transformers")
@@ -240,26 +239,6 @@ def test_code_in_the_folder_is_not_run_unasked(checkpoint: Path) -> None:
     message = refused(checkpoint)
     assert "--trust-remote-code" in message
     assert "was run" not in message
-
-
-def test_a_name_that_is_no_folder_asks_the_hub_once_and_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def unreachable(name: str, **_: object) -> str:
-        asked.append(name)
-        raise ConnectionError("Network is unreachable\nand more")
-
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(ToolchainError) as caught:
-        hub.folder_of("someone/something", ["*.json"])
-    assert asked == ["someone/something"]
-    wanted = "there is no local folder 'someone/something', and the hub did not give it: Network is unreachable"
-    assert caught.value.message == wanted
-    with pytest.raises(ToolchainError, match=r"there is no folder '\./nowhere/at/all'"):
-        hub.folder_of("./nowhere/at/all", [])
-    assert len(asked) == 1
 
 
 def test_tokenizer_files_go_along(checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.sources import with_path
+from toolchain.sources import short, with_path
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from toolchain.sources import with_path
         ("dit:digits", "dit:digits"),
         ("py:net.py:build", "py:<net.py>:build"),
         ("onnx:sub/net.onnx", "onnx:<sub/net.onnx>"),
-        ("onnx:/abs/net.onnx", "onnx:/abs/net.onnx"),
+        ("onnx:/abs/net.onnx", "onnx:</abs/net.onnx>"),
         ("hf:here", "hf:<here>"),
         ("hf:owner/name", "hf:owner/name"),
         ("diffusers:here", "diffusers:<here>"),
@@ -21,10 +21,19 @@ from toolchain.sources import with_path
         ("diffusers:owner/name#unet", "diffusers:owner/name#unet"),
     ],
 )
-def test_relative_paths_are_found_in_model_strings(
+def test_paths_are_found_in_model_strings(
     text: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
     known = ["diffusers", "hf", "onnx", "py"]
     monkeypatch.setattr("toolchain.sources.prefixes", lambda: known)
     assert with_path(text, tmp_path, lambda path: f"<{path}>") == wanted
+
+
+def test_reports_call_a_model_by_its_last_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert short(f"hf:{tmp_path}/mine") == "hf:mine"
+    assert short(f"diffusers:{tmp_path}/mine/#unet") == "diffusers:mine#unet"
+    assert short(f"onnx:{tmp_path}/net.onnx") == "onnx:net.onnx"
+    assert short("hf:owner/name") == "hf:owner/name"
+    assert short("dit:digits") == "dit:digits"
