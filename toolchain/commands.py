@@ -14,7 +14,7 @@ from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.progress import Progress
 
 
-def answer(chosen: Namespace, data: Any, text: Callable[[], None]) -> None:
+def answer(chosen: Namespace, data: Any, text: Callable[[], Any]) -> None:
     """Print ``data`` as JSON when asked to, or else say it."""
     if chosen.json:
         print(json.dumps(data, indent=2))
@@ -61,19 +61,39 @@ def run_command(chosen: Namespace) -> int:
 
 
 def export(recipe: Any, chosen: Namespace) -> int:
-    """Run a recipe and say how it went."""
-    from reports import markdown
-    from toolchain import artifact, pipeline
+    """Run a recipe and say how it went; a pipeline gives one artifact for each of its networks."""
+    from toolchain import artifact, sources
 
-    artifact.refuse_existing(chosen.output, force=chosen.force)
-    report, code = pipeline.export(recipe, chosen.output, force=chosen.force, progress=Progress(quiet=chosen.quiet))
+    parts = sources.parts_of(recipe.model)
+    if not parts:
+        artifact.refuse_existing(chosen.output, force=chosen.force)
+        data, code, text = export_one(recipe, chosen.output, chosen)
+        answer(chosen, data, text)
+        return code
+    for part in parts:
+        artifact.refuse_existing(chosen.output / part, force=chosen.force)
+    done = [export_one(recipe.part(part), chosen.output / part, chosen) for part in parts]
+    answer(
+        chosen,
+        {part: data for part, (data, _, _) in zip(parts, done, strict=True)},
+        lambda: [text() for _, _, text in done],
+    )
+    codes = [code for _, code, _ in done]
+    return MISSED if MISSED in codes else max(codes)
+
+
+def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any], int, Callable[[], None]]:
+    """One artifact: its report, the exit code, and a way to say it."""
+    from reports import markdown
+    from toolchain import pipeline
+
+    report, code = pipeline.export(recipe, out, force=chosen.force, progress=Progress(quiet=chosen.quiet))
 
     def text() -> None:
         print(markdown.render(report))
-        print(f"wrote {chosen.output}: open {chosen.output / 'report.html'}")
+        print(f"wrote {out}: open {out / 'report.html'}")
 
-    answer(chosen, {**json.loads((chosen.output / "report.json").read_text()), "exit_code": code}, text)
-    return code
+    return {**json.loads((out / "report.json").read_text()), "exit_code": code}, code, text
 
 
 def plan_command(chosen: Namespace) -> int:

@@ -113,6 +113,10 @@ class Recipe:
         """The model string, its path, if it holds one, from the recipe's folder."""
         return sources.with_path(self.head.model, self.folder, lambda path: str(self.path(path)))
 
+    def part(self, name: str) -> Recipe:
+        """The same recipe for one network of a pipeline."""
+        return replace(self, head=self.head.model_copy(update={"model": f"{self.head.model}#{name}"}))
+
     def moved(self, folder: Path) -> Recipe:
         """The same recipe for a file in another folder: relative paths lead to where they did, absolute ones stay."""
 

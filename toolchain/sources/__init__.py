@@ -54,6 +54,16 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_
     return model
 
 
+def parts_of(text: str) -> list[str]:
+    """Names of the networks that a model string stands for when it stands for several, as a pipeline's folder does."""
+    prefix = text.partition(":")[0]
+    if prefix not in prefixes() or "#" in text:
+        return []
+    source = importlib.import_module(f"toolchain.sources.{prefix}_source")
+    found = source.components(text) if hasattr(source, "components") else []
+    return [part.partition("#")[2] for part in found] if len(found) > 1 else []
+
+
 def with_path(text: str, folder: Path, change: Callable[[str], str]) -> str:
     """A model string whose path, where it holds one, went through ``change``.
 
