@@ -138,3 +138,12 @@ def test_bfloat16_weights_compute_in_float32(tmp_path: Path) -> None:
     path = export(module, tmp_path / "out", dtype=torch.float32)
     assert (path.parent / "weights" / "w.safetensors").samefile(tmp_path / "w.safetensors")
     np.testing.assert_allclose(run(path), original.float()(X).detach(), atol=1e-5)
+
+
+def test_a_long_graph_without_rewrite_rules_computes_the_same(
+    module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "LONG_GRAPH", 1)
+    path = export(module, tmp_path / "out")
+    assert set(locations(path).values()) == {"weights/w.safetensors"}
+    np.testing.assert_allclose(run(path), module(X).detach(), atol=1e-6)
