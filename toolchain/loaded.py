@@ -61,13 +61,17 @@ class Engine:
     forward = __call__
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs by name; mappings are spread, options that are off are dropped."""
+        """Inputs by name; mappings and sequences are spread, options that are off or always on are dropped."""
         arguments = self.interface.arguments
         if len(args) > len(arguments):
             raise ToolchainError(f"{len(args)} positional arguments were given; the module takes {len(arguments)}")
         given = {**dict(zip(arguments, args, strict=False)), **kwargs}
-        for name in [name for name, value in given.items() if isinstance(value, Mapping)]:
-            given |= given.pop(name)
+        for name, value in list(given.items()):
+            if isinstance(value, Mapping):
+                given |= given.pop(name)
+            elif isinstance(value, tuple | list):
+                del given[name]
+                given |= {f"{name}_{i}": part for i, part in enumerate(value)}
         wanted = {spec.name for spec in self.inputs}
         for name, value in list(given.items()):
             if name not in wanted:
@@ -75,7 +79,8 @@ class Engine:
                     raise ToolchainError(
                         f"the engine has no input {name!r}; it was exported with {', '.join(sorted(wanted))}"
                     )
-                if value not in (None, False):
+                returned = name.removeprefix("output_") in self.interface.keys  # it comes in any case
+                if value not in (None, False) and not returned:
                     raise ToolchainError(f"the engine cannot be called with {name}={value!r}: it was exported without")
                 del given[name]
         return {name: value for name, value in given.items() if value is not None}

@@ -12,9 +12,12 @@ import torch
 import toolchain
 from toolchain import pipeline, sources
 from toolchain.errors import ToolchainError, UnavailableError
+from toolchain.loaded import Engine
 from toolchain.opened import open_subject
 from toolchain.progress import Progress
 from toolchain.recipe import make
+from toolchain.sources.contract import Interface
+from validation.inputs import Dim, InputSpec
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +172,18 @@ def test_embedded_weights_stand_alone(bert: tuple[Any, Path], tmp_path: Path) ->
     export(bert[1] / "checkpoint", tmp_path / "out", [], export={"embed_weights": True})
     assert not (tmp_path / "out" / "weights").exists()
     torch.testing.assert_close(toolchain.load(tmp_path / "out")(IDS)[0], bert[0](IDS)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_mappings_and_sequences_are_spread_and_what_always_comes_may_be_asked_for() -> None:
+    def runner(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"out": sum(inputs.values()), "all": np.stack(list(inputs.values()))}
+
+    batch = Dim(name="batch", low=1, typical=2, high=4)
+    names = ("x", "ids", "rope_0", "rope_1")
+    inputs = tuple(InputSpec(name=name, shape=(batch,)) for name in names)
+    interface = Interface(arguments=("x", "added", "rope"), returns="dict", keys=("sum", "hidden_states"))
+    engine = Engine(runner, inputs, ("out", "all"), interface)
+    one = torch.ones(3)
+    found = engine(one, {"ids": 2 * one}, (3 * one, 4 * one), output_hidden_states=True)
+    assert found["sum"].tolist() == [10.0, 10.0, 10.0]
+    assert found["hidden_states"].shape == (4, 3)
