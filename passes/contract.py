@@ -9,7 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,12 +40,14 @@ class Context:
         example: the call that costs are counted on; None counts no multiply-accumulates.
         seed: for any random choice.
         say: called with (done, total, text) for progress.
+        put: called with each layer that was rewritten; may move its new tensors to disk.
     """
 
     calibration: Sequence[Inputs] = ()
     example: Inputs | None = None
     seed: int = 0
     say: Callable[[int, int, str], None] = lambda done, total, text: None
+    put: Callable[[nn.Module], None] = lambda layer: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,8 @@ class Pass(BaseModel, ABC):
     works_on: ClassVar[Literal["module", "graph"]] = "module"
     """PyTorch modules, or ONNX graphs: ``plan`` and ``rewrite`` are then handed a ``GraphModule``."""
     needs_calibration: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = True
+    """Whether rewriting one layer of the plan after the other gives what rewriting all at once gives."""
     not_after: ClassVar[tuple[str, ...]] = ()
     """Passes that may not stand before this one in a recipe."""
 
@@ -141,10 +145,19 @@ class Pass(BaseModel, ABC):
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
         before = cost(model, context.example)
         plan = self.plan(model, context)
-        model = self.rewrite(model, plan)
+        model = self.carry_out(model, plan, context)
         return Result(
             model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, context.example)
         )
+
+    def carry_out(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
+        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come."""
+        if self.works_on == "graph" or not self.by_layer:
+            return self.rewrite(model, plan)
+        for path, decision in plan.choice.items():
+            model = self.rewrite(model, replace(plan, choice={path: decision}))
+            context.put(model.get_submodule(path))
+        return model
 
 
 def cost(model: nn.Module, example: Inputs | None) -> Cost:

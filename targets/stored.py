@@ -49,8 +49,12 @@ _mapped: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictiona
 _paths: dict[int, Path] = {}
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, *, lasting: bool = True) -> dict[str, Tensor]:
     """Map a safetensors file; its tensors are read-only and cost no memory until read.
+
+    Args:
+        path: the file.
+        lasting: it will stay, so that graphs may point into it; ``place_of`` does not tell of others.
 
     Raises:
         ToolchainError: not there, cut short, or not a safetensors file.
@@ -65,7 +69,8 @@ def read(path: Path) -> dict[str, Tensor]:
         base = torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr()
         for name, entry in header.items():
             tensors[name] = one_tensor(mapped, name, entry, start, size, path)
-    _mapped[base], _paths[base] = mapped, path.absolute()
+    if lasting:
+        _mapped[base], _paths[base] = mapped, path.absolute()
     return tensors
 
 

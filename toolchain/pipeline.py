@@ -26,6 +26,7 @@ from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.measure import judge_gates, measure
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
+from toolchain.scratch import Scratch
 from toolchain.sources.contract import Model, write_interface
 from validation.contract import Runner
 from validation.fidelity import non_finite
@@ -60,19 +61,25 @@ class Run:
         arrays = draw(self.model.inputs, seed=self.recipe.head.seed, sizes=sizes)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def context(self) -> Context:
+    def context(self, scratch: Path | None) -> Context:
         """What passes may look at."""
+        keep = {"put": Scratch(scratch).put} if scratch else {}
         return Context(
             calibration=calibration.inputs(self.recipe, self.model) if self.recipe.steps else (),
             example=self.example(batch=1),
             seed=self.recipe.head.seed,
             say=self.progress.count,
+            **keep,
         )
 
-    def optimize(self) -> nn.Module:
-        """Run the steps on a copy that shares the original's weights; returns the optimized module."""
+    def optimize(self, scratch: Path | None = None) -> nn.Module:
+        """Run the steps on a copy that shares the original's weights; returns the optimized module.
+
+        Args:
+            scratch: a folder for new weights on their way; None keeps them in memory.
+        """
         module = share(self.model.module) if self.recipe.steps else self.model.module
-        context = self.context()
+        context = self.context(scratch)
         for number, step in enumerate(self.recipe.steps):
             before = ", ".join(s.name() for s in self.recipe.steps[:number]) or "none"
             with self.progress.stage(f"step {number + 1}: {step.name()}"):
@@ -113,7 +120,10 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
                 run.model  # noqa: B018 - loaded here, but not run: its weights may not fit into memory
             else:
                 refuse_non_finite(run.model, run.example(), run.threads)
-        module = run.optimize()
+        scratch = folder / ".scratch"
+        scratch.mkdir()
+        module = run.optimize(scratch)
+        scratch.rmdir()
         write_plans(run, folder)
         with progress.stage("export to ONNX"):
             write_graph(run, module, folder / "model.onnx")

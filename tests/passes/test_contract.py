@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -76,6 +77,19 @@ def test_a_rewrite_never_writes_into_the_tensors_it_was_handed(name: str, tmp_pa
     held = [(t, t.clone()) for t in (*module.parameters(), *module.buffers())]
     step.apply(module, context)
     assert all(torch.equal(tensor, copy) for tensor, copy in held)
+
+
+@pytest.mark.parametrize("name", catalog.entries("passes"))
+def test_layer_by_layer_is_the_same_as_all_at_once_where_a_pass_says_so(name: str, tmp_path: Path) -> None:
+    step = catalog.pass_class(name)()
+    module, context = model_and_context(type(step), tmp_path)
+    if step.works_on == "graph" or not step.by_layer:
+        return
+    seen: list[torch.nn.Module] = []
+    done = step.apply(copy.deepcopy(module), replace(context, put=seen.append))
+    at_once = step.rewrite(copy.deepcopy(module), done.plan)
+    assert content(done.model) == content(at_once)
+    assert seen == [done.model.get_submodule(path) for path in done.changed]
 
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))

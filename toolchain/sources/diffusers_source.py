@@ -96,7 +96,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         module=flat,
         inputs=inputs,
         outputs=outputs,
-        weights=f"those of {cls} in {Path(place).name}",
+        weights=f"those of {cls} in {short(PREFIX + place).removeprefix(PREFIX)}",
         interface=how,
     )
 

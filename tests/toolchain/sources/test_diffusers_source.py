@@ -384,4 +384,4 @@ def test_a_name_on_the_hub_fetches_only_what_one_component_needs(
 
 
 def test_the_source_is_found_by_its_prefix(shelf: Shelf) -> None:
-    assert sources.load(shelf.text("dit")).name == shelf.text("dit")
+    assert sources.load(shelf.text("dit")).name == "diffusers:dit"
