@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from passes.contract import Plan
 from reports import record
 from targets.contract import Answer, Availability
 from targets.tensorrt_rtx_engine import TensorRtRtx
@@ -184,9 +185,10 @@ def test_an_engine_that_is_not_finite_is_a_fault_with_its_layer_and_never_green(
 
     real = QuantizeInt8.rewrite
 
-    def spoiled(self: QuantizeInt8, model: torch.nn.Module, plan: object) -> torch.nn.Module:
-        model = real(self, model, plan)  # type: ignore[arg-type]
-        model.blocks[1].mlp.fc1.weight_scale.fill_(float("inf"))
+    def spoiled(self: QuantizeInt8, model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
+        model = real(self, model, plan)
+        if "blocks.1.mlp.fc1" in plan.choice:
+            model.blocks[1].mlp.fc1.weight_scale.fill_(float("inf"))
         return model
 
     monkeypatch.setattr(QuantizeInt8, "rewrite", spoiled)
