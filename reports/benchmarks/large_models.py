@@ -4,7 +4,8 @@
 
 Writes each network's checkpoint as a sparse file (shapes and zeros, no space on the disk), exports it through the
 command line with weights left where they are, has ONNX's checker read the result, and adds the figures to
-``reports/results/large_models.json``. Peaks are of the exporting process, its libraries included.
+``reports/results/large_models.json``. Peaks are of the exporting process, its libraries included; Linux starts a
+process at its parent's peak, so that a figure may be this script's own and is an upper bound.
 """
 
 from __future__ import annotations
