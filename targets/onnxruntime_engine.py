@@ -1,8 +1,8 @@
 """ONNX Runtime: on the CPU everywhere, on CUDA or TensorRT where the GPU package is installed and a GPU answers.
 
 8-bit products come as static QuantizeLinear pairs. On a CPU the dynamic form is tried too, and whichever is measured
-faster here is kept (``int8="auto"``). Where the processor's 8-bit product saturates, the layers that a pass marked
-``reduced_range`` get 7-bit weights.
+faster here is kept (``int8="auto"``), unless it is much further from fp32. Where the processor's 8-bit product
+saturates, the layers that a pass marked ``reduced_range`` get 7-bit weights.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class OnnxRuntime(Target):
 
     provider: Literal["cpu", "cuda", "tensorrt"] = Field("cpu", description="execution provider")
     int8: Literal["auto", "static", "dynamic"] = Field(
-        "auto", description="form of 8-bit products on a CPU; auto measures both and keeps the faster"
+        "auto", description="form of 8-bit products on a CPU; auto keeps the faster, unless it is far less accurate"
     )
 
     def availability(self) -> Availability:
@@ -92,10 +92,11 @@ class OnnxRuntime(Target):
             save(copy, forms[name])
         notes += self.round_outputs(model, forms, graph, folder / "rounded.onnx")
         graph.say("timing 8-bit products, static and dynamic, and fp32")
-        seconds = self.race(forms, graph)
+        sessions = {name: self.session(path, graph.threads) for name, path in forms.items()}
+        seconds = self.race(sessions, graph)
         form: str = self.int8
         if form == "auto":
-            form, why = self.choose_form(forms, seconds, graph)
+            form, why = self.choose_form(sessions, seconds, graph)
             notes.append(why)
         share = seconds[form] / seconds["fp32"]
         outcome = f"8 bits took {share:.2f} of the time of the same graph in fp32 in ONNX Runtime"
@@ -104,9 +105,9 @@ class OnnxRuntime(Target):
         choose(forms[form], folder)
         return Built(resolved={"int8": form}, notes=tuple(notes), bytes=graph_bytes(forms[form]))
 
-    def choose_form(self, forms: Mapping[str, Path], seconds: Mapping[str, float], graph: Graph) -> tuple[str, str]:
+    def choose_form(self, sessions: Mapping[str, Any], seconds: Mapping[str, float], graph: Graph) -> tuple[str, str]:
         """The faster 8-bit form, unless it is much further from fp32 than the other; and a sentence about it."""
-        found = {name: self.session(path, graph.threads).run(None, graph.examples[0]) for name, path in forms.items()}
+        found = {name: session.run(None, graph.examples[0]) for name, session in sessions.items()}
         errors = {name: distance(found[name], found["fp32"]) for name in ("static", "dynamic")}
         faster, other = sorted(errors, key=lambda name: seconds[name])
         share = seconds["dynamic"] / seconds["static"]
@@ -139,10 +140,9 @@ class OnnxRuntime(Target):
             "in floats from 8-bit weights in the dynamic form"
         ]
 
-    def race(self, paths: Mapping[str, Path], graph: Graph, rounds: int = 12) -> dict[str, float]:
+    def race(self, sessions: Mapping[str, Any], graph: Graph, rounds: int = 12) -> dict[str, float]:
         """Median seconds of each graph on an example, taken in turns, each after one untimed call."""
-        sessions = {form: self.session(path, graph.threads) for form, path in paths.items()}
-        taken: dict[str, list[float]] = {form: [] for form in paths}
+        taken: dict[str, list[float]] = {form: [] for form in sessions}
         for _ in range(rounds):
             for form, session in sessions.items():
                 session.run(None, graph.examples[0])

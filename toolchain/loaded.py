@@ -19,12 +19,9 @@ from toolchain.opened import engines_of, replay
 from toolchain.pipeline import Run
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
-from toolchain.sources.contract import Interface, read_interface
+from toolchain.sources.contract import LIBRARIES, Interface, read_interface
 from toolchain.sources.filling import without_memory
 from validation.inputs import Dim, InputSpec
-
-LIBRARIES = ("diffusers", "transformers")
-"""Whose output classes an artifact may name."""
 
 ABSENT = {"attention_mask": 1, "token_type_ids": 0}
 """What an input is when a caller leaves it out, as transformers has it."""

@@ -116,10 +116,9 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
     run = Run(recipe, progress)
     with artifact.staging(out, force=force) as folder:
         with progress.stage(f"load {recipe.head.model}"):
-            if recipe.head.validation.skip:
-                run.model  # noqa: B018 - loaded here, but not run: its weights may not fit into memory
-            else:
-                refuse_non_finite(run.model, run.example(), run.threads)
+            model = run.model
+            if not recipe.head.validation.skip:  # without validation it is not run: its weights may not fit into memory
+                refuse_non_finite(model, run.example(), run.threads)
         scratch = folder / ".scratch"
         scratch.mkdir()
         module = run.optimize(scratch)

@@ -64,8 +64,7 @@ def arithmetic(x: Tensor, weight: Tensor, *, products: bool = True) -> dict[str,
         ``rows``: whether each row should have a scale; ``saturating_share``: of the 16-bit sums; ``reduced_range``:
         whether 7-bit weights are better where sums saturate.
     """
-    whole, by_row = dynamic_error(x, weight, rows=False), dynamic_error(x, weight, rows=True)
-    rows = products and whole > ROWS_ABOVE and by_row < ROWS_GAIN * whole
+    rows = products and gains_by_rows(x, weight)
     full, reduced, share = saturation(x, weight, by_row=rows)
     return {"rows": rows, "saturating_share": float(f"{share:.3g}"), "reduced_range": full > reduced}
 
@@ -91,12 +90,17 @@ def as_bytes(x: Tensor, *, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
     return (x / step + zero).round().clamp(0, 255), step, zero
 
 
-def dynamic_error(x: Tensor, weight: Tensor, *, rows: bool) -> float:
-    """Relative error of x (R, K) times weight (N, K) when x is made 8 bits with one scale, or one for each row."""
+def gains_by_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether x (R, K) times weight (N, K) is poor with one scale for x in 8 bits, and better with one for each row."""
     weight = weight.detach().float()
-    q, step, zero = as_bytes(x, by_row=rows)
-    exact = x @ weight.T
-    return float((((q - zero) * step) @ weight.T - exact).norm() / exact.norm().clamp(min=1e-12))
+    exact = x @ weight.T  # (R, N)
+
+    def error(*, by_row: bool) -> float:
+        q, step, zero = as_bytes(x, by_row=by_row)
+        return float((((q - zero) * step) @ weight.T - exact).norm() / exact.norm().clamp(min=1e-12))
+
+    whole = error(by_row=False)
+    return whole > ROWS_ABOVE and error(by_row=True) < ROWS_GAIN * whole
 
 
 def saturation(x: Tensor, weight: Tensor, rows: int = 32, *, by_row: bool = False) -> tuple[float, float, float]:

@@ -18,6 +18,10 @@ from validation.contract import SamplingTask
 from validation.inputs import Arrays, Dim, InputSpec, draw
 
 
+LIBRARIES = ("diffusers", "transformers")
+"""Whose classes an interface may name: an engine builds no others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """A figure from a paper and where it stands."""
@@ -103,7 +107,7 @@ def interface_of(
         result = module(**inputs)
     arguments = tuple(name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs"))
     library = type(module).__module__.partition(".")[0]
-    original = f"{library}:{type(module).__name__}" if library in ("diffusers", "transformers") else ""
+    original = f"{library}:{type(module).__name__}" if library in LIBRARIES else ""
     returns = "tensor"
     keys: tuple[str, ...] = ("output",)
     if isinstance(result, tuple | list):

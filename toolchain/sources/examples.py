@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from targets.pytorch_engine import flat
 from toolchain.errors import ToolchainError, raise_faults
-from toolchain.sources.contract import Interface
+from toolchain.sources.contract import LIBRARIES, Interface
 from validation.inputs import Arrays, Dim, InputSpec
 
 HIGHEST_BATCH = 64
@@ -180,7 +180,7 @@ def interface_of_answer(
         returns, found = "tensor", ("output",)
     elif isinstance(answer, Mapping) and len(tensors) == sum(isinstance(v, Tensor) for v in answer.values()):
         library = type(answer).__module__.partition(".")[0]
-        known = library in ("diffusers", "transformers")
+        known = library in LIBRARIES
         returns = f"{type(answer).__module__}:{type(answer).__qualname__}" if known else "dict"
         found = tuple(str(key) for key, value in answer.items() if isinstance(value, Tensor))
     if names and len(names) != len(tensors):

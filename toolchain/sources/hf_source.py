@@ -146,13 +146,14 @@ def built(cls: Any, config: Any, folder: Path) -> tuple[nn.Module, str]:
         module: Any = cls._from_config(config, attn_implementation=attention)
     tensors = renamed(read_all(files), module)
     stored_type = most_common_type(tensors)
-    if set(tensors) == set(module.state_dict()) or not missing(module, tensors):
+    absent = missing(module, tensors)
+    if not absent:
         spare = set(tensors) - set(module.state_dict())
         fill(module, tensors, where=folder, spare=[name for name in spare if expendable(name, module)])
         module.tie_weights()
         said = f"from {folder.name}, {stored_type}"
     else:
-        module, said = converted(cls, folder, attention, missing(module, tensors))
+        module, said = converted(cls, folder, attention, absent)
     if left := on_meta(module):
         raise ToolchainError(f"{len(left)} tensors have no values: {', '.join(left[:8])}", where=str(folder))
     module.config.use_cache = False
