@@ -242,12 +242,19 @@ def validate(
         run.model, original, runners, settings, seed=seed, threads=run.threads, progress=run.progress
     )
     how = {
-        "inputs": "met on sampling runs" if run.model.realistic else "random, within the input contract",
+        "inputs": kind_of_inputs(run.model),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
     }
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
+
+
+def kind_of_inputs(model: Model) -> str:
+    """What outputs were compared on, in words."""
+    if model.task is not None and model.realistic:
+        return "met on sampling runs"
+    return "made by the model's source" if model.realistic else "random, within the input contract"
 
 
 def make_report(
