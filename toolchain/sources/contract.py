@@ -17,7 +17,6 @@ from toolchain.errors import ToolchainError
 from validation.contract import SamplingTask
 from validation.inputs import Arrays, Dim, InputSpec, draw
 
-
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes an interface may name: an engine builds no others."""
 
