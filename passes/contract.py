@@ -10,10 +10,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -29,6 +31,12 @@ from toolchain.errors import ToolchainError, invalid, raise_faults
 
 Inputs = dict[str, Tensor]
 Json = Any
+Score = Callable[[nn.Module], float]
+
+
+def no_score(text: str) -> Score:
+    """Refuse: scores are made from a model's source, which is not known here."""
+    raise ToolchainError(f"there is no score {text!r} here")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +47,8 @@ class Context:
         calibration: named inputs of the model, held apart from those that validate it.
         example: the call that costs are counted on; None counts no multiply-accumulates.
         seed: for any random choice.
+        original: the untouched model, for passes that compare with it or learn from it.
+        score_of: what a parameter ``score`` names, as a function of a model; higher is better.
         say: called with (done, total, text) for progress.
         put: called with each layer that was rewritten; may move its new tensors to disk.
     """
@@ -46,6 +56,8 @@ class Context:
     calibration: Sequence[Inputs] = ()
     example: Inputs | None = None
     seed: int = 0
+    original: nn.Module | None = None
+    score_of: Callable[[str], Score] = lambda text: no_score(text)
     say: Callable[[int, int, str], None] = lambda done, total, text: None
     put: Callable[[nn.Module], None] = lambda layer: None
 
@@ -58,15 +70,19 @@ class Plan:
         choice: what to do, by module path.
         skipped: what was left alone, by module path, and why.
         facts: what else the decision rests on (calibration, scores).
+        arrays: tensors that were decided (learned or rounded weights), by a name that begins with the module path.
     """
 
     choice: Mapping[str, Json]
     skipped: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Json] = field(default_factory=dict)
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
     def as_json(self) -> str:
-        """The plan as text; equal plans give equal text."""
-        content = {"choice": self.choice, "skipped": self.skipped, "facts": self.facts}
+        """The plan as text, its arrays by their digests; equal plans give equal text."""
+        content: dict[str, Json] = {"choice": self.choice, "skipped": self.skipped, "facts": self.facts}
+        if self.arrays:
+            content["arrays"] = {name: digest_of(array) for name, array in self.arrays.items()}
         return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     def digest(self) -> str:
@@ -74,10 +90,38 @@ class Plan:
         return hashlib.sha256(self.as_json().encode()).hexdigest()
 
     @staticmethod
-    def from_json(text: str) -> Plan:
-        """Read what ``as_json`` wrote."""
+    def from_json(text: str, arrays: Mapping[str, Tensor] | None = None) -> Plan:
+        """Read what ``as_json`` wrote, with the arrays that it names.
+
+        Raises:
+            ToolchainError: an array is missing, unknown or has another content than it had.
+        """
         content = json.loads(text)
-        return Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"])
+        arrays = arrays or {}
+        named = content.get("arrays", {})
+        if named.keys() != arrays.keys() or any(digest_of(arrays[name]) != named[name] for name in named):
+            raise ToolchainError("the plan's arrays are not those that it was made with")
+        return Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"], arrays=arrays)
+
+    def write(self, path: Path) -> None:
+        """Write ``path`` as JSON and, where there are arrays, a safetensors file beside it."""
+        path.write_text(self.as_json())
+        if self.arrays:
+            # Each on its own: safetensors refuses tensors that share memory, as a tied weight does.
+            whole = {name: array.detach().clone().contiguous() for name, array in self.arrays.items()}
+            save_file(whole, path.with_suffix(".safetensors"))
+
+    @staticmethod
+    def read(path: Path) -> Plan:
+        """Read what ``write`` wrote."""
+        beside = path.with_suffix(".safetensors")
+        return Plan.from_json(path.read_text(), load_file(beside) if beside.exists() else {})
+
+
+def digest_of(array: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes."""
+    flat = array.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(f"{array.dtype}{list(array.shape)}".encode() + flat.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

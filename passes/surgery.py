@@ -5,13 +5,15 @@ Nothing here draws random numbers, and everything works on meta tensors too.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from passes.traits import FixedAttention, HeadedAttention
+from passes.traits import FeedForward, FixedAttention, HeadedAttention
+from toolchain.errors import ToolchainError
 
 INERT = (nn.Dropout, nn.Identity)
 
@@ -87,6 +89,97 @@ class ProjectedAttention(HeadedAttention):
         setattr(self.holder, self.output_name, keep_columns(self.output, columns))
         for name, each in self.counts.items():
             setattr(self.core, name, each * len(kept))
+
+
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its children."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedFeedForward(FeedForward):
+    """Hidden units that live in the rows of some input projections and in the columns of one output projection.
+
+    Args:
+        layer: the module that answers.
+        writers: where the input projections are.
+        stacks: how often all units follow one another in an input projection.
+        reader: where the output projection is.
+        first_column: of its input that is a hidden unit.
+        chain: the modules that, called one after the other, are the layer; the first is replaced by the whole and the
+            others by nothing. Empty: ``layer`` itself. None: it cannot be told apart.
+        counts: attributes that say how many hidden units there are.
+    """
+
+    layer: nn.Module
+    writers: tuple[Place, ...]
+    stacks: int
+    reader: Place
+    first_column: int = 0
+    chain: tuple[Place, ...] | None = ()
+    counts: tuple[Place, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[nn.Linear, ...]:  # type: ignore[override]
+        """The projections (stacks*H, D) that write the hidden units."""
+        return tuple(linear_at(*place) for place in self.writers)
+
+    @property
+    def output(self) -> nn.Linear:  # type: ignore[override]
+        """The projection (D, first_column + H) that reads them."""
+        return linear_at(*self.reader)
+
+    @property
+    def hidden(self) -> int:  # type: ignore[override]
+        """Hidden units."""
+        return self.output.in_features - self.first_column
+
+    def keep_hidden(self, kept: Sequence[int]) -> None:
+        """Take every other hidden unit out of the projections, and set the layer's own counts."""
+        hidden = self.hidden
+        assert kept, "a layer needs at least one hidden unit"
+        assert set(kept) <= set(range(hidden)), f"units {kept} of {hidden}"
+        rows = [stack * hidden + unit for stack in range(self.stacks) for unit in kept]
+        for owner, name in self.writers:
+            setattr(owner, name, keep_rows(linear_at(owner, name), rows))
+        columns = [*range(self.first_column), *(self.first_column + unit for unit in kept)]
+        setattr(*self.reader, keep_columns(self.output, columns))
+        for owner, name in self.counts:
+            setattr(owner, name, len(kept))
+
+    def standalone(self, kept: Sequence[int]) -> nn.Module:
+        """The layer's modules copied around the same tensors, then cut."""
+        if self.chain is None:
+            raise inseparable(self.layer)
+        tensors = [*self.layer.parameters(), *self.layer.buffers()]
+        twin = copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
+        twin.keep_hidden(kept)
+        return nn.Sequential(*(getattr(*place) for place in twin.chain or ())) if twin.chain else twin.layer
+
+    def put(self, model: nn.Module, path: str, module: nn.Module) -> None:
+        """Replace the layer, or the first module of its chain and the rest by nothing."""
+        if self.chain is None:
+            raise inseparable(self.layer, path)
+        if not self.chain:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module)
+            return
+        for number, (owner, name) in enumerate(self.chain):
+            setattr(owner, name, nn.Identity() if number else module)
+
+
+def inseparable(layer: nn.Module, path: str | None = None) -> ToolchainError:
+    """The error for a feed-forward that shares a projection with something else."""
+    kind = type(layer).__name__
+    return ToolchainError(f"the feed-forward of a {kind} shares a projection with its attention", where=path)
+
+
+def projected_feed_forward(layer: ProjectedFeedForward) -> FeedForward | None:
+    """The feed-forward, if its projections are plain and of the sizes that it needs."""
+    places = (*layer.writers, layer.reader)
+    if any(type(getattr(*place, None)) is not nn.Linear for place in places):
+        return None
+    width = layer.stacks * layer.hidden
+    return layer if layer.hidden > 0 and all(linear.out_features == width for linear in layer.inputs) else None
 
 
 def linear_at(owner: nn.Module, name: str) -> nn.Linear:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
 
@@ -35,6 +35,60 @@ class HeadedAttention(ABC):
     @abstractmethod
     def keep_heads(self, kept: Sequence[int]) -> None:
         """Take every other head out: smaller matrices, and the layer's own counts set to match."""
+
+
+class FeedForward(ABC):
+    """Two projections with a hidden width between them: x -> output(activation(inputs(x))), no residual, no norm.
+
+    Attributes:
+        hidden: number of hidden units; unit i owns column ``first_column + i`` of ``output``'s input.
+        inputs: the projections that write the hidden units.
+        stacks: how often all units follow one another in an input projection: 2 for a fused gated one.
+        output: the projection that reads them.
+        first_column: where the hidden units begin in ``output``'s input; above 0 where it reads something else too.
+    """
+
+    hidden: int
+    inputs: tuple[nn.Linear, ...]
+    stacks: int
+    output: nn.Linear
+    first_column: int
+
+    @abstractmethod
+    def keep_hidden(self, kept: Sequence[int]) -> None:
+        """Take every other hidden unit out, in place: smaller matrices. Spent afterwards: ask anew."""
+
+    @abstractmethod
+    def standalone(self, kept: Sequence[int]) -> nn.Module:
+        """A module x (..., D) -> (..., D) of these units alone, with the output's bias; shares nothing that changes."""
+
+    @abstractmethod
+    def put(self, model: nn.Module, path: str, module: nn.Module) -> None:
+        """Put a module x (..., D) -> (..., D) in the place of the whole layer, which the model has at ``path``.
+
+        Raises ``ToolchainError`` where it cannot be told apart from what surrounds it.
+        """
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """Blocks of one kind in a row, each of which takes what the one before it gave: most of them can be left out.
+
+    Args:
+        blocks: in order.
+        fixed: positions of those that must stay, and why.
+    """
+
+    blocks: nn.ModuleList
+    fixed: Mapping[int, str] = field(default_factory=dict)
+
+    def keep_blocks(self, kept: Sequence[int]) -> None:
+        """Take every other block out, in place. Spent afterwards: ask anew."""
+        assert kept, "a stack needs at least one block"
+        assert set(self.fixed) <= set(kept), f"blocks {sorted(self.fixed)} must stay"
+        blocks = [self.blocks[i] for i in kept]
+        del self.blocks[:]
+        self.blocks.extend(blocks)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def replay(run: Run, folder: Path) -> nn.Module:
     """An artifact's optimized PyTorch module: the source, and each step's recorded plan carried out again."""
     module = share(run.model.module)
     for number, step in enumerate(run.recipe.steps):
-        plan = Plan.from_json((folder / "plans" / f"{number + 1:02d}-{step.name()}.json").read_text())
+        plan = Plan.read(folder / "plans" / f"{number + 1:02d}-{step.name()}.json")
         module = step.rewrite(module, plan)
     return module.eval()
 

@@ -21,7 +21,7 @@ from targets.contract import Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, sources
+from toolchain import artifact, calibration, environment, scoring, sources
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.measure import judge_gates, measure
 from toolchain.progress import Progress
@@ -68,6 +68,8 @@ class Run:
             calibration=calibration.inputs(self.recipe, self.model) if self.recipe.steps else (),
             example=self.example(batch=1),
             seed=self.recipe.head.seed,
+            original=self.model.module,
+            score_of=lambda text: scoring.score_of(text, self.model, self.recipe),
             say=self.progress.count,
             **keep,
         )
@@ -146,7 +148,7 @@ def write_plans(run: Run, folder: Path) -> None:
     """``plans/NN-name.json`` for each step."""
     (folder / "plans").mkdir()
     for number, (step, result, _) in enumerate(run.results):
-        (folder / "plans" / f"{number + 1:02d}-{step.name()}.json").write_text(result.plan.as_json())
+        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json")
 
 
 def write_graph(run: Run, module: nn.Module, path: Path) -> None:

@@ -9,14 +9,18 @@ from typing import Any
 
 from torch import nn
 
-from passes.surgery import ProjectedAttention, projected_attention
-from passes.traits import FixedAttention, HeadedAttention, only
+from passes.surgery import ProjectedAttention, ProjectedFeedForward, projected_attention, projected_feed_forward
+from passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, only
 
 PROCESSORS = {"AttnProcessor", "AttnProcessor2_0"}
 """What computes the attention is not a module: only these two are known to read the layer's own counts."""
 
 NORMS = {"group_norm", "spatial_norm", "norm_cross"}
 """Norms of what comes in; they stand before the projections and never see a head."""
+
+
+GATED = {"GEGLU", "SwiGLU"}
+"""Activations whose projection writes each hidden unit twice: its value, and its gate."""
 
 
 def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
@@ -49,7 +53,59 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
     )
 
 
+def feed_forward(module: nn.Module) -> FeedForward | None:
+    """``FeedForward``: ``net[0]`` holds ``proj`` and the activation, gated (GEGLU, SwiGLU) or not; ``net[2]`` reads."""
+    net: Any = getattr(module, "net", None)
+    if not isinstance(net, nn.ModuleList) or len(net) < 3 or not isinstance(getattr(net[0], "proj", None), nn.Linear):
+        return None
+    return projected_feed_forward(
+        ProjectedFeedForward(
+            layer=module,
+            writers=((net[0], "proj"),),
+            stacks=2 if type(net[0]).__name__ in GATED else 1,
+            reader=(net, "2"),
+        )
+    )
+
+
+def fused_feed_forward(module: nn.Module) -> FeedForward | None:
+    """Flux's single block: ``proj_mlp`` writes the hidden units; ``proj_out`` reads the attention, then them."""
+    if not all(hasattr(module, name) for name in ("proj_mlp", "act_mlp", "proj_out", "mlp_hidden_dim", "attn")):
+        return None
+    layer: Any = module
+    return projected_feed_forward(
+        ProjectedFeedForward(
+            layer=module,
+            writers=((module, "proj_mlp"),),
+            stacks=1,
+            reader=(module, "proj_out"),
+            first_column=layer.proj_out.in_features - layer.mlp_hidden_dim,
+            chain=None,
+            counts=((module, "mlp_hidden_dim"),),
+        )
+    )
+
+
+def stack(module: nn.Module) -> BlockStack | None:
+    """A list of transformer blocks that take and give the same streams."""
+    if not isinstance(module, nn.ModuleList) or not len(module):
+        return None
+    blocks: list[Any] = list(module)
+    alike = all(type(block) is type(blocks[0]) and type(block).__name__.endswith("Block") for block in blocks)
+    attends = all(hasattr(block, "attn1") or hasattr(block, "attn") for block in blocks)
+    if not (alike and attends):
+        return None
+    fixed = {
+        i: "it ends the text stream" for i, block in enumerate(blocks) if getattr(block, "context_pre_only", False)
+    }
+    if getattr(getattr(blocks[0], "norm1", None), "emb", None) is not None:
+        fixed[0] = "the output layer reads its embedding of the timestep"
+    return BlockStack(module, fixed)
+
+
 RECOGNISERS = {
     HeadedAttention: (only(HeadedAttention, attention),),
     FixedAttention: (only(FixedAttention, attention),),
+    FeedForward: (feed_forward, fused_feed_forward),
+    BlockStack: (stack,),
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from passes.surgery import ProjectedAttention, projected_attention
-from passes.traits import FixedAttention, HeadedAttention, only
+from passes.surgery import ProjectedAttention, ProjectedFeedForward, projected_attention, projected_feed_forward
+from passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, only
 
 
 def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
@@ -26,7 +26,26 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
     )
 
 
+def feed_forward(module: nn.Module) -> FeedForward | None:
+    """``Mlp``: ``fc1``, an activation, ``fc2``."""
+    if not all(hasattr(module, name) for name in ("fc1", "act", "fc2")):
+        return None
+    return projected_feed_forward(
+        ProjectedFeedForward(layer=module, writers=((module, "fc1"),), stacks=1, reader=(module, "fc2"))
+    )
+
+
+def stack(module: nn.Module) -> BlockStack | None:
+    """A list of blocks that have ``attn`` and ``mlp``."""
+    if not isinstance(module, nn.ModuleList) or not len(module):
+        return None
+    fits = all(hasattr(block, "attn") and hasattr(block, "mlp") for block in module)
+    return BlockStack(module) if fits else None
+
+
 RECOGNISERS = {
     HeadedAttention: (only(HeadedAttention, attention),),
     FixedAttention: (only(FixedAttention, attention),),
+    FeedForward: (feed_forward,),
+    BlockStack: (stack,),
 }

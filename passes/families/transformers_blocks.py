@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from passes.surgery import ProjectedAttention, projected_attention
-from passes.traits import FixedAttention, HeadedAttention, only
+from passes.surgery import ProjectedAttention, ProjectedFeedForward, projected_attention, projected_feed_forward
+from passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, only
 
 
 def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
@@ -56,7 +56,61 @@ def attention_beside_output(module: nn.Module) -> HeadedAttention | FixedAttenti
     )
 
 
+def feed_forward(module: nn.Module) -> FeedForward | None:
+    """``ViTMLP`` and its like: ``fc1``, an activation, ``fc2``."""
+    if not (hasattr(module, "fc1") and hasattr(module, "fc2") and hasattr(module, "activation_fn")):
+        return None
+    return projected_feed_forward(
+        ProjectedFeedForward(layer=module, writers=((module, "fc1"),), stacks=1, reader=(module, "fc2"))
+    )
+
+
+def gated_feed_forward(module: nn.Module) -> FeedForward | None:
+    """``LlamaMLP`` and its like: ``down_proj`` reads ``act(gate_proj(x)) * up_proj(x)``."""
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "intermediate_size")):
+        return None
+    return projected_feed_forward(
+        ProjectedFeedForward(
+            layer=module,
+            writers=((module, "gate_proj"), (module, "up_proj")),
+            stacks=1,
+            reader=(module, "down_proj"),
+            counts=((module, "intermediate_size"),),
+        )
+    )
+
+
+def feed_forward_in_two(module: nn.Module) -> FeedForward | None:
+    """``BertLayer``: ``intermediate.dense`` and its activation; ``output.dense`` reads, before dropout and norm."""
+    writer, reader = getattr(module, "intermediate", None), getattr(module, "output", None)
+    if not (isinstance(writer, nn.Module) and hasattr(writer, "dense")):
+        return None
+    if not (isinstance(reader, nn.Module) and hasattr(reader, "dense") and hasattr(module, "attention")):
+        return None
+    return projected_feed_forward(
+        ProjectedFeedForward(
+            layer=module,
+            writers=((writer, "dense"),),
+            stacks=1,
+            reader=(reader, "dense"),
+            chain=((module, "intermediate"), (reader, "dense")),
+        )
+    )
+
+
+def stack(module: nn.Module) -> BlockStack | None:
+    """A list of layers (``ViTLayer``, ``BertLayer``, ``LlamaDecoderLayer``), each with an attention of its own."""
+    if not isinstance(module, nn.ModuleList) or not len(module):
+        return None
+    layers = list(module)
+    alike = all(type(layer) is type(layers[0]) and type(layer).__name__.endswith("Layer") for layer in layers)
+    attends = all(hasattr(layer, "attention") or hasattr(layer, "self_attn") for layer in layers)
+    return BlockStack(module) if alike and attends else None
+
+
 RECOGNISERS = {
     HeadedAttention: (only(HeadedAttention, attention), only(HeadedAttention, attention_beside_output)),
     FixedAttention: (only(FixedAttention, attention), only(FixedAttention, attention_beside_output)),
+    FeedForward: (feed_forward, gated_feed_forward, feed_forward_in_two),
+    BlockStack: (stack,),
 }

@@ -58,7 +58,7 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
     json.loads(plan.as_json())
 
     one = step.rewrite(copy.deepcopy(module), plan)
-    two = step.rewrite(copy.deepcopy(module), Plan.from_json(plan.as_json()))
+    two = step.rewrite(copy.deepcopy(module), Plan.from_json(plan.as_json(), plan.arrays))
     with torch.no_grad():
         outputs = [flat(net(**context.calibration[0]))[0] for net in (module, one, two)]
     assert torch.equal(outputs[1], outputs[2])

@@ -1,0 +1,99 @@
+"""What a pass's parameter ``score`` names: a number for a model, higher is better.
+
+* ``fidelity``: minus the relative L2 error of its outputs to the original's, on the calibration inputs;
+* the name of a metric of whole sampling runs, such as ``judged_as_asked``, where the model has such a task;
+* ``FILE.py:FUNCTION``: the user's own, called with the module. The file runs as it would in Python.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from targets.pytorch_engine import EagerRunner, flat
+from toolchain import calibration
+from toolchain.errors import ToolchainError, unknown
+from toolchain.recipe import Recipe, threads_here
+from toolchain.sources import user_file
+from toolchain.sources.contract import Model
+from validation.contract import Drawn, SampleMetric, SamplingTask
+from validation.metrics import load_metrics
+
+Score = Callable[[nn.Module], float]
+
+
+def score_of(text: str, model: Model, recipe: Recipe) -> Score:
+    """The score that a text names.
+
+    Raises:
+        ToolchainError: no such score, or not for this model.
+    """
+    if text == "fidelity":
+        return fidelity(model, recipe)
+    if ".py:" in text:
+        return of_user(text, recipe.folder)
+    metrics = {name: metric for name, metric in load_metrics().items() if isinstance(metric, SampleMetric)}
+    if text not in metrics:
+        raise unknown("score", text, ["fidelity", *metrics, "FILE.py:FUNCTION"])
+    if model.task is None:
+        raise ToolchainError(f"score {text!r} is of whole sampling runs, and {model.name} has no sampling task")
+    return of_samples(metrics[text], model.task, model, recipe)
+
+
+def fidelity(model: Model, recipe: Recipe) -> Score:
+    """Closeness to the original's outputs; 0 is equality."""
+    calls = calibration.inputs(recipe, model)
+
+    def outputs(module: nn.Module) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [torch.cat([value.double().flatten() for value in flat(module(**call))]) for call in calls]
+
+    wanted = outputs(model.module)
+
+    def score(module: nn.Module) -> float:
+        errors = [
+            (got - exact).norm() / exact.norm().clamp(min=1e-12)
+            for got, exact in zip(outputs(module), wanted, strict=True)
+        ]
+        return -float(torch.stack(errors).mean())
+
+    return score
+
+
+def of_samples(metric: SampleMetric, task: SamplingTask, model: Model, recipe: Recipe) -> Score:
+    """A metric of whole sampling runs, from other noise than validation's; turned round where lower is better."""
+    count = recipe.head.validation.samples or task.samples
+    threads = recipe.head.validation.threads or threads_here()
+    seed = recipe.head.seed + calibration.CALIBRATION_SEED
+
+    def drawn(module: nn.Module) -> Drawn:
+        pictures = task.sample(EagerRunner(module, threads=threads, outputs=model.outputs), count, seed)
+        classes, features = task.read(pictures)
+        return Drawn(pictures=pictures, classes=classes, features=features)
+
+    original = drawn(model.module)
+    return lambda module: metric.measure(task, original, drawn(module)) * (1 if metric.higher_is_better else -1)
+
+
+def of_user(text: str, folder: Path) -> Score:
+    """A function of the user's file; a relative path starts at the recipe's folder."""
+    file, _, name = text.rpartition(":")
+    path = (folder / file).absolute()
+    module = user_file.run(path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise unknown("function", name, [n for n, value in vars(module).items() if callable(value)], where=str(path))
+
+    def score(candidate: nn.Module) -> float:
+        with user_file.in_our_words(path, f"{name}(module)"):
+            value = float(function(candidate))
+        if value != value:
+            raise ToolchainError(f"{name} gave a score that is no number: {value}", where=str(path))
+        return value
+
+    weakref.finalize(score, user_file.forget, module.__name__.rpartition(".")[0]).atexit = False
+    return score
