@@ -232,17 +232,33 @@ def macs(model: nn.Module, example: Inputs) -> int:
 
     Counted on shapes alone where the model allows that, so that its weights are not read.
     """
+    return counted(model, example).get_total_flops() // 2
+
+
+def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, int]:
+    """Multiply-accumulates of one call within each module, by path; none for a module that is not called."""
+    counts = counted(model, example).get_flop_counts()
+    root = type(model).__name__
+    return {
+        name.removeprefix(root).removeprefix("."): sum(by_operation.values()) // 2
+        for name, by_operation in counts.items()
+        if name.startswith(root)
+    }
+
+
+def counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
+    """A counter that has seen one call, on shapes where that is possible."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return counted(model, example)
+            return called(model, example)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-        return counted(model, example)
+        return called(model, example)
 
 
-def counted(model: nn.Module, example: Inputs) -> int:
-    """Multiply-accumulates of one call, which is made."""
+def called(model: nn.Module, example: Inputs) -> FlopCounterMode:
+    """A counter that has seen one call, which is made."""
     counter = FlopCounterMode(display=False)
     # The plain form of attention, because the counter does not know the fused one for CPUs.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(**example)
-    return counter.get_total_flops() // 2
+    return counter

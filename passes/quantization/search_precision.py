@@ -1,0 +1,339 @@
+"""Choose each layer's precision: measure what every layer's loses alone, then spend a budget where it costs least.
+
+Sources: Dong et al. 2019, arXiv:1911.03852 (HAWQ-V2: sensitivities add up, an exact choice under a budget); here a
+sensitivity is the measured error of the model's outputs with that one layer changed, not a trace of the Hessian, and
+the choice is solved exactly (``budget.py``). Errors of single layers are taken to be independent, so that their squares
+add up; the chosen mix is measured as a whole as well, and so is each candidate used everywhere, and the best that was
+measured within the budget is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from passes.contract import Context, Inputs, Json, Pass, Plan, macs_by_module
+from passes.quantization.budget import Option, Trade, at_most, best_trades, within
+from passes.quantization.linear import QuantizedLinear, weight_scales
+from passes.quantization.scales import as_bytes
+from passes.surgery import share
+from toolchain.errors import ToolchainError
+
+ROUNDS = 6
+"""How often a bound on the error is tightened when the measured mix misses it."""
+
+
+class SearchPrecision(Pass):
+    """Mix precisions layer by layer: least error within a budget, or least cost within an error."""
+
+    needs_calibration: ClassVar[bool] = True
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "search_precision")
+
+    candidates: tuple[dict[str, Any], ...] = Field(
+        ({"pass": "quantize_int8"},),
+        min_length=1,
+        description="quantization passes to choose from, each a table with 'pass' and its parameters",
+    )
+    cost: Literal["bytes", "macs"] = Field(
+        "bytes", description="bytes of the weights; or multiply-accumulates of one call times the bytes of a weight"
+    )
+    budget: float | None = Field(
+        None, gt=0, le=1, description="cost of the layers, as a share of what it is now; None: as max_error says"
+    )
+    max_error: float = Field(
+        0.02, gt=0, description="without a budget: largest relative L2 error of the outputs on the calibration inputs"
+    )
+    calls: int = Field(4, ge=1, description="calibration calls that sensitivities are measured on")
+
+    @field_validator("candidates")
+    @classmethod
+    def known(cls, tables: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        """Refuse what is no quantization pass; its parameters are checked too."""
+        for table in tables:
+            made(table)
+        return tables
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Measure every layer in every precision, and choose.
+
+        Raises:
+            ToolchainError: no choice fits the budget.
+        """
+        search = Search([made(table) for table in self.candidates], model, context, self.calls, self.cost)
+        layers = search.layers
+        if not layers:
+            return Plan(choice={}, skipped=search.skipped)
+        options = {path: search.options(path, number) for number, path in enumerate(layers)}
+        trades = best_trades(options.values())
+        now = sum(found[0].cost for found in options.values())
+        chosen = self.choose(search, options, trades, now)
+        picked = dict(zip(layers, chosen, strict=True))
+        kept = {path: "more exact as it is" for path, option in picked.items() if option == 0}
+        return Plan(
+            choice={path: search.decision(path, option) for path, option in picked.items() if option},
+            skipped={**search.skipped, **kept},
+            facts={
+                "sensitivity": {
+                    path: [short(math.sqrt(option.error)) for option in found[1:]] for path, found in options.items()
+                },
+                "error": short(search.error_of(chosen)),
+                "cost_share": short(cost_of(options, chosen) / now),
+                "uniform": [self.uniform_fact(search, options, i, now) for i in range(1, len(search.plans) + 1)],
+                "curve": {
+                    "x": f"{self.cost} of the layers, as a share of what they were",
+                    "y": "predicted relative L2 error",
+                    "points": [[short(t.cost / now), short(math.sqrt(t.error))] for t in thinned(trades)],
+                    "chosen": [short(cost_of(options, chosen) / now), short(search.error_of(chosen))],
+                },
+            },
+            arrays=search.arrays(picked),
+        )
+
+    def choose(
+        self, search: Search, options: Mapping[str, Sequence[Option]], trades: Sequence[Trade], now: int
+    ) -> list[int]:
+        """The option of each layer, 0 for as it is."""
+        if self.budget is not None:
+            limit = self.budget * now
+            best = within(trades, limit)
+            if best is None:
+                share = trades[0].cost / now
+                raise ToolchainError(
+                    f"a budget of {self.budget} cannot be kept: the least that the candidates need is {share:.3f}",
+                    where="budget",
+                    help="raise it, or add a candidate of fewer bits",
+                )
+            rivals = [best.choices(), *(uniform(options, i) for i in range(1, len(search.plans) + 1))]
+            return min((r for r in rivals if cost_of(options, r) <= limit), key=search.error_of)
+        bound = self.max_error
+        chosen: list[int] = [0] * len(options)
+        for _ in range(ROUNDS):
+            best = at_most(trades, bound**2)
+            chosen = best.choices() if best else chosen
+            measured = search.error_of(chosen)
+            if measured <= self.max_error:
+                return chosen
+            bound *= 0.95 * self.max_error / measured
+        return [0] * len(options)
+
+    def uniform_fact(self, search: Search, options: Mapping[str, Sequence[Option]], option: int, now: int) -> Json:
+        """A candidate used wherever it can be: its cost and measured error."""
+        chosen = uniform(options, option)
+        return {
+            "pass": search.passes[option - 1].name(),
+            "cost_share": short(cost_of(options, chosen) / now),
+            "error": short(search.error_of(chosen)),
+        }
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Have each chosen candidate rewrite its layers."""
+        for number, table in enumerate(self.candidates):
+            mine = {path: entry["decision"] for path, entry in plan.choice.items() if entry["candidate"] == number}
+            prefix = f"{number}/"
+            arrays = {name.removeprefix(prefix): a for name, a in plan.arrays.items() if name.startswith(prefix)}
+            if mine:
+                model = made(table).rewrite(model, Plan(choice=mine, arrays=arrays))
+        return model
+
+
+@dataclass
+class Search:
+    """The measurements that a choice rests on."""
+
+    passes: Sequence[Pass]
+    model: nn.Module
+    context: Context
+    calls: int
+    unit: Literal["bytes", "macs"]
+
+    @cached_property
+    def plans(self) -> list[Plan]:
+        """Each candidate's plan for the whole model."""
+        return [step.plan(self.model, self.context) for step in self.passes]
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Paths of the layers that some candidate would change, in the model's order."""
+        named = {path for plan in self.plans for path in plan.choice}
+        return [path for path, _ in self.model.named_modules() if path in named]
+
+    @cached_property
+    def skipped(self) -> dict[str, str]:
+        """Layers that no candidate would change, and why."""
+        reasons = {path: reason for plan in reversed(self.plans) for path, reason in plan.skipped.items()}
+        return {path: reason for path, reason in reasons.items() if path not in self.layers}
+
+    @cached_property
+    def inputs(self) -> list[Inputs]:
+        """Evenly spaced calibration calls."""
+        calls = self.context.calibration
+        return [calls[i * len(calls) // min(self.calls, len(calls))] for i in range(min(self.calls, len(calls)))]
+
+    @cached_property
+    def exact(self) -> list[Tensor]:
+        """What the model gives as it is."""
+        return outputs(self.model, self.inputs)
+
+    @cached_property
+    def macs(self) -> Mapping[str, int]:
+        """Multiply-accumulates of each layer in one call."""
+        return macs_by_module(self.model, self.context.example or self.inputs[0])
+
+    def options(self, path: str, number: int) -> list[Option]:
+        """A layer as it is, then as each candidate has it; one that leaves it alone is as it is."""
+        as_is = Option(self.cost(path, self.model.get_submodule(path)), 0.0)
+        found = [as_is]
+        for index, plan in enumerate(self.plans):
+            step = self.passes[index].name()
+            self.context.say(number, len(self.layers), f"measuring {step} alone in {path}")
+            if path not in plan.choice:
+                found.append(as_is)
+                continue
+            changed = self.changed({path: index})
+            cost = self.cost(path, changed.get_submodule(path))
+            error = self.distance(self.as_run(changed, {path: index}))
+            option = Option(cost, error**2)
+            found.append(option if math.isfinite(error) else as_is)
+        return found
+
+    def cost(self, path: str, layer: nn.Module) -> int:
+        """A layer's cost in the unit asked for."""
+        size = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
+        if self.unit == "bytes":
+            return size
+        weights = sum(parameter.numel() for parameter in self.model.get_submodule(path).parameters())
+        return round(self.macs.get(path, 0) * size / weights)
+
+    def changed(self, picked: Mapping[str, int]) -> nn.Module:
+        """The model with each of these layers rewritten by a candidate (by index)."""
+        model = share(self.model)
+        for index, step in enumerate(self.passes):
+            choice = {path: self.plans[index].choice[path] for path, i in picked.items() if i == index}
+            model = step.rewrite(model, replace(self.plans[index], choice=choice))
+        return model
+
+    def as_run(self, model: nn.Module, picked: Mapping[str, int]) -> nn.Module:
+        """A rewritten model with layers marked ``rows`` as engines compute them; for errors, not for costs."""
+        for path, index in picked.items():
+            decision, layer = self.plans[index].choice[path], model.get_submodule(path)
+            if isinstance(layer, QuantizedLinear) and isinstance(decision, Mapping) and decision.get("rows"):
+                original = self.model.get_submodule(path)
+                assert isinstance(original, nn.Linear)
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, RowScaled(original))
+        return model
+
+    def distance(self, model: nn.Module) -> float:
+        """Relative L2 error of a model's outputs; infinite where they are not finite."""
+        pairs = zip(outputs(model, self.inputs), self.exact, strict=True)
+        squares = [((got - exact).square().sum(), exact.square().sum()) for got, exact in pairs]
+        error = math.sqrt(float(sum(s for s, _ in squares)) / max(float(sum(n for _, n in squares)), 1e-30))
+        return error if math.isfinite(error) else math.inf
+
+    def error_of(self, chosen: Sequence[int]) -> float:
+        """Measured error of a whole mix; remembered."""
+        key = tuple(chosen)
+        if key not in self._measured:
+            picked = {
+                path: option - 1
+                for path, option in zip(self.layers, chosen, strict=True)
+                if option and path in self.plans[option - 1].choice
+            }
+            self._measured[key] = self.distance(self.as_run(self.changed(picked), picked))
+        return self._measured[key]
+
+    @cached_property
+    def _measured(self) -> dict[tuple[int, ...], float]:
+        return {}
+
+    def decision(self, path: str, option: int) -> Json:
+        """The plan's entry: whose decision, and the decision; what targets ask for stands beside it."""
+        entry = self.plans[option - 1].choice[path]
+        hints = entry if isinstance(entry, Mapping) else {}
+        return {**hints, "candidate": option - 1, "pass": self.passes[option - 1].name(), "decision": entry}
+
+    def arrays(self, picked: Mapping[str, int]) -> dict[str, Tensor]:
+        """The candidates' arrays for the layers that they were chosen for."""
+        return {
+            f"{index}/{name}": array
+            for index, plan in enumerate(self.plans)
+            for name, array in plan.arrays.items()
+            if picked.get(name.partition("/")[0]) == index + 1
+        }
+
+
+class RowScaled(nn.Module):
+    """A linear layer in 8 bits with a scale for each row of its input, as engines compute a layer marked ``rows``."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight_scales(weight)[:, None]
+        self.weight, self.bias = (weight / scale).round() * scale, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N)."""
+        q, step, zero = as_bytes(x.flatten(0, -2), by_row=True)
+        return nn.functional.linear(((q - zero) * step).view(x.shape), self.weight, self.bias)
+
+
+def made(table: Mapping[str, Any]) -> Pass:
+    """The pass that a table names, with its parameters.
+
+    Raises:
+        ToolchainError: it is no pass of this family, or its parameters are wrong.
+    """
+    name, classes = str(table.get("pass")), []
+    if importlib.util.find_spec(f"passes.quantization.{name}"):
+        module = importlib.import_module(f"passes.quantization.{name}")
+        own = [thing for thing in vars(module).values() if getattr(thing, "__module__", "") == module.__name__]
+        classes = [thing for thing in own if isinstance(thing, type) and issubclass(thing, Pass)]
+    if not classes or classes[0] is SearchPrecision:
+        raise ToolchainError(f"{name!r} is no quantization pass to choose from", where="candidates")
+    built: Pass = classes[0](**{key: value for key, value in table.items() if key != "pass"})
+    return built
+
+
+def outputs(model: nn.Module, calls: Sequence[Inputs]) -> list[Tensor]:
+    """All float outputs of each call in one vector."""
+    with torch.no_grad():
+        return [torch.cat([value.double().flatten() for value in tensors(model(**call))]) for call in calls]
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The float tensors of what a model returns."""
+    if isinstance(result, Tensor):
+        return [result] if result.is_floating_point() else []
+    values = result.values() if isinstance(result, Mapping) else result if isinstance(result, tuple | list) else ()
+    return [tensor for value in values for tensor in tensors(value)]
+
+
+def uniform(options: Mapping[str, Sequence[Option]], option: int) -> list[int]:
+    """The same option for every layer."""
+    return [option] * len(options)
+
+
+def cost_of(options: Mapping[str, Sequence[Option]], chosen: Sequence[int]) -> int:
+    """The cost of a mix."""
+    return sum(found[option].cost for found, option in zip(options.values(), chosen, strict=True))
+
+
+def thinned(trades: Sequence[Trade], most: int = 60) -> list[Trade]:
+    """Evenly spaced trades, the first and the last always, for a curve."""
+    if len(trades) <= most:
+        return list(trades)
+    return [trades[round(i * (len(trades) - 1) / (most - 1))] for i in range(most)]
+
+
+def short(value: float) -> float:
+    """6 significant digits."""
+    return float(f"{value:.6g}")
