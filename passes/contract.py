@@ -69,7 +69,8 @@ class Plan:
     Args:
         choice: what to do, by module path.
         skipped: what was left alone, by module path, and why.
-        facts: what else the decision rests on (calibration, scores).
+        facts: what else the decision rests on (calibration, scores). The report shows two of them: ``notes``, a list
+            of sentences without full stops, and ``curve``, what could be chosen from (``reports/record.py``, Curve).
         arrays: tensors that were decided (learned or rounded weights), by a name that begins with the module path.
     """
 

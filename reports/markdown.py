@@ -69,7 +69,7 @@ def step_line(step: Step) -> str:
     if reasons:
         reason, count = reasons[0]
         line += f"; left {len(step.skipped)} alone, {count} of them: {plain(reason)}"
-    return line
+    return "\n".join([line, *(f"  * {plain(note)}" for note in step.notes)])
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

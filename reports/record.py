@@ -37,6 +37,15 @@ class Skip(Part):
     reason: str
 
 
+class Curve(Part):
+    """A trade that a step chose from: what could be had, and what was taken; (x, y) pairs."""
+
+    x: str
+    y: str
+    points: list[tuple[float, float]]
+    chosen: tuple[float, float]
+
+
 class Step(Part):
     """What one step of the recipe did."""
 
@@ -49,6 +58,8 @@ class Step(Part):
     macs: BeforeAfter
     bytes: BeforeAfter
     seconds: float
+    notes: list[str] = []
+    curve: Curve | None = None
 
 
 class Fidelity(Part):

@@ -292,6 +292,8 @@ def step_record(step: Pass, result: Result, seconds: float) -> record.Step:
         macs=record.BeforeAfter(before=before.macs, after=after.macs),
         bytes=record.BeforeAfter(before=before.bytes, after=after.bytes),
         seconds=round(seconds, 3),
+        notes=list(result.plan.facts.get("notes", [])),
+        curve=result.plan.facts.get("curve"),
     )
 
 

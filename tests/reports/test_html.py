@@ -39,9 +39,17 @@ def page(report: Report) -> Page:
 def test_every_latency_sample_is_a_mark(report: Report, page: Page) -> None:
     timed = report.targets[0].latency
     assert timed is not None
-    marks = [attributes for tag, attributes in page.tags if tag == "circle"]
+    marks = [attributes for tag, attributes in page.tags if attributes.get("class") == "sample"]
     assert len(marks) == len(timed.samples_s) + len(timed.original_samples_s)
     assert len({mark["cx"] for mark in marks}) > 10
+
+
+def test_a_trade_off_is_drawn_with_the_choice_in_it(report: Report, page: Page) -> None:
+    curve = report.steps[1].curve
+    assert curve is not None
+    marks = [attributes for _, attributes in page.tags if attributes.get("class") == "trade"]
+    assert len(marks) == len(curve.points) + 1
+    assert curve.x in page.text
 
 
 def test_hostile_text_is_text(page: Page) -> None:
