@@ -188,11 +188,17 @@ def macs(model: nn.Module, example: Inputs) -> int:
 
     Counted on shapes alone where the model allows that, so that its weights are not read.
     """
+    found = macs_of_shapes(model, example)
+    return counted(model, example) if found is None else found
+
+
+def macs_of_shapes(model: nn.Module, example: Inputs) -> int | None:
+    """The same, without a weight read; None for a model whose shapes depend on what its tensors hold."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return counted(model, example)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-        return counted(model, example)
+        return None
 
 
 def counted(model: nn.Module, example: Inputs) -> int:

@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("kind", choices=KINDS)
 
     one = command("show", "one entry: what it does, parameters with defaults and ranges, source, published figures")
-    one.add_argument("name", help="a name from any list; a model's size too, such as dit:XL/2")
+    one.add_argument("name", help="a name from any list, or a model: dit:XL/2, hf:FOLDER, onnx:FILE.onnx, …")
+    one.add_argument("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
 
     one = command("export", "take a model through passes to engines, validate them, and write an artifact folder")
     one.add_argument("model", help=MODEL_HELP)

@@ -37,10 +37,10 @@ def list_command(chosen: Namespace) -> int:
 
 
 def show_command(chosen: Namespace) -> int:
-    """One entry, looked up in every kind."""
+    """One entry, looked up in every kind, or a source's model."""
     from toolchain.show import describe, tell
 
-    data = describe(chosen.name)
+    data = describe(chosen.name, trust_remote_code=chosen.trust_remote_code)
     answer(chosen, data, lambda: tell(data))
     return DONE
 
