@@ -72,12 +72,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--rounds", type=int, default=30, help="timed calls of each runner")
     one.add_argument("--threads", type=int, help="CPU threads; default: every core allowed")
     one.add_argument("--size", action="append", default=[], metavar="NAME=N", help="size of a dynamic dimension")
+    source_option(one)
 
     one = command("compare", "fidelity of two artifacts, engines or models on the same inputs")
     one.add_argument("original", help="artifact folder (FOLDER#TARGET for one engine), model, or .onnx file")
     one.add_argument("candidate", help="the same; compared with the first")
     one.add_argument("--calls", type=int, default=8, help="calls to compare on")
     one.add_argument("--gate", action="append", default=[], metavar="BOUND", help="such as 'fidelity.cosine >= 0.999'")
+    source_option(one)
 
     one = command("check", "regression gate: an artifact's figures against a baseline file")
     one.add_argument("artifact", type=Path, help="artifact folder")
@@ -105,6 +107,18 @@ def recipe_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--embed-weights", action="store_true", help="copy the weights, so that the folder stands alone")
     one.add_argument("--calibration", help="safetensors file with an array per input")
     one.add_argument("--seed", type=int, default=0)
+
+
+def source_option(one: argparse.ArgumentParser) -> None:
+    """Where the source of an artifact is."""
+    one.add_argument(
+        "--source",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="where the file or folder that an artifact was made from is now, if it was moved; must be the same",
+    )
 
 
 def output_options(one: argparse.ArgumentParser) -> None:
