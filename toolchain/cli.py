@@ -105,7 +105,7 @@ def recipe_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
     one.add_argument("--dtype", help="compute in float32, float16 or bfloat16; default: as the weights are")
     one.add_argument("--embed-weights", action="store_true", help="copy the weights, so that the folder stands alone")
-    one.add_argument("--calibration", help="safetensors file with an array per input")
+    one.add_argument("--calibration", help="safetensors file with an array per input, or .txt with a sentence a line")
     one.add_argument("--seed", type=int, default=0)
 
 

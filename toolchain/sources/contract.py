@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Model:
         task: for generative models, a whole sampling run with a judge.
         realistic: (count, seed) -> inputs like those in use; None where random ones must do.
         interface: how the original is called; None: by input names, giving a tensor or a tuple.
+        tokenize: from sentences to one call, for encoders of text that come with a tokenizer.
         carried: files that go into the artifact beside the engine, such as a tokenizer's.
         files: what it was read from, by path relative to the file or folder that was named: weights, configuration,
             code. Empty where nothing was named.
@@ -82,6 +83,7 @@ class Model:
     task: SamplingTask | None = None
     realistic: Callable[[int, int], list[Arrays]] | None = None
     interface: Interface | None = None
+    tokenize: Callable[[Sequence[str]], Arrays] | None = None
     carried: tuple[Path, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
 

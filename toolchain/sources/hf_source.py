@@ -27,6 +27,7 @@ from toolchain.sources import short
 from toolchain.sources.contract import Model, files_from, interface_of
 from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
 from toolchain.sources.hub import folder_of
+from toolchain.sources.sentences import tokenizer_of
 from validation.inputs import Arrays, Dim, InputSpec, draw
 
 CARRIED = (
@@ -75,6 +76,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         weights=said,
         realistic=lambda count, seed: [drawn(inputs, seed * 1_000 + i) for i in range(count)],
         interface=interface,
+        tokenize=tokenizer_of(folder, inputs, trust_remote_code=trust_remote_code),
         carried=tuple(sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})),
         files=files_from(folder, [folder / "config.json", *shards(folder, "model"), *sorted(code)]),
     )
