@@ -236,6 +236,12 @@ def macs(model: nn.Module, example: Inputs) -> int:
     return counted(model, example).get_total_flops() // 2
 
 
+def macs_of_shapes(model: nn.Module, example: Inputs) -> int | None:
+    """The same, without a weight read; None for a model whose shapes depend on what its tensors hold."""
+    counter = counted_on_shapes(model, example)
+    return None if counter is None else counter.get_total_flops() // 2
+
+
 def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, int]:
     """Multiply-accumulates of one call within each module, by path; none for a module that is not called."""
     counts = counted(model, example).get_flop_counts()
@@ -249,11 +255,16 @@ def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, int]:
 
 def counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
     """A counter that has seen one call, on shapes where that is possible."""
+    return counted_on_shapes(model, example) or called(model, example)
+
+
+def counted_on_shapes(model: nn.Module, example: Inputs) -> FlopCounterMode | None:
+    """A counter that has seen one call on shapes alone; None where shapes depend on what tensors hold."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return called(model, example)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-        return called(model, example)
+        return None
 
 
 def called(model: nn.Module, example: Inputs) -> FlopCounterMode:

@@ -237,8 +237,18 @@ def save(model: ir.Model, path: Path, *, embed: bool = False) -> None:
     point_at(model.graph.initializers, places, path.parent)
     if rest := {name: value for name, value in large.items() if name not in places}:
         write_external(rest, path.with_suffix(".safetensors"))
+    take_in(model, apart=set(large.values()))
     ir.save(model, path)
     check(path, {place.path for place in places.values()})
+
+
+def take_in(model: ir.Model, *, apart: set[ir.Value]) -> None:
+    """Put what a graph was read with from other files, but for ``apart``, into the graph: small ones, and branches'."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            tensor: Any = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and value not in apart:
+                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def place_of(value: ir.Value) -> stored.Place | None:

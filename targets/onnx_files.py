@@ -52,6 +52,17 @@ def all_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return found
 
 
+def external_files(model: onnx.ModelProto) -> set[str]:
+    """Paths, from the graph's folder, of the files that hold its external data."""
+    return {
+        entry.value
+        for tensor in all_tensors(model)
+        if uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
 def external_bytes(path: Path, *, linked: bool = False) -> int:
     """Bytes that a graph reads from other files; with ``linked`` from those in other folders only."""
     entries = [

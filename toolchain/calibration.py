@@ -1,4 +1,7 @@
-"""Inputs that passes calibrate on: from a file, or made from the model, never those that validate it."""
+"""Inputs that passes calibrate on: from a file, or made from the model, never those that validate it.
+
+A file holds arrays (safetensors) or, for encoders of text, sentences (``.txt``).
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,38 @@ CALIBRATION_SEED, VALIDATION_SEED = 1_000, 2_000
 def inputs(recipe: Recipe, model: Model) -> list[Inputs]:
     """Calibration calls as the recipe asks for them."""
     settings = recipe.head.calibration
-    if settings.file is not None:
+    if settings.file is not None and settings.file.endswith(".txt"):
+        calls = from_sentences(recipe.path(settings.file), model, settings.calls)
+    elif settings.file is not None:
         calls = from_file(recipe.path(settings.file), model.inputs)[: settings.calls]
     else:
         calls = model.batches(settings.calls, recipe.head.seed + CALIBRATION_SEED)
     return [{name: torch.from_numpy(array) for name, array in call.items()} for call in calls]
+
+
+def from_sentences(path: Path, model: Model, count: int) -> list[Arrays]:
+    """Read a text file, one sentence a line, into at most ``count`` calls of the model's typical batch.
+
+    Raises:
+        ToolchainError: not there, not text, or empty; or the model comes without a tokenizer.
+    """
+    if model.tokenize is None:
+        raise ToolchainError(
+            f"{path.name} is text, and {model.name} comes with no tokenizer to read it with",
+            where=str(path),
+            help="give a safetensors file with an array per input, or a model whose folder holds a tokenizer (hf:)",
+        )
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError as cause:
+        raise ToolchainError(f"there is no calibration file {path.name!r}", where=str(path)) from cause
+    except UnicodeDecodeError as cause:
+        raise ToolchainError(f"{path.name} is not UTF-8 text: {cause}", where=str(path)) from cause
+    sentences = [line for line in lines if line]
+    if not sentences:
+        raise ToolchainError(f"{path.name} holds no sentences", where=str(path))
+    batch = next(spec.sizes()[0] for spec in model.inputs)
+    return [model.tokenize(sentences[i : i + batch]) for i in range(0, len(sentences), batch)][:count]
 
 
 def from_file(path: Path, specs: tuple[InputSpec, ...]) -> list[Arrays]:

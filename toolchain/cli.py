@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("kind", choices=KINDS)
 
     one = command("show", "one entry: what it does, parameters with defaults and ranges, source, published figures")
-    one.add_argument("name", help="a name from any list; a model's size too, such as dit:XL/2")
+    one.add_argument("name", help="a name from any list, or a model: dit:XL/2, hf:FOLDER, onnx:FILE.onnx, …")
+    one.add_argument("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
 
     one = command("export", "take a model through passes to engines, validate them, and write an artifact folder")
     one.add_argument("model", help=MODEL_HELP)
@@ -71,12 +72,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--rounds", type=int, default=30, help="timed calls of each runner")
     one.add_argument("--threads", type=int, help="CPU threads; default: every core allowed")
     one.add_argument("--size", action="append", default=[], metavar="NAME=N", help="size of a dynamic dimension")
+    source_option(one)
 
     one = command("compare", "fidelity of two artifacts, engines or models on the same inputs")
     one.add_argument("original", help="artifact folder (FOLDER#TARGET for one engine), model, or .onnx file")
     one.add_argument("candidate", help="the same; compared with the first")
     one.add_argument("--calls", type=int, default=8, help="calls to compare on")
     one.add_argument("--gate", action="append", default=[], metavar="BOUND", help="such as 'fidelity.cosine >= 0.999'")
+    source_option(one)
 
     one = command("check", "regression gate: an artifact's figures against a baseline file")
     one.add_argument("artifact", type=Path, help="artifact folder")
@@ -102,8 +105,20 @@ def recipe_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
     one.add_argument("--dtype", help="compute in float32, float16 or bfloat16; default: as the weights are")
     one.add_argument("--embed-weights", action="store_true", help="copy the weights, so that the folder stands alone")
-    one.add_argument("--calibration", help="safetensors file with an array per input")
+    one.add_argument("--calibration", help="safetensors file with an array per input, or .txt with a sentence a line")
     one.add_argument("--seed", type=int, default=0)
+
+
+def source_option(one: argparse.ArgumentParser) -> None:
+    """Where the source of an artifact is."""
+    one.add_argument(
+        "--source",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="where the file or folder that an artifact was made from is now, if it was moved; must be the same",
+    )
 
 
 def output_options(one: argparse.ArgumentParser) -> None:

@@ -37,10 +37,10 @@ def list_command(chosen: Namespace) -> int:
 
 
 def show_command(chosen: Namespace) -> int:
-    """One entry, looked up in every kind."""
+    """One entry, looked up in every kind, or a source's model."""
     from toolchain.show import describe, tell
 
-    data = describe(chosen.name)
+    data = describe(chosen.name, trust_remote_code=chosen.trust_remote_code)
     answer(chosen, data, lambda: tell(data))
     return DONE
 
@@ -135,7 +135,7 @@ def bench_command(chosen: Namespace) -> int:
     progress = Progress(quiet=chosen.quiet)
     threads = chosen.threads or threads_here()
     with progress.stage("load"):
-        opened = [open_subject(text, threads=threads) for text in subjects]
+        opened = [open_subject(text, threads=threads, source=chosen.source) for text in subjects]
     first = opened[0]
     runners = {
         (name if len(opened) == 1 else f"{text} {name}"): runner
@@ -188,7 +188,7 @@ def compare_command(chosen: Namespace) -> int:
     bounds = [parse(text, known=gate_names(), where="--gate") for text in chosen.gate]
     progress = Progress(quiet=chosen.quiet)
     with progress.stage("load"):
-        first, second = open_subject(chosen.original), open_subject(chosen.candidate)
+        first, second = (open_subject(text, source=chosen.source) for text in (chosen.original, chosen.candidate))
     name, original = next(iter(first.runners.items()))
     model = first.model or second.model
     specs = model.inputs if model else first.inputs

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from targets import stored
 from targets.contract import Arrays, Runner
-from toolchain import artifact
 from toolchain.errors import ToolchainError, UnavailableError
-from toolchain.opened import engines_of, replay
+from toolchain.opened import engines_of, reopen, replay
 from toolchain.pipeline import Run
-from toolchain.progress import Progress
-from toolchain.recipe import read, threads_here
+from toolchain.recipe import threads_here
 from toolchain.sources.contract import LIBRARIES, Interface, read_interface
 from toolchain.sources.filling import without_memory
 from validation.inputs import Dim, InputSpec
@@ -168,9 +166,8 @@ def load(folder: str | Path, target: str | None = None, *, threads: int | None =
         ToolchainError: damaged, or no engine of it runs here.
     """
     folder = Path(folder)
-    manifest = artifact.read_manifest(folder)
-    run = Run(read(folder / "recipe.toml"), Progress(quiet=True))
-    return Engine(first_engine(run, folder, target, threads or threads_here()), *read_interface(manifest))
+    run = reopen(folder)
+    return Engine(first_engine(run, folder, target, threads or threads_here()), *read_interface(run.manifest))
 
 
 def first_engine(run: Run, folder: Path, target: str | None, threads: int) -> Runner:
@@ -184,15 +181,18 @@ def first_engine(run: Run, folder: Path, target: str | None, threads: int) -> Ru
     raise UnavailableError("; ".join(reasons) or f"{str(folder)!r} was exported without targets")
 
 
-def load_module(folder: str | Path) -> nn.Module:
+def load_module(folder: str | Path, *, source: str | Path | None = None) -> nn.Module:
     """An artifact's optimized PyTorch module, for further training: source, recorded plans, weights of its own.
 
+    Args:
+        folder: what ``enginewright export`` wrote.
+        source: the file or folder that it was made from, if that was moved.
+
     Raises:
-        ToolchainError: the artifact is damaged, or its source is not where it was.
+        ToolchainError: the artifact is damaged, or its source is not where it was, or not what it was.
     """
     folder = Path(folder)
-    artifact.read_manifest(folder)
-    run = Run(read(folder / "recipe.toml"), Progress(quiet=True))
+    run = reopen(folder, (Path(source) if source is not None else None,))
     module = replay(run, folder)
     for parameter in (*module.parameters(), *module.buffers()):
         if stored.place_of(parameter):

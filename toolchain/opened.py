@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from passes.surgery import share
 from targets.contract import Runner
 from targets.onnx_files import check_onnx
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, catalog, sources
+from toolchain import artifact, catalog, origin, sources
 from toolchain.errors import ToolchainError, UnavailableError
 from toolchain.pipeline import Run
 from toolchain.progress import Progress
@@ -39,8 +40,50 @@ class Opened:
     """Targets that do not run here, and why."""
 
 
-def open_subject(text: str, *, threads: int | None = None) -> Opened:
+@dataclass(kw_only=True)
+class Reopened(Run):
+    """An artifact's recipe; its model must be the very one that was exported.
+
+    Args:
+        manifest: the artifact's.
+        places: where the source may be; None stands for where it was.
+    """
+
+    manifest: Mapping[str, Any]
+    places: Sequence[Path | None] = (None,)
+
+    @cached_property
+    def model(self) -> Model:
+        """The untouched original.
+
+        Raises:
+            ToolchainError: its source has moved or was changed.
+        """
+        record = self.manifest.get("source")
+        self.recipe = origin.located(self.recipe, record, self.places)
+        model = super().model
+        origin.check(model, record)
+        return model
+
+
+def reopen(folder: Path, places: Sequence[Path | None] = (None,)) -> Reopened:
+    """The run that an artifact came from.
+
+    Raises:
+        ToolchainError: the artifact is damaged.
+    """
+    manifest = artifact.read_manifest(folder)
+    recipe = read(folder / "recipe.toml")
+    return Reopened(recipe, Progress(quiet=True), manifest=manifest, places=places)
+
+
+def open_subject(text: str, *, threads: int | None = None, source: Sequence[Path] = ()) -> Opened:
     """Open ``FOLDER``, ``FOLDER#TARGET``, ``FILE.onnx`` or a model string.
+
+    Args:
+        text: what to open.
+        threads: of its runners.
+        source: where an artifact's source may be, if it was moved.
 
     Raises:
         ToolchainError: damaged, unknown, or nothing in it runs here.
@@ -48,7 +91,7 @@ def open_subject(text: str, *, threads: int | None = None) -> Opened:
     threads = threads or threads_here()
     place, _, wanted = text.partition("#")
     if Path(place).is_dir():
-        return open_artifact(Path(place), wanted, threads)
+        return open_artifact(reopen(Path(place), (*source, None)), Path(place), wanted, threads)
     if place.endswith(".onnx") and sources.gives(place) == "module":
         return open_onnx(Path(place), threads)
     model = sources.load(text)
@@ -56,10 +99,8 @@ def open_subject(text: str, *, threads: int | None = None) -> Opened:
     return Opened(runners={model.name: eager}, inputs=model.inputs, model=model, original=eager, absent={})
 
 
-def open_artifact(folder: Path, wanted: str, threads: int) -> Opened:
+def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
     """An artifact's engines that run here, and its original."""
-    artifact.read_manifest(folder)
-    run = Run(read(folder / "recipe.toml"), Progress(quiet=True))
     runners, absent = engines_of(run, folder, wanted, threads)
     model = run.model
     original = EagerRunner(model.module, threads=threads, outputs=model.outputs)

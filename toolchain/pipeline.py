@@ -21,7 +21,7 @@ from targets.contract import Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, scoring, sources
+from toolchain import artifact, calibration, environment, origin, scoring, sources
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.measure import judge_gates, measure
 from toolchain.progress import Progress
@@ -332,6 +332,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
                 for number, (step, result, _) in enumerate(run.results)
             },
             "interface": write_interface(run.model),
+            "source": origin.recorded(run.recipe, run.model),
             "versions": report.versions,
         },
     )

@@ -46,7 +46,10 @@ class Table(BaseModel):
 class Calibration(Table):
     """Where calibration inputs come from."""
 
-    file: str | None = Field(None, description="safetensors file, an array per input; None: made from the model")
+    file: str | None = Field(
+        None,
+        description="safetensors file, an array per input, or .txt file, a sentence a line; None: made from the model",
+    )
     calls: int = Field(16, ge=1, description="calls of the model to calibrate on")
 
 

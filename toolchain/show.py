@@ -1,25 +1,38 @@
-"""One catalogue entry in full: what ``enginewright show`` prints."""
+"""One catalogue entry or model in full: what ``enginewright show`` prints."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from toolchain import catalog
+from toolchain import catalog, sources
 from toolchain.errors import unknown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from validation.inputs import InputSpec
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-def describe(text: str) -> dict[str, Any]:
-    """Everything known about an entry of any kind, as JSON can hold it.
+def describe(text: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Everything known about an entry of any kind or a source's model, as JSON can hold it.
+
+    Args:
+        text: an entry's name, or a model string.
+        trust_remote_code: run code that a checkpoint folder brings along.
 
     Raises:
-        ToolchainError: no kind has it.
+        ToolchainError: no kind has it; or a source's model cannot be loaded.
     """
-    name, _, size = text.partition(":")
+    name, colon, size = text.partition(":")
+    if colon and name in sources.prefixes():
+        return {"kind": "models", "name": text, **source_details(name, text, trust_remote_code)}
     for kind in catalog.KINDS:
         found = catalog.entries(kind).get(name)
         if found is not None:
@@ -68,7 +81,6 @@ def model_details(name: str, size: str) -> dict[str, Any]:
 
     from passes.contract import macs
     from toolchain.sources.reference import WEIGHTS, sizes_of
-    from validation.inputs import Dim
 
     module = catalog.load("models", name)
     sizes = sizes_of(module)
@@ -86,19 +98,65 @@ def model_details(name: str, size: str) -> dict[str, Any]:
         "parameter_count": sum(p.numel() for p in net.parameters()),
         "macs": macs(net, example),
         "weights": "trained, shipped" if (WEIGHTS / f"{name}-{size}.safetensors").exists() else "random",
-        "inputs": [
-            {
-                "name": s.name,
-                "shape": [d.name if isinstance(d, Dim) else d for d in s.shape],
-                "dtype": s.dtype,
-                "range": None if s.low is None else [s.low, s.high],
-                "dynamic": {d.name: [d.low, d.typical, d.high] for d in s.shape if isinstance(d, Dim)},
-            }
-            for s in specs
-        ],
+        "inputs": inputs_as_json(specs),
         "outputs": list(module.OUTPUTS),
         "published": [vars(figure) for figure in getattr(module, "FIGURES", {}).get(size, ())],
     }
+
+
+def source_details(prefix: str, text: str, trust_remote_code: bool) -> dict[str, Any]:
+    """A source's model, its weights left where they lie; of a whole pipeline, the networks that it holds."""
+    from passes.contract import cost
+
+    about = {
+        "source": prefix,
+        "documentation": inspect.getdoc(importlib.import_module(f"toolchain.sources.{prefix}_source")),
+    }
+    if parts := sources.parts_of(text):
+        return {**about, "components": [f"{text}#{part}" for part in parts]}
+    model = sources.load(text, trust_remote_code=trust_remote_code)
+    macs, reason = countable_macs(model.module, model.inputs)
+    return {
+        **about,
+        "parameter_count": cost(model.module, None).parameter_count,
+        "macs": macs,
+        "macs_reason": reason,
+        "weights": model.weights,
+        "inputs": inputs_as_json(model.inputs),
+        "outputs": list(model.outputs),
+        "published": [],
+    }
+
+
+def countable_macs(module: nn.Module, specs: Sequence[InputSpec]) -> tuple[int | None, str | None]:
+    """Multiply-accumulates at batch 1, or None and why they cannot be counted on shapes alone."""
+    import torch
+
+    from passes.contract import macs_of_shapes
+    from passes.graph.module import GraphModule
+    from validation.inputs import draw
+
+    if isinstance(module, GraphModule):
+        return None, "multiply-accumulates of ONNX graphs are not counted"
+    example = {name: torch.from_numpy(array) for name, array in draw(specs, seed=0, sizes={"batch": 1}).items()}
+    found = macs_of_shapes(module, example)
+    return found, "its shapes depend on what its tensors hold" if found is None else None
+
+
+def inputs_as_json(specs: Sequence[InputSpec]) -> list[dict[str, Any]]:
+    """An input contract."""
+    from validation.inputs import Dim
+
+    return [
+        {
+            "name": s.name,
+            "shape": [d.name if isinstance(d, Dim) else d for d in s.shape],
+            "dtype": s.dtype,
+            "range": None if s.low is None else [s.low, s.high],
+            "dynamic": {d.name: [d.low, d.typical, d.high] for d in s.shape if isinstance(d, Dim)},
+        }
+        for s in specs
+    ]
 
 
 def tell(data: dict[str, Any]) -> None:
@@ -121,13 +179,36 @@ def tell(data: dict[str, Any]) -> None:
 
 def tell_model(data: dict[str, Any]) -> None:
     """The part about a model's size."""
-    print(f"sizes: {', '.join(data['sizes'])}")
-    print(f"{data['size']}: {data['parameter_count']:,} parameters, {data['macs']:,} multiply-accumulates at batch 1")
+    if "components" in data:
+        print("a pipeline; each network becomes an artifact of its own:")
+        print("\n".join(f"  {part}" for part in data["components"]))
+        return
+    if "sizes" in data:
+        print(f"sizes: {', '.join(data['sizes'])}")
+    label = f"{data['size']}: " if "size" in data else ""
+    macs = f"{data['macs']:,} multiply-accumulates at batch 1" if data["macs"] is not None else data["macs_reason"]
+    print(f"{label}{data['parameter_count']:,} parameters, {macs}")
     print(f"weights: {data['weights']}")
     for spec in data["inputs"]:
-        shape = ", ".join(str(d) for d in spec["shape"])
-        limits = f", {spec['range'][0]:g} to {spec['range'][1]:g}" if spec["range"] else ", standard normal"
-        print(f"input {spec['name']} ({shape}) {spec['dtype']}{limits}")
+        print(f"input {spec['name']} ({', '.join(map(sized(spec), spec['shape']))}) {spec['dtype']}{limits_text(spec)}")
     print(f"outputs: {', '.join(data['outputs'])}")
     for figure in data["published"]:
         print(f"published {figure['figure']}: {figure['value']} ({figure['source']})")
+
+
+def sized(spec: dict[str, Any]) -> Callable[[int | str], str]:
+    """From a size or a dimension's name to text, with the range that it may have."""
+
+    def text(size: int | str) -> str:
+        low, _, high = spec["dynamic"].get(size, (0, 0, 0))
+        return f"{size} {low} to {high}" if high else str(size)
+
+    return text
+
+
+def limits_text(spec: dict[str, Any]) -> str:
+    """What values an input takes; a whole number's upper limit is not among them."""
+    if not spec["range"]:
+        return ", standard normal"
+    low, high = spec["range"]
+    return f", {low:g} to {high - 1 if 'int' in spec['dtype'] else high:g}"

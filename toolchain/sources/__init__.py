@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from toolchain.sources.contract import Model
@@ -64,6 +64,28 @@ def parts_of(text: str) -> list[str]:
     return [part.partition("#")[2] for part in found] if len(found) > 1 else []
 
 
+class PathParts(NamedTuple):
+    """A model string around the path that it holds."""
+
+    prefix: str
+    path: str
+    rest: str
+
+    @property
+    def text(self) -> str:
+        """The model string."""
+        return f"{self.prefix}:{self.path}{self.rest}"
+
+
+def parts_of_path(text: str) -> PathParts | None:
+    """A model string taken apart; None for a reference model, which holds no path.
+
+    For sources other than ``FILES`` the path may be a name on a hub.
+    """
+    found = re.fullmatch(r"(onnx):([^?]+)(\?.*)?", text) or re.fullmatch(r"(\w+):(.+?)([:#]\w+)?", text)
+    return PathParts(found[1], found[2], found[3] or "") if found and found[1] in prefixes() else None
+
+
 def with_path(text: str, folder: Path, change: Callable[[str], str]) -> str:
     """A model string whose path, where it holds one, went through ``change``.
 
@@ -72,12 +94,10 @@ def with_path(text: str, folder: Path, change: Callable[[str], str]) -> str:
         folder: where the path starts.
         change: from the path as it stands to another.
     """
-    found = re.fullmatch(r"(\w+):(.+?)([:#]\w+)?", text)
-    if not found or found[1] not in prefixes():
+    parts = parts_of_path(text)
+    if not parts or (parts.prefix not in FILES and not (folder / parts.path).exists()):
         return text
-    if found[1] not in FILES and not (folder / found[2]).exists():
-        return text
-    return f"{found[1]}:{change(found[2])}{found[3] or ''}"
+    return parts._replace(path=change(parts.path)).text
 
 
 def short(text: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ class Model:
         task: for generative models, a whole sampling run with a judge.
         realistic: (count, seed) -> inputs like those in use; None where random ones must do.
         interface: how the original is called; None: by input names, giving a tensor or a tuple.
+        tokenize: from sentences to one call, for encoders of text that come with a tokenizer.
         carried: files that go into the artifact beside the engine, such as a tokenizer's.
+        files: what it was read from, by path relative to the file or folder that was named: weights, configuration,
+            code. Empty where nothing was named.
     """
 
     name: str
@@ -79,13 +83,20 @@ class Model:
     task: SamplingTask | None = None
     realistic: Callable[[int, int], list[Arrays]] | None = None
     interface: Interface | None = None
+    tokenize: Callable[[Sequence[str]], Arrays] | None = None
     carried: tuple[Path, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def batches(self, count: int, seed: int) -> list[Arrays]:
         """``count`` sets of inputs at typical sizes: realistic where the model can make them, else random."""
         if self.realistic:
             return self.realistic(count, seed)
         return [draw(self.inputs, seed=seed + i) for i in range(count)]
+
+
+def files_from(place: Path, paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by their path relative to ``place``, which is one of them or a folder around them."""
+    return {os.path.relpath(path, place): path for path in paths}
 
 
 def interface_of(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from toolchain.errors import ToolchainError, require, unknown
 from toolchain.sources import short
 from toolchain.sources.autoencoders import DECODERS, ENCODERS
-from toolchain.sources.contract import Model
+from toolchain.sources.contract import Model, files_from
 from toolchain.sources.denoisers import DENOISERS
 from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
 from toolchain.sources.flat import Config, Family, example_of, interface
@@ -80,7 +80,8 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     del seed, trust_remote_code
     place, name = split(text)
     part = choose(text, name, parts_of(folder_of(place, [INDEX, CONFIG])))
-    folder = folder_of(place, part.patterns()) / part.folder
+    whole = folder_of(place, part.patterns())
+    folder = whole / part.folder
     config = read_json(folder / CONFIG)
     cls = class_name(config, part, folder)
     if cls not in part.families:
@@ -98,6 +99,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         outputs=outputs,
         weights=f"those of {cls} in {short(PREFIX + place).removeprefix(PREFIX)}",
         interface=how,
+        files=files_from(whole, [folder / CONFIG, *shards(folder, part.stem)]),
     )
 
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from toolchain.errors import ToolchainError, require, unknown
 from toolchain.sources import short
-from toolchain.sources.contract import Model, interface_of
+from toolchain.sources.contract import Model, files_from, interface_of
 from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
 from toolchain.sources.hub import folder_of
+from toolchain.sources.sentences import tokenizer_of
 from validation.inputs import Arrays, Dim, InputSpec, draw
 
 CARRIED = (
@@ -66,6 +67,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     interface, outputs = interface_of(module, example, path="inner" if two_towers else "", config=config.to_dict())
     if two_towers:
         module = TwoTowers(module, outputs).eval()
+    code = folder.glob("*.py") if trust_remote_code else ()
     return Model(
         name=short(text),
         module=module,
@@ -74,7 +76,9 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         weights=said,
         realistic=lambda count, seed: [drawn(inputs, seed * 1_000 + i) for i in range(count)],
         interface=interface,
+        tokenize=tokenizer_of(folder, inputs, trust_remote_code=trust_remote_code),
         carried=tuple(sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})),
+        files=files_from(folder, [folder / "config.json", *shards(folder, "model"), *sorted(code)]),
     )
 
 

@@ -19,10 +19,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from passes.graph.module import GraphModule
-from targets.onnx_files import check_onnx
+from targets.onnx_files import check_onnx, external_files
 from toolchain.errors import FaultsError, ToolchainError, raise_faults, unknown
 from toolchain.sources import short
-from toolchain.sources.contract import Model
+from toolchain.sources.contract import Model, files_from
 from validation.inputs import Dim, InputSpec
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
@@ -68,12 +68,14 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     outputs = tuple(value.name or "" for value in graph.graph.outputs)
     guessed = {d.name: d for spec in inputs for d in spec.shape if isinstance(d, Dim) and d.name not in given}
     said = ", ".join(f"{d.name} {d.low} to {d.high}" for d in guessed.values())
+    beside = {path.parent / location for location in external_files(proto)}
     return Model(
         name=short(text),
         module=GraphModule(graph, path).eval(),
         inputs=inputs,
         outputs=outputs,
         weights=f"in {path.name}" + (f"; sizes guessed: {said}" if said else ""),
+        files=files_from(path, [path, *sorted(beside)]),
     )
 
 

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from toolchain.errors import ToolchainError
 from toolchain.sources import examples, pt2_archive
-from toolchain.sources.contract import Model
+from toolchain.sources.contract import Model, files_from
 
 LINEAR = torch.ops.aten.linear.default
 HIGHEST = 64
@@ -52,6 +52,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         outputs=outputs,
         weights=f"from {path.name}",
         interface=interface,
+        files=files_from(path, [path]),
     )
 
 

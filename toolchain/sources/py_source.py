@@ -20,7 +20,7 @@ from torch import nn
 
 from toolchain.errors import ToolchainError, unknown
 from toolchain.sources import examples, user_file
-from toolchain.sources.contract import Model
+from toolchain.sources.contract import Model, files_from
 from toolchain.spec import ModelSpec
 
 WANTED = "return (module, inputs), a toolchain.ModelSpec, or a dict of its fields"
@@ -49,7 +49,12 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         raise
     # An import inside a forward still finds its neighbours.
     weakref.finalize(model.module, user_file.forget, package).atexit = False
-    return dataclasses.replace(model, name=f"py:{path.name}:{name}", weights=f"by {name} in {path.name}, seed {seed}")
+    return dataclasses.replace(
+        model,
+        name=f"py:{path.name}:{name}",
+        weights=f"by {name} in {path.name}, seed {seed}",
+        files=files_from(path, user_file.imported(path)),
+    )
 
 
 def parts(text: str) -> tuple[Path, str]:

@@ -11,7 +11,7 @@ from torch import nn
 from targets import stored
 from toolchain import catalog
 from toolchain.errors import unknown
-from toolchain.sources.contract import Model
+from toolchain.sources.contract import Model, files_from
 from toolchain.sources.filling import fill, without_memory
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "weights"
@@ -36,6 +36,7 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
     if size not in sizes:
         raise unknown(f"size of {name}", size, sizes, where=text)
     config = sizes[size]
+    files = {} if weights is None else files_from(weights, [weights])
     shipped = WEIGHTS / f"{name}-{size}.safetensors"
     if weights is None and size in module.SHIPPED:
         weights = shipped
@@ -58,6 +59,7 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
         outputs=module.OUTPUTS,
         weights=said,
         published=getattr(module, "FIGURES", {}).get(size, ()),
+        files=files,
         task=module.task(size, config) if hasattr(module, "task") and weights is not None else None,
         realistic=module.realistic(net, size, config) if hasattr(module, "realistic") and weights is not None else None,
     )

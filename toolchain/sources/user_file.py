@@ -32,7 +32,7 @@ def run(path: Path) -> ModuleType:
     Raises:
         ToolchainError: no such file; not Python; it would import ours for a neighbour; or what it raised.
     """
-    check_imports(path)
+    imported(path)
     package = f"_enginewright_user_{next(NUMBERS)}"
     spec = ModuleSpec(package, None, is_package=True)
     spec.submodule_search_locations = [str(path.parent)]
@@ -79,10 +79,11 @@ def not_python(cause: SyntaxError, path: Path) -> ToolchainError:
     return ToolchainError(f"{place.name} is not Python: {cause.msg}", where=f"{place}, line {cause.lineno}")
 
 
-def check_imports(path: Path) -> None:
-    """Refuse an absolute import that would find a package of ours where a neighbour has its name.
+def imported(path: Path) -> list[Path]:
+    """A file and the neighbours that it imports relatively, and they in turn.
 
-    Neighbours that are imported relatively are looked through as well.
+    Raises:
+        ToolchainError: an absolute import would find a package of ours where a neighbour has its name.
     """
     seen, waiting = {path}, [path]
     while waiting:
@@ -100,6 +101,7 @@ def check_imports(path: Path) -> None:
             if level == 1 and beside is not None and beside.suffix == ".py" and beside not in seen:
                 seen.add(beside)
                 waiting.append(beside)
+    return [path, *sorted(seen - {path})]
 
 
 def imports_of(tree: ast.Module) -> Iterator[tuple[int, str, int]]:
