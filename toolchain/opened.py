@@ -14,11 +14,12 @@ from targets.contract import Runner
 from targets.onnx_files import check_onnx
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, catalog, sources
+from toolchain.added import completing
 from toolchain.errors import ToolchainError, UnavailableError
 from toolchain.pipeline import Run, share
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
-from toolchain.sources.contract import Model
+from toolchain.sources.contract import Model, read_interface
 from toolchain.sources.onnx_source import inputs_of
 from validation.inputs import InputSpec
 
@@ -57,9 +58,10 @@ def open_subject(text: str, *, threads: int | None = None) -> Opened:
 
 def open_artifact(folder: Path, wanted: str, threads: int) -> Opened:
     """An artifact's engines that run here, and its original."""
-    artifact.read_manifest(folder)
+    specs, _, _ = read_interface(artifact.read_manifest(folder))
     run = Run(read(folder / "recipe.toml"), Progress(quiet=True))
     runners, absent = engines_of(run, folder, wanted, threads)
+    runners = {name: completing(runner, specs) for name, runner in runners.items()}
     model = run.model
     original = EagerRunner(model.module, threads=threads, outputs=model.outputs)
     return Opened(runners=runners, inputs=model.inputs, model=model, original=original, absent=absent)
