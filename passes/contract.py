@@ -145,6 +145,23 @@ class Result:
     after: Cost
 
 
+@dataclass(frozen=True, kw_only=True)
+class NewInput:
+    """An input that a rewritten model takes beside those of the original: a keyword, a row for each row of the batch.
+
+    Args:
+        name: of the argument.
+        shape: of one row.
+        dtype: numpy's name of the element type.
+        default: every element, where a caller leaves the input out; what is compared with the original has this.
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    default: float = 0.0
+
+
 WORDS = {"module": "PyTorch modules", "graph": "ONNX graphs"}
 """What a pass works on, in words."""
 
@@ -181,6 +198,10 @@ class Pass(BaseModel, ABC):
     @abstractmethod
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Carry the plan out, in place where that is natural; deterministic, needs no data."""
+
+    def new_inputs(self, plan: Plan) -> tuple[NewInput, ...]:
+        """What the rewritten model takes beside the original's inputs; each may be left out of a call in PyTorch."""
+        return ()
 
     def apply(self, model: nn.Module, context: Context) -> Result:
         """Plan, rewrite and account for it."""

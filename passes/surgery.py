@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from passes.traits import FeedForward, FixedAttention, HeadedAttention
+from passes.traits import FeedForward, FixedAttention, HeadedAttention, Place, Stream
 from toolchain.errors import ToolchainError
 
 
@@ -64,11 +65,15 @@ class ProjectedAttention(HeadedAttention):
 
     Args:
         core: the module that owns the input projections and the layer's own counts.
-        inputs: names of those projections in ``core``.
+        inputs: names of those projections in ``core``; the last one writes the values of the layer's own tokens.
         stacks: how often all heads follow one another in an input projection: 3 for a fused q, k, v.
         holder: the module that owns the output projection.
         output_name: its name there.
         counts: the attributes of ``core`` that grow with the number of heads, and by how much for each head.
+        others: columns of the output projection that follow the heads' and read something else.
+        tokens: what the layer's own tokens are.
+        text: the text that attends along with them.
+        crossed: whether the values are of other tokens than the queries.
     """
 
     core: nn.Module
@@ -79,11 +84,32 @@ class ProjectedAttention(HeadedAttention):
     heads: int
     head_dim: int
     counts: Mapping[str, int]
+    others: int = 0
+    tokens: Literal["own", "both"] = "own"
+    text: Stream | None = None
+    crossed: bool = False
 
     @property
     def output(self) -> nn.Linear:  # type: ignore[override]
-        """The projection (D, H*head_dim) that reads all heads' results."""
+        """The projection (D, H*head_dim + others) that reads all heads' results."""
         return linear_at(self.holder, self.output_name)
+
+    @property
+    def outputs(self) -> tuple[nn.Linear, ...]:  # type: ignore[override]
+        """Every projection that reads heads' results."""
+        return (self.output, *(linear_at(*stream.output) for stream in self.of_text()))
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:  # type: ignore[override]
+        """The layer's own tokens, then the text."""
+        if self.crossed:
+            return ()
+        own = Stream(value=(self.core, self.inputs[-1]), output=(self.holder, self.output_name), tokens=self.tokens)
+        return (own, *self.of_text())
+
+    def of_text(self) -> tuple[Stream, ...]:
+        """The text's stream, if there is one."""
+        return () if self.text is None else (self.text,)
 
     def keep_heads(self, kept: Sequence[int]) -> None:
         """Take every other head out of the projections and set the layer's counts. Spent afterwards: ask anew."""
@@ -93,13 +119,13 @@ class ProjectedAttention(HeadedAttention):
         for name in self.inputs:
             setattr(self.core, name, keep_rows(linear_at(self.core, name), rows))
         columns = head_indices(kept, heads=self.heads, head_dim=self.head_dim)
-        setattr(self.holder, self.output_name, keep_columns(self.output, columns))
+        width = self.heads * self.head_dim
+        others = range(width, width + self.others)
+        setattr(self.holder, self.output_name, keep_columns(self.output, [*columns, *others]))
+        for stream in self.of_text():
+            setattr(*stream.output, keep_columns(linear_at(*stream.output), columns))
         for name, each in self.counts.items():
             setattr(self.core, name, each * len(kept))
-
-
-Place = tuple[nn.Module, str]
-"""A module and the name of one of its children."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +234,7 @@ def projected_attention(
     known = {*attention.inputs, *whole}
     if attention.holder is attention.core:
         known.add(attention.output_name)
+    known |= {stream.output[1] for stream in attention.of_text()}
     reason = next(obstacles(attention, known), None)
     return attention if reason is None else FixedAttention(reason)
 
@@ -218,7 +245,8 @@ def obstacles(attention: ProjectedAttention, known: Collection[str]) -> Iterator
     for name in own_parts(core):
         if name not in known:
             yield f"its part {name!r} may depend on the heads"
-    owners = [*((core, name) for name in attention.inputs), (holder, attention.output_name)]
+    outputs = [(holder, attention.output_name), *(stream.output for stream in attention.of_text())]
+    owners = [*((core, name) for name in attention.inputs), *outputs]
     for owner, name in owners:
         kind = type(getattr(owner, name))
         if kind is not nn.Linear:
@@ -228,8 +256,9 @@ def obstacles(attention: ProjectedAttention, known: Collection[str]) -> Iterator
     sizes = {name: linear_at(core, name).out_features for name in attention.inputs}
     if any(size != attention.stacks * width for size in sizes.values()):
         yield f"its {attention.heads} heads of {attention.head_dim} do not fill its projections: {sizes}"
-    if attention.output.in_features != width:
-        yield f"its output projection reads {attention.output.in_features} features, its heads write {width}"
+    for output, others in zip(attention.outputs, (attention.others, 0), strict=False):
+        if output.in_features != width + others:
+            yield f"its output projection reads {output.in_features - others} features, its heads write {width}"
 
 
 def own_parts(module: nn.Module) -> Iterator[str]:

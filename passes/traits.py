@@ -12,11 +12,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import nn
 
 import passes.families
+
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its children."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Tokens of one kind on their way through an attention layer.
+
+    Args:
+        value: where the projection is whose last ``heads * head_dim`` features are the values, head after head.
+        output: where the projection is that reads the heads' results for these tokens.
+        tokens: ``own``: the layer's own; ``text``: text that attends along with them; ``both`` in one row.
+    """
+
+    value: Place
+    output: Place
+    tokens: Literal["own", "text", "both"] = "own"
 
 
 class HeadedAttention(ABC):
@@ -24,13 +42,17 @@ class HeadedAttention(ABC):
 
     Attributes:
         heads: number of heads.
-        head_dim: width of a head; head h owns columns h*head_dim to (h+1)*head_dim of ``output``'s input.
-        output: the projection that reads all heads' results.
+        head_dim: width of a head; head h owns columns h*head_dim to (h+1)*head_dim of each output's input.
+        output: the projection that reads all heads' results; columns after theirs belong to something else.
+        outputs: every projection that does, one for each kind of token; ``output`` comes first.
+        streams: the tokens whose values are at hand beside the results; none where the values are of other tokens.
     """
 
     heads: int
     head_dim: int
     output: nn.Linear
+    outputs: tuple[nn.Linear, ...]
+    streams: tuple[Stream, ...]
 
     @abstractmethod
     def keep_heads(self, kept: Sequence[int]) -> None:

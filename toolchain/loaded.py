@@ -92,9 +92,10 @@ class Engine:
     def one(self, spec: InputSpec, given: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
         """One input as an array; a single number stands for every row."""
         if spec.name not in given:
-            if spec.name not in ABSENT:
+            default = ABSENT.get(spec.name) if spec.default is None else spec.default
+            if default is None:
                 raise ToolchainError(f"input {spec.name!r} is missing")
-            return np.full(spec.sizes(sizes), ABSENT[spec.name], spec.dtype)
+            return np.full(spec.sizes(sizes), default, spec.dtype)
         value = given[spec.name]
         array = value.detach().cpu().float().numpy() if is_bfloat16(value) else np.asarray(value)
         if array.ndim == 0:

@@ -16,11 +16,12 @@ from targets.contract import Runner
 from targets.onnx_files import check_onnx
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, catalog, origin, sources
+from toolchain.added import completing
 from toolchain.errors import ToolchainError, UnavailableError
 from toolchain.pipeline import Run
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
-from toolchain.sources.contract import Model
+from toolchain.sources.contract import Model, read_interface
 from toolchain.sources.onnx_source import inputs_of
 from validation.inputs import InputSpec
 
@@ -101,7 +102,9 @@ def open_subject(text: str, *, threads: int | None = None, source: Sequence[Path
 
 def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
     """An artifact's engines that run here, and its original."""
+    specs, _, _ = read_interface(artifact.read_manifest(folder))
     runners, absent = engines_of(run, folder, wanted, threads)
+    runners = {name: completing(runner, specs) for name, runner in runners.items()}
     model = run.model
     original = EagerRunner(model.module, threads=threads, outputs=model.outputs)
     return Opened(runners=runners, inputs=model.inputs, model=model, original=original, absent=absent)

@@ -22,6 +22,7 @@ from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, calibration, environment, origin, scoring, sources
+from toolchain.added import completing, with_inputs
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.measure import judge_gates, measure
 from toolchain.progress import Progress
@@ -30,7 +31,7 @@ from toolchain.scratch import Scratch
 from toolchain.sources.contract import Model, write_interface
 from validation.contract import Runner
 from validation.fidelity import non_finite
-from validation.inputs import draw
+from validation.inputs import completed, draw
 
 
 @dataclass
@@ -52,13 +53,19 @@ class Run:
         )
 
     @property
+    def exported(self) -> Model:
+        """The original with the inputs that steps added, as engines are called."""
+        new = [each for step, result, _ in self.results for each in step.new_inputs(result.plan)]
+        return with_inputs(self.model, new)
+
+    @property
     def threads(self) -> int:
         """Threads of every CPU runner."""
         return self.recipe.head.validation.threads or threads_here()
 
-    def example(self, **sizes: int) -> Inputs:
-        """One call; dynamic dimensions at the sizes given, else typical."""
-        arrays = draw(self.model.inputs, seed=self.recipe.head.seed, sizes=sizes)
+    def example(self, model: Model | None = None, **sizes: int) -> Inputs:
+        """One call of a model, by default the original; dynamic dimensions at the sizes given, else typical."""
+        arrays = draw((model or self.model).inputs, seed=self.recipe.head.seed, sizes=sizes)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def context(self, scratch: Path | None) -> Context:
@@ -147,7 +154,7 @@ def write_plans(run: Run, folder: Path) -> None:
 
 def write_graph(run: Run, module: nn.Module, path: Path) -> None:
     """``model.onnx`` with its weights beside it."""
-    model = run.model
+    model = run.exported
     if isinstance(module, GraphModule):
         save(module.graph.clone(), path)
         return
@@ -160,7 +167,7 @@ def write_graph(run: Run, module: nn.Module, path: Path) -> None:
     settings = run.recipe.head.export
     export_onnx(
         module,
-        run.example(**sizes),
+        run.example(model, **sizes),
         dynamic=dynamic,
         outputs=model.outputs,
         path=path,
@@ -189,11 +196,11 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
         return found
     engine = folder / "engines" / name
     engine.mkdir(parents=True)
-    model = run.model
+    model = run.exported
     graph = Graph(
         path=folder / "model.onnx",
         ranges={spec.name: ShapeRange(*spec.limits()) for spec in model.inputs},
-        examples=model.batches(1, run.recipe.head.seed + 1),
+        examples=[completed(call, model.inputs) for call in model.batches(1, run.recipe.head.seed + 1)],
         hints=run.hints(),
         threads=run.threads,
         say=run.progress.say,
@@ -230,7 +237,8 @@ def validate(
     for step, found in zip(run.recipe.targets, targets, strict=True):
         if found.built and found.runnable:
             place = folder / "engines" / found.name
-            runners[found.name] = step.target.load(place, threads=run.threads, module=lambda: module)
+            runner = step.target.load(place, threads=run.threads, module=lambda: module)
+            runners[found.name] = completing(runner, run.exported.inputs)
     if not runners:
         return targets, [], {"skipped": "no target that runs on this machine"}
     original = EagerRunner(run.model.module, threads=run.threads, outputs=run.model.outputs)
@@ -331,8 +339,8 @@ def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
                 f"plans/{number + 1:02d}-{step.name()}.json": result.plan.digest()
                 for number, (step, result, _) in enumerate(run.results)
             },
-            "interface": write_interface(run.model),
             "source": origin.recorded(run.recipe, run.model),
+            "interface": write_interface(run.exported),
             "versions": report.versions,
         },
     )

@@ -39,6 +39,7 @@ class InputSpec:
         dtype: numpy's name of the element type.
         low: smallest value; for floats ``None`` means a standard normal.
         high: for integers one past the largest value, for floats the largest.
+        default: every element, where a caller leaves the input out; it is never drawn. None: it must be given.
     """
 
     name: str
@@ -46,6 +47,7 @@ class InputSpec:
     dtype: str = "float32"
     low: float | None = None
     high: float | None = None
+    default: float | None = None
 
     def sizes(self, chosen: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """The shape with each dynamic dimension at its chosen or typical size."""
@@ -65,10 +67,25 @@ def draw(specs: Sequence[InputSpec], *, seed: int, sizes: Mapping[str, int] | No
     arrays: Arrays = {}
     for spec in specs:
         shape, dtype = spec.sizes(sizes), np.dtype(spec.dtype)
-        if spec.low is None or spec.high is None:
+        if spec.default is not None:
+            arrays[spec.name] = np.full(shape, spec.default, dtype)
+        elif spec.low is None or spec.high is None:
             arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
         elif dtype.kind in "iub":
             arrays[spec.name] = rng.integers(int(spec.low), int(spec.high), shape).astype(dtype)
         else:
             arrays[spec.name] = rng.uniform(spec.low, spec.high, shape).astype(dtype)
     return arrays
+
+
+def completed(given: Mapping[str, Array], specs: Sequence[InputSpec]) -> Arrays:
+    """A call with the inputs that it leaves out at their defaults, as large as the given ones ask."""
+    sizes = {
+        d.name: size
+        for spec in specs
+        if spec.name in given
+        for d, size in zip(spec.shape, given[spec.name].shape, strict=True)
+        if isinstance(d, Dim)
+    }
+    absent = [spec for spec in specs if spec.default is not None and spec.name not in given]
+    return {**given, **draw(absent, seed=0, sizes=sizes)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from passes.families import joint_blocks
 from passes.surgery import ProjectedAttention, ProjectedFeedForward, projected_attention, projected_feed_forward
 from passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, only
 
@@ -32,6 +33,8 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
         return None
     layer: Any = module
     processor = type(layer.processor).__name__
+    if processor in joint_blocks.PROCESSORS:
+        return None
     if processor not in PROCESSORS:
         return FixedAttention(f"its processor {processor} may depend on the heads")
     if layer.to_k is None or layer.to_out is None:
@@ -48,6 +51,7 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
             heads=layer.heads,
             head_dim=head_dim,
             counts={"heads": 1, "sliceable_head_dim": 1, "inner_dim": head_dim, "inner_kv_dim": head_dim},
+            crossed=bool(layer.is_cross_attention),
         ),
         whole={"to_out", *NORMS},
     )

@@ -100,7 +100,7 @@ class PruneHeads(Pass):
     def scores(self, model: nn.Module, layers: Heads, context: Context) -> Scores:
         """Importance of each head by layer path, to 6 significant digits; no entry for a layer that never ran."""
         for path, layer in layers.items():
-            if layer.output.weight.is_meta:
+            if any(output.weight.is_meta for output in layer.outputs):
                 raise ToolchainError(
                     f"{self.importance} must read the weights, and they are on the meta device, which holds no values",
                     where=path,
@@ -146,9 +146,10 @@ def finite(scores: Tensor, *, where: str) -> list[float]:
 
 
 def weight_norms(layer: HeadedAttention) -> Tensor:
-    """L2 norm (H,) of each head's columns of the output projection (D, H*head_dim)."""
-    columns = layer.output.weight.detach().double().unflatten(1, (layer.heads, layer.head_dim))  # (D, H, head_dim)
-    return torch.linalg.vector_norm(columns, dim=(0, 2))
+    """L2 norm (H,) of each head's columns of the output projections, each (D, H*head_dim and more)."""
+    heads, head_dim = layer.heads, layer.head_dim
+    weights = torch.cat([output.weight.detach()[:, : heads * head_dim].double() for output in layer.outputs])
+    return torch.linalg.vector_norm(weights.unflatten(1, (heads, head_dim)), dim=(0, 2))
 
 
 def taylor_scores(model: nn.Module, layers: Heads, context: Context) -> dict[str, Tensor]:
@@ -175,13 +176,21 @@ def taylor_scores(model: nn.Module, layers: Heads, context: Context) -> dict[str
 
 
 def gate_scores(layers: Heads, results: Sequence[tuple[str, Tensor]], loss: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """For each result (B, ..., H*head_dim): layer path, and (H,) sums over examples of |<result, gradient>|."""
+    """For each layer: its path, and (H,) sums over examples of |<result, gradient>|.
+
+    A result is (B, ..., H*head_dim and more). Where a layer has several (of image and of text), one gate would close a
+    head in all of them, so their products are added before the absolute value is taken.
+    """
     tensors = [result for _, result in results]
     gradients = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
+    products: dict[str, Tensor] = {}
     for (path, result), gradient in zip(results, gradients, strict=True):
         heads, head_dim = layers[path].heads, layers[path].head_dim
-        products = (result.detach().double() * gradient.double()).reshape(len(result), -1, heads, head_dim)
-        yield path, products.sum(dim=(1, 3)).abs().sum(dim=0)
+        product = (result.detach().double() * gradient.double())[..., : heads * head_dim]
+        product = product.reshape(len(result), -1, heads, head_dim).sum(dim=(1, 3))  # (B, H)
+        products[path] = products[path] + product if path in products else product
+    for path, product in products.items():
+        yield path, product.abs().sum(dim=0)
 
 
 @contextmanager
@@ -195,8 +204,9 @@ def results_of(layers: Heads) -> Iterator[list[tuple[str, Tensor]]]:
         return (result, *inputs[1:])
 
     hooks = [
-        layer.output.register_forward_pre_hook(lambda _, inputs, path=path: collect(path, inputs))
+        output.register_forward_pre_hook(lambda _, inputs, path=path: collect(path, inputs))
         for path, layer in layers.items()
+        for output in layer.outputs
     ]
     try:
         yield results

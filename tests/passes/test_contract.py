@@ -59,10 +59,25 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
 
     one = step.rewrite(copy.deepcopy(module), plan)
     two = step.rewrite(copy.deepcopy(module), Plan.from_json(plan.as_json(), plan.arrays))
+    call = context.calibration[0]
+    rows = len(next(iter(call.values())))
+    new = {each.name: torch.ones(rows, *each.shape) for each in step.new_inputs(plan)}
     with torch.no_grad():
-        outputs = [flat(net(**context.calibration[0]))[0] for net in (module, one, two)]
+        outputs = [flat(net(**call, **more))[0] for net, more in ((module, {}), (one, new), (two, new))]
     assert torch.equal(outputs[1], outputs[2])
     assert not torch.equal(outputs[0], outputs[1]), "the rewrite changed nothing"
+
+
+@pytest.mark.parametrize("name", catalog.entries("passes"))
+def test_new_inputs_can_be_left_out_and_the_model_is_then_as_it_was(name: str, tmp_path: Path) -> None:
+    step = catalog.pass_class(name)()
+    module, context = model_and_context(type(step), tmp_path)
+    plan = step.plan(module, context)
+    if step.new_inputs(plan):
+        rewritten = step.rewrite(copy.deepcopy(module), plan)
+        with torch.no_grad():
+            before, after = (flat(net(**context.calibration[0]))[0] for net in (module, rewritten))
+        torch.testing.assert_close(after, before)
 
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))

@@ -1,0 +1,121 @@
+"""Pull chosen attention heads towards the identity map, by a strength that is an input, for guidance away from that.
+
+Source: Ahn et al. 2025, arXiv:2506.10978 (SoftPAG, equation 7; u = 1 is PAG, arXiv:2403.17377). In joint attention the
+blend uses values of the same tokens' stream, so it works on text rows as on image rows (``rows``), where the processors
+of diffusers isolate the image's rows alone. Departures: ``pag_u`` has a column for each chosen head only, not for every
+head of the model; with ``guidance`` the plain and the perturbed rows are two runs of the batch in one graph, not one of
+twice the batch, because then each block before the first chosen head can stand in the graph once, and nothing that
+carries no batch need be told apart from what does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+from torch import nn
+
+from passes.contract import Context, NewInput, Pass, Plan
+from passes.heads.softpag import Perturbation, blocks_before, entries, names_of
+from passes.pruning.prune_heads import uncut
+from passes.selection import check_patterns
+from passes.traits import HeadedAttention, layer_at, layers_of
+from toolchain.errors import ToolchainError
+
+
+class PerturbHeads(Pass):
+    """Blend each chosen head's result with its values; at strength 0, where callers start, nothing changes."""
+
+    by_layer: ClassVar[bool] = False
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "perturb_heads", "select_heads")
+
+    heads: dict[str, tuple[int, ...]] = Field(
+        default={"*": ()},
+        description="glob pattern of layer paths -> heads, counted from 0; no heads means all of the layer",
+    )
+    rows: Literal["all", "image"] = Field(
+        default="all", description="tokens that are blended where image and text attend together"
+    )
+    u: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="strength, 0 (none) to 1 (PAG); left out, it is the input pag_u (batch, chosen heads)",
+    )
+    guidance: bool = Field(
+        default=False, description="give e + w (e - e_perturbed) in one call; blocks before the first head run once"
+    )
+    w: float | None = Field(default=None, description="weight of the guidance; left out, it is the input pag_w (batch)")
+    channels: int | None = Field(
+        default=None, ge=1, description="leading channels of the output that are guided; left out: all"
+    )
+
+    @field_validator("w", "channels")
+    @classmethod
+    def only_with_guidance(cls, value: float | None, info: ValidationInfo) -> float | None:
+        """They say nothing without guidance."""
+        if value is not None and not info.data.get("guidance"):
+            raise ValueError("it needs guidance = true")
+        return value
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Find the heads. Raises ``ToolchainError`` for a pattern that matches no layer, or an absent head."""
+        del context
+        layers = dict(layers_of(model, HeadedAttention))
+        skipped = uncut(model, layers)
+        check_patterns(self.heads, [*layers, *skipped], what="attention layer", setting="heads")
+        skipped |= unblended(layers, self.perturbation())
+        chosen = {path: self.chosen(path, layer) for path, layer in layers.items() if path not in skipped}
+        skipped |= {path: "none of its heads was asked for" for path, heads in chosen.items() if not heads}
+        choice = entries(chosen, model)
+        facts: dict[str, object] = {"rows": self.rows, "heads": names_of(choice)}
+        if self.guidance:
+            facts["blocks_before"] = blocks_before(model, choice)
+        return Plan(choice=choice, skipped=skipped, facts=facts)
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Wrap projections, in place. Raises ``ToolchainError`` when a layer has not the heads of the plan."""
+        return perturbed(model, plan, self.perturbation())
+
+    def new_inputs(self, plan: Plan) -> tuple[NewInput, ...]:
+        """``pag_u`` and ``pag_w``, as far as they are not baked in."""
+        return self.perturbation().inputs(len(names_of(plan.choice)))
+
+    def perturbation(self) -> Perturbation:
+        """What becomes of the chosen heads."""
+        return Perturbation(rows=self.rows, u=self.u, guidance=self.guidance, w=self.w, channels=self.channels)
+
+    def chosen(self, path: str, layer: HeadedAttention) -> set[int]:
+        """The heads of a layer that were asked for."""
+        found: set[int] = set()
+        for pattern, heads in self.heads.items():
+            if fnmatchcase(path, pattern):
+                if beyond := [head for head in heads if not 0 <= head < layer.heads]:
+                    raise ToolchainError(
+                        f"heads {pattern!r} asks for head {beyond[0]}; this layer has 0 to {layer.heads - 1}",
+                        where=path,
+                    )
+                found |= set(heads or range(layer.heads))
+        return found
+
+
+def unblended(layers: Mapping[str, HeadedAttention], how: Perturbation) -> dict[str, str]:
+    """Layers whose heads can be told apart but not blended, and why."""
+    reasons = {}
+    for path, layer in layers.items():
+        if not layer.streams:
+            reasons[path] = "its values are of other tokens than its queries, so it has no identity map"
+        elif not how.streams(layer):
+            reasons[path] = "its image and text are one row of tokens, which rows = 'image' cannot tell apart"
+    return reasons
+
+
+def perturbed(model: nn.Module, plan: Plan, how: Perturbation) -> nn.Module:
+    """Carry a plan out, in place."""
+    for path, entry in plan.choice.items():
+        found = layer_at(model, path, HeadedAttention).heads
+        if found != entry["of"]:
+            raise ToolchainError(f"the plan is for a layer of {entry['of']} heads; this one has {found}", where=path)
+    return how.put_into(model, plan.choice)

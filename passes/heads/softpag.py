@@ -1,0 +1,286 @@
+"""SoftPAG inside a model: chosen attention heads pulled towards the identity map, by a strength given with each call.
+
+Source: arXiv:2506.10978, equation 7: A' = (1-u) A + u I for a chosen head, so that its result O = A V becomes
+O + u (V - O). No attention matrix is needed, so fused attention stays fused: a value projection notes the values that
+it writes, and the projection that reads the heads' results blends them in before it reads.
+
+Shapes: B batch, N tokens, W = heads times their width, S chosen heads of the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from passes.contract import Json, NewInput
+from passes.surgery import linear_at
+from passes.traits import BlockStack, HeadedAttention, Stream, layer_at, layers_of
+
+STRENGTH, WEIGHT = "pag_u", "pag_w"
+"""Names of the inputs: how strongly each chosen head is perturbed, and how far the output moves away from that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturbation:
+    """What becomes of the chosen heads.
+
+    Args:
+        rows: tokens whose results are blended.
+        u: strength; None makes it the input ``pag_u`` (B, S), 0 where a caller leaves it out.
+        guidance: give e + w (e - e_perturbed) in one call.
+        w: weight of the guidance; None makes it the input ``pag_w`` (B,), 0 where a caller leaves it out.
+        channels: leading channels of the output that are guided; None: all.
+    """
+
+    rows: Literal["all", "image"]
+    u: float | None
+    guidance: bool
+    w: float | None
+    channels: int | None
+
+    def inputs(self, chosen: int) -> tuple[NewInput, ...]:
+        """What the model takes beside its own inputs when so many heads are chosen."""
+        strength = NewInput(name=STRENGTH, shape=(chosen,)) if chosen and self.u is None else None
+        weight = NewInput(name=WEIGHT) if chosen and self.guidance and self.w is None else None
+        return tuple(each for each in (strength, weight) if each)
+
+    def streams(self, layer: HeadedAttention) -> tuple[Stream, ...]:
+        """The layer's streams that are blended."""
+        return tuple(stream for stream in layer.streams if self.rows == "all" or stream.tokens == "own")
+
+    def put_into(self, model: nn.Module, choice: Mapping[str, Json]) -> nn.Module:
+        """Rewrite in place; ``choice`` is what ``entries`` gave."""
+        if not choice:
+            return model
+        call = Call()
+        for path, entry in choice.items():
+            layer = layer_at(model, path, HeadedAttention)
+            for stream in self.streams(layer):
+                blend_in(stream, layer, entry, call, place=f"{path}, {stream.tokens}")
+        if self.guidance:
+            share_what_comes_before(model, call)
+        names = tuple(each.name for each in self.inputs(len(names_of(choice))))
+        steering = Steering(perturbation=self, call=call)
+        object.__setattr__(model, "steering", steering)
+        own: Any = type(model)
+        model.__class__ = steered(own, names)
+        return model
+
+
+def entries(chosen: Mapping[str, Iterable[int]], model: nn.Module) -> dict[str, Json]:
+    """A plan's choice: for each layer its chosen heads, how many it has, and where they begin among all chosen."""
+    found: dict[str, Json] = {}
+    first = 0
+    for path, layer in layers_of(model, HeadedAttention):
+        if heads := sorted(chosen.get(path, ())):
+            found[path] = {"heads": heads, "of": layer.heads, "first": first}
+            first += len(heads)
+    return found
+
+
+def names_of(choice: Mapping[str, Json]) -> list[str]:
+    """``LAYER:HEAD`` for each chosen head, in the order of ``pag_u``."""
+    layers = sorted(choice.items(), key=lambda item: item[1]["first"])
+    return [f"{path}:{head}" for path, entry in layers for head in entry["heads"]]
+
+
+@dataclass
+class Call:
+    """What the parts of a model tell one another while one call is made.
+
+    Attributes:
+        u: strength (B, S), or one for all; None: nothing is perturbed.
+        values: by place, what a value projection wrote.
+        results: by block, what it gave when nothing was perturbed; kept only for guidance.
+        phase: whether blocks' results are noted, given again, or neither.
+        touched: whether a head has been perturbed since ``u`` was set.
+    """
+
+    u: Tensor | float | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
+    results: dict[int, list[Any]] = field(default_factory=dict)
+    phase: Literal["", "note", "repeat"] = ""
+    touched: bool = False
+
+    @contextmanager
+    def during(self, *, u: Tensor | float | None, phase: Literal["", "note", "repeat"]) -> Iterator[None]:
+        """Set for one run of the model, and clear."""
+        self.u, self.phase, self.touched = u, phase, False
+        try:
+            yield
+        finally:
+            self.u, self.phase, self.touched = None, "", False
+            self.values.clear()
+
+    def once(self, block: nn.Module, run: Callable[[], Any]) -> Any:
+        """What a block gives; not computed again while nothing before it was perturbed."""
+        if self.phase == "repeat" and not self.touched:
+            return self.results[id(block)].pop(0)
+        result = run()
+        if self.phase == "note":
+            self.results.setdefault(id(block), []).append(result)
+        return result
+
+
+class NotedValues(nn.Module):
+    """A projection that writes values, and notes them for the one that reads the heads' results."""
+
+    def __init__(self, linear: nn.Module, call: Call, place: str) -> None:
+        super().__init__()
+        self.linear, self.call, self.place = linear, call, place
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, N, D) -> (B, N, W or more)."""
+        out: Tensor = self.linear(x)
+        if self.call.u is not None:
+            self.call.values[self.place] = out
+        return out
+
+
+class BlendedHeads(nn.Module):
+    """A projection that reads the heads' results, some of them moved towards their values first.
+
+    Args:
+        linear: the projection; the first W columns of its input are the heads' results.
+        call: what is given with the call.
+        place: under which the values are noted.
+        columns: (S', W), for each head chosen here 1 in its columns.
+        first: of its heads among all chosen ones.
+    """
+
+    columns: Tensor
+
+    def __init__(self, linear: nn.Module, call: Call, place: str, columns: Tensor, first: int) -> None:
+        super().__init__()
+        self.linear, self.call, self.place, self.first = linear, call, place, first
+        self.register_buffer("columns", columns, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, N, W and more) -> (B, N, D)."""
+        if self.call.u is None:
+            return self.linear(x)
+        self.call.touched = True
+        width = self.columns.shape[1]
+        value = self.call.values.pop(self.place)[..., -width:]
+        results, others = x[..., :width], x[..., width:]
+        results = results + self.strength(x) * (value - results)
+        return self.linear(torch.cat([results, others], dim=-1) if others.shape[-1] else results)
+
+    def strength(self, x: Tensor) -> Tensor:
+        """How strongly each column is blended: (B, 1, W), or (W,) where it is the same for every row."""
+        u, columns = self.call.u, self.columns.to(x.dtype)
+        if not isinstance(u, Tensor):
+            assert u is not None
+            return u * columns.sum(dim=0)
+        rows = u[:, self.first : self.first + len(columns)].to(x.dtype) @ columns  # (B, W)
+        return rows.view(-1, *[1] * (x.ndim - 2), rows.shape[1])
+
+
+def blend_in(stream: Stream, layer: HeadedAttention, entry: Mapping[str, Json], call: Call, *, place: str) -> None:
+    """Wrap the two projections of a stream."""
+    values, output = linear_at(*stream.value), linear_at(*stream.output)
+    columns = torch.zeros(len(entry["heads"]), layer.heads, layer.head_dim, device=output.weight.device)
+    for row, head in enumerate(entry["heads"]):
+        columns[row, head] = 1
+    blended = BlendedHeads(output, call, place, columns.flatten(1), entry["first"])
+    setattr(*stream.value, NotedValues(values, call, place).train(values.training))
+    setattr(*stream.output, blended.train(output.training))
+
+
+def share_what_comes_before(model: nn.Module, call: Call) -> None:
+    """Let the blocks of every stack that hold no chosen head give again what they gave in the plain run.
+
+    All of a stack get the same class, since a stack is known by that.
+    """
+    for stack in [stack for _, stack in layers_of(model, BlockStack)]:
+        for block in stack.blocks:
+            holds = any(isinstance(part, BlendedHeads) for part in block.modules())
+            object.__setattr__(block, "call", None if holds else call)
+            own: Any = type(block)
+            block.__class__ = repeating(own)
+
+
+def blocks_before(model: nn.Module, choice: Mapping[str, Json]) -> dict[str, int]:
+    """By path of a stack, how many of its blocks come before the first one that holds a chosen head."""
+    found = {}
+    for path, stack in layers_of(model, BlockStack):
+        holding = [any(f"{chosen}.".startswith(f"{path}.{i}.") for chosen in choice) for i in range(len(stack.blocks))]
+        found[path] = holding.index(True) if any(holding) else len(holding)
+    return found
+
+
+@cache
+def repeating(base: type[Any]) -> type[nn.Module]:
+    """A class like ``base`` whose forward asks the call first; its name stays, for families know blocks by it."""
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        run = partial(base.forward, self, *args, **inputs)
+        return self.call.once(self, run) if self.call else run()
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+
+
+@dataclass
+class Steering:
+    """What a perturbed model carries."""
+
+    perturbation: Perturbation
+    call: Call
+
+    def run(self, forward: Callable[[], Any], u: Tensor | float | None, w: Tensor | float | None) -> Any:
+        """Call the model: perturbed, or plain and perturbed and the two put together."""
+        how = self.perturbation
+        u = (how.u or 0.0) if u is None else u
+        if not how.guidance:
+            with self.call.during(u=u, phase=""):
+                return forward()
+        w = (how.w or 0.0) if w is None else w
+        try:
+            with self.call.during(u=None, phase="note"):
+                plain = forward()
+            with self.call.during(u=u, phase="repeat"):
+                perturbed = forward()
+        finally:
+            self.call.results.clear()
+        return guided(plain, perturbed, w, how.channels)
+
+
+def guided(plain: Any, perturbed: Any, w: Tensor | float, channels: int | None) -> Any:
+    """e + w (e - e_perturbed) of the first tensor that a model gives, or of its leading channels; the rest is plain."""
+    tensors, form = pytree.tree_flatten(plain)
+    e, other = cast(Tensor, tensors[0]), cast(Tensor, pytree.tree_flatten(perturbed)[0][0])
+    weight = w.to(e.dtype).view(-1, *[1] * (e.ndim - 1)) if isinstance(w, Tensor) else w
+    if channels is None or channels >= e.shape[1]:
+        moved = e + weight * (e - other)
+    else:
+        head = e[:, :channels]
+        moved = torch.cat([head + weight * (head - other[:, :channels]), e[:, channels:]], dim=1)
+    return pytree.tree_unflatten([moved, *tensors[1:]], form)
+
+
+@cache
+def steered(base: type[Any], names: tuple[str, ...]) -> type[nn.Module]:
+    """A class like ``base`` whose forward takes further keyword arguments; paths of submodules stay as they were."""
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        given = {name: inputs.pop(name, None) for name in names}
+        run = partial(base.forward, self, *args, **inputs)
+        return self.steering.run(run, given.get(STRENGTH), given.get(WEIGHT))
+
+    signature = inspect.signature(base.forward)
+    kinds = inspect.Parameter
+    own = list(signature.parameters.values())
+    end = len(own) - (own[-1].kind is kinds.VAR_KEYWORD)
+    new = [kinds(name, kinds.KEYWORD_ONLY, default=None, annotation=Tensor) for name in names]
+    parameters = [*own[:end], *new, *own[end:]]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})

@@ -1,0 +1,127 @@
+"""Inputs that a pass adds, all the way into engines and back."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import toolchain
+from passes.contract import NewInput
+from reports import record
+from toolchain import pipeline, sources
+from toolchain.added import Completing, completing, with_inputs
+from toolchain.errors import ToolchainError
+from toolchain.opened import open_subject
+from toolchain.progress import Progress
+from toolchain.recipe import make
+from validation.inputs import Arrays, Dim, InputSpec, completed, draw
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``dit:tiny`` with every head of its last block perturbed, and guidance away from that; both are inputs."""
+    out = tmp_path_factory.mktemp("guided") / "out"
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "gates": ["fidelity.relative_l2 <= 1e-5"],
+            "steps": [{"pass": "perturb_heads", "guidance": True, "heads": {"blocks.1.*": []}}],
+            "targets": [
+                {"target": "onnxruntime"},
+                {"target": "pytorch"},
+                {"target": "tensorrt_rtx", "optional": True},
+            ],
+            "validation": {"rounds": 3, "calls": 2},
+        }
+    )
+    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    assert code == 0
+    return out
+
+
+def call(rows: int, **more: float) -> Arrays:
+    given = draw(sources.load("dit:tiny").inputs, seed=3, sizes={"batch": rows})
+    shapes = {"pag_u": (rows, 4), "pag_w": (rows,)}
+    return {**given, **{name: np.full(shapes[name], value, np.float32) for name, value in more.items()}}
+
+
+def test_the_artifact_tells_its_inputs_and_was_compared_at_their_defaults(guided: Path) -> None:
+    inputs = {spec["name"]: spec for spec in json.loads((guided / "manifest.json").read_text())["interface"]["inputs"]}
+    assert list(inputs) == ["x", "t", "y", "pag_u", "pag_w"]
+    assert inputs["pag_u"]["shape"][0]["name"] == "batch"
+    assert inputs["pag_u"]["shape"][1:] == [4]
+    assert [inputs[name]["default"] for name in ("x", "pag_u", "pag_w")] == [None, 0, 0]
+    report = record.read(guided / "report.json")
+    assert report.verdict == "met"
+    assert report.steps[0].macs.after > report.steps[0].macs.before
+    ort, eager, rtx = report.targets
+    assert all(target.fidelity[0].relative_l2 < 1e-5 for target in (ort, eager))
+    assert rtx.built or rtx.reason
+
+
+def test_the_block_before_the_first_chosen_head_stands_in_the_graph_once(guided: Path) -> None:
+    nodes = onnx.load(guided / "model.onnx", load_external_data=False).graph.node
+    places = Counter(
+        entry.value for node in nodes if node.op_type in ("MatMul", "Gemm") for entry in node.metadata_props
+    )
+    assert places["blocks.0.mlp.fc1"] == places["t_embedder.mlp.0"] == 1
+    assert places["blocks.1.mlp.fc1"] == places["blocks.1.attn.qkv.linear"] == 2
+
+
+def test_an_engine_takes_them_and_does_without(guided: Path) -> None:
+    engine = toolchain.load(guided, "onnxruntime")
+    eager = toolchain.load(guided, "pytorch")
+    plain = sources.load("dit:tiny").module(**{k: torch.from_numpy(v) for k, v in call(3).items()}).detach().numpy()
+
+    np.testing.assert_allclose(engine(**call(3)), plain, atol=1e-5)
+    moved = engine(**call(3, pag_u=0.5, pag_w=2))
+    np.testing.assert_allclose(moved, eager(**call(3, pag_u=0.5, pag_w=2)), atol=1e-5)
+    assert np.abs(moved - plain).max() > 1e-3
+
+
+def test_whoever_does_not_know_them_can_run_the_engines(guided: Path) -> None:
+    opened = open_subject(str(guided))
+    assert opened.original is not None
+    wanted = opened.original(call(2))["prediction_and_variance"]
+    for runner in (opened.runners["onnxruntime"], opened.runners["pytorch"]):
+        np.testing.assert_allclose(runner(call(2))["prediction_and_variance"], wanted, atol=1e-5)
+
+
+def test_the_module_comes_back_with_them(guided: Path) -> None:
+    module = toolchain.load_module(guided)
+    given = {name: torch.from_numpy(array) for name, array in call(2, pag_u=0.5, pag_w=2).items()}
+    with torch.no_grad():
+        found = module(**given).numpy()
+    np.testing.assert_allclose(found, toolchain.load(guided, "onnxruntime")(**call(2, pag_u=0.5, pag_w=2)), atol=1e-5)
+
+
+def test_an_input_that_is_there_already_is_not_added() -> None:
+    model = sources.load("dit:tiny")
+    grown = with_inputs(model, [NewInput(name="u", shape=(3,))])
+    assert grown.inputs[-1] == InputSpec(name="u", shape=(model.inputs[0].shape[0], 3), default=0.0)
+    with pytest.raises(ToolchainError, match="has an input 'u' already"):
+        with_inputs(grown, [NewInput(name="u")])
+
+
+def test_a_call_is_completed_at_its_own_size_and_what_was_given_stays() -> None:
+    batch = Dim(name="batch", low=1, typical=2, high=8)
+    specs = [InputSpec(name="x", shape=(batch, 2)), InputSpec(name="u", shape=(batch, 3), default=0.5)]
+    x = np.zeros((5, 2), np.float32)
+    assert np.array_equal(completed({"x": x}, specs)["u"], np.full((5, 3), 0.5, np.float32))
+    given = np.ones((5, 3), np.float32)
+    assert completed({"x": x, "u": given}, specs)["u"] is given
+
+
+def test_a_runner_that_cannot_tell_a_layer_says_nothing() -> None:
+    def runner(inputs: Arrays) -> Arrays:
+        return inputs
+
+    specs = [InputSpec(name="x", shape=(1,))]
+    assert completing(runner, specs) is runner
+    assert Completing(runner, specs).first_non_finite({"x": np.zeros(1)}) == ""
