@@ -1,0 +1,1 @@
+"""Passes that run some parts of a network for some of its inputs."""

@@ -1,0 +1,234 @@
+"""Cut feed-forwards into a shared expert and many small ones, of which a router gives each token a few.
+
+Source: Dense2MoE 2025 (ICCV), its layer 1S12E2A: the strongest quarter of the hidden units is shared, the rest are
+dealt to 12 experts of which a token uses 2, so that 37.5 % of the feed-forward's weights are active. Its units are
+scored by |dL/dw * w| summed over their weights, L being the loss of an output distillation. Departures: ``taylor``
+takes the first-order change when a unit is silenced, which is that sum over its output column with signs kept, for
+each example; and random signs of the model's output for the loss, whose gradient at the start of a distillation is
+zero. Units are dealt in turns by rank (the paper says evenly). The router has a bias and starts from calibration inputs
+(``passes/moe/routers.py``).
+
+Before the model is trained again, ``gate="one"`` is nearer to the dense layer: softmax gates of 12 experts are small.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+
+from passes.contract import Context, Pass, Plan
+from passes.moe.experts import (
+    CapacityExperts,
+    Form,
+    Gate,
+    MaskedExperts,
+    MixtureOfExperts,
+    NonzeroExperts,
+    expert_parts,
+)
+from passes.moe.importance import random_scores, taylor_scores, weight_norms
+from passes.moe.routers import Groups, Loads, balance, fit, measure_loads
+from passes.selection import check_patterns, excluded_by
+from passes.traits import FeedForward, layer_at, layers_of
+from toolchain.errors import ToolchainError
+
+Routers = dict[str, tuple[Tensor, Tensor]]
+
+
+class DenseToMoe(Pass):
+    """Put a mixture of experts, made of its own hidden units, in the place of every feed-forward."""
+
+    needs_calibration: ClassVar[bool] = True
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "dense_to_moe")
+
+    shared: float = Field(
+        0.25, gt=0, lt=1, description="share of the hidden units that every token uses; takes the remainder too"
+    )
+    experts: int = Field(12, ge=2, le=256, description="experts that the other hidden units are dealt to")
+    top_k: int = Field(2, ge=0, description="experts that each token uses; 0 leaves the shared one alone")
+    importance: Literal["taylor", "weight_norm", "random"] = Field(
+        "taylor", description="which units are shared: by their first-order effect on the output, weights, or chance"
+    )
+    router: Literal["balanced", "fitted", "random"] = Field(
+        "balanced", description="its start: predicts the experts' answers, with even loads or without, or random"
+    )
+    gate: Gate = Field(
+        "softmax", description="softmax over all experts, as trained; one suits a model that is not trained again"
+    )
+    form: Form = Field(
+        "capacity",
+        description="capacity has fixed shapes; nonzero is exact and for ONNX Runtime only; masked saves no time",
+    )
+    drop: float = Field(
+        0.0, ge=0, lt=1, description="for form=capacity: share of choices that may find no slot on calibration inputs"
+    )
+    headroom: float = Field(
+        1.0,
+        ge=1,
+        le=16,
+        description="for form=capacity: slots of an expert over those that the calibration inputs need",
+    )
+    exclude: tuple[str, ...] = Field((), description="glob patterns of layer paths left alone")
+
+    @field_validator("top_k")
+    @classmethod
+    def no_more_than_there_are(cls, top_k: int, info: ValidationInfo) -> int:
+        """A token cannot use more experts than there are."""
+        if top_k > info.data.get("experts", top_k):
+            raise ValueError(f"there are {info.data['experts']} experts")
+        return top_k
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Deal the units, start the routers, and count the loads; facts give loads and overflow of each layer.
+
+        Raises ``ToolchainError`` for weights without values and for an ``exclude`` pattern that matches no layer.
+        """
+        layers = dict(layers_of(model, FeedForward))
+        check_patterns(self.exclude, layers, what="feed-forward layer")
+        skipped = {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
+        if not layers:
+            skipped[""] = "no family knows a feed-forward in it"
+        layers = {path: layer for path, layer in layers.items() if path not in skipped}
+        scores = self.scores(model, layers, context)
+        units = {path: self.deal(score) for path, score in scores.items()}
+        groups = {path: Groups.of(experts, layers[path].hidden) for path, (_, experts) in units.items()}
+        routers = self.routers(model, {path: layers[path] for path in scores}, groups, context)
+        loads = measure_loads(model, layers, groups, routers, context, top_k=self.top_k, gate=self.gate)
+        skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in loads}
+        layers = {path: layer for path, layer in layers.items() if path in loads}
+        choice = {
+            path: {
+                "shared": units[path][0],
+                "experts": units[path][1],
+                "of": layer.hidden,
+                "top_k": self.top_k,
+                "gate": self.gate,
+                "capacity": loads[path].capacity(drop=self.drop, headroom=self.headroom),
+            }
+            for path, layer in layers.items()
+        }
+        facts = {path: self.facts(entry, loads[path]) for path, entry in choice.items()}
+        arrays = {f"{path}.router.{name}": tensor for path in layers for name, tensor in named(routers[path])}
+        return Plan(
+            choice=choice,
+            skipped=skipped,
+            facts={"calibration_calls": len(context.calibration), "layers": facts},
+            arrays=arrays,
+        )
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Put the experts in, in this pass's form; all else is the plan's.
+
+        Raises ``ToolchainError`` when a layer has not the units that the plan was made for.
+        """
+        for path, entry in plan.choice.items():
+            layer = layer_at(model, path, FeedForward)
+            if layer.hidden != entry["of"]:
+                raise ToolchainError(
+                    f"the plan is for a layer of {entry['of']} hidden units; this one has {layer.hidden}", where=path
+                )
+            router = router_of(layer, *(plan.arrays[f"{path}.router.{name}"] for name in ("weight", "bias")))
+            layer.put(model, path, self.mixture(layer, entry, router))
+        return model
+
+    def mixture(self, layer: FeedForward, entry: dict[str, Any], router: nn.Linear) -> MixtureOfExperts:
+        """The layer's replacement."""
+        shared, parts = layer.standalone(entry["shared"]), expert_parts(layer, entry["experts"])
+        settings = {"top_k": entry["top_k"], "gate": entry["gate"]}
+        if self.form == "capacity":
+            return CapacityExperts(shared, parts, router, capacity=entry["capacity"], **settings)
+        return (NonzeroExperts if self.form == "nonzero" else MaskedExperts)(shared, parts, router, **settings)
+
+    def reason_to_skip(self, path: str, layer: FeedForward) -> str:
+        """Why a feed-forward stays as it is; empty when it does not."""
+        if reason := excluded_by(path, self.exclude):
+            return reason
+        if self.sizes(layer.hidden)[1] < 1:
+            return f"has only {layer.hidden} hidden units for {self.experts} experts"
+        if layer.output.weight.is_meta:
+            raise ToolchainError(
+                "dense_to_moe must read the weights, and they are on the meta device, which holds no values",
+                where=path,
+                help="load the model's weights before planning, or replay a plan that was made with them",
+            )
+        try:
+            layer.standalone([0])
+        except ToolchainError as error:
+            return error.message
+        return ""
+
+    def sizes(self, hidden: int) -> tuple[int, int]:
+        """Hidden units of the shared expert and of each other."""
+        each = int(hidden * (1 - self.shared)) // self.experts
+        return hidden - each * self.experts, each
+
+    def deal(self, scores: Tensor) -> tuple[list[int], list[list[int]]]:
+        """The strongest units for the shared expert; the others in turns, by rank. Of equal ones, the first."""
+        order = scores.sort(descending=True, stable=True).indices.tolist()
+        shared, _ = self.sizes(len(order))
+        return sorted(order[:shared]), [sorted(order[shared + i :: self.experts]) for i in range(self.experts)]
+
+    def scores(self, model: nn.Module, layers: dict[str, FeedForward], context: Context) -> dict[str, Tensor]:
+        """Importance (H,) of each hidden unit by layer path."""
+        if self.importance == "taylor":
+            return taylor_scores(model, layers, context)
+        if self.importance == "random":
+            return random_scores(layers, context.seed)
+        return {path: weight_norms(layer) for path, layer in layers.items()}
+
+    def routers(
+        self, model: nn.Module, layers: dict[str, FeedForward], groups: dict[str, Groups], context: Context
+    ) -> Routers:
+        """Weight (E, D) and bias (E,) of each layer's router."""
+        if self.router == "random":
+            generator = torch.Generator().manual_seed(context.seed)
+            widths = {path: layer.inputs[0].in_features for path, layer in layers.items()}
+            return {
+                path: (
+                    torch.randn(self.experts, width, generator=generator) / width**0.5,
+                    torch.zeros(self.experts),
+                )
+                for path, width in widths.items()
+            }
+        routers = fit(model, layers, groups, context)
+        if self.router == "balanced" and self.top_k:
+            routers = balance(model, layers, routers, context, top_k=self.top_k)
+        return {path: (weight.float(), bias.float()) for path, (weight, bias) in routers.items()}
+
+    def facts(self, entry: dict[str, Any], loads: Loads) -> dict[str, Any]:
+        """Shares of the hidden units that a token uses and that are computed for it, and how the experts are loaded."""
+        each = len(entry["experts"][0])
+        slots = self.experts * entry["capacity"] / loads.tokens if self.top_k else 0.0
+        counts = loads.all()
+        return {
+            "active_share": rounded((len(entry["shared"]) + self.top_k * each) / entry["of"]),
+            "computed_share": rounded((len(entry["shared"]) + slots * each) / entry["of"]),
+            "tokens": loads.tokens,
+            "samples": len(counts),
+            "load": counts.sum(0).tolist(),
+            "largest_load": int(counts.max()),
+            "overflow": rounded(loads.overflow(entry["capacity"])),
+        }
+
+
+def named(router: tuple[Tensor, Tensor]) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    """A router's tensors with their names."""
+    return ("weight", router[0]), ("bias", router[1])
+
+
+def router_of(layer: FeedForward, weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer around copies of a router's weight (E, D) and bias (E,), of the layer's type."""
+    like = layer.output.weight
+    router = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    trainable = like.requires_grad
+    router.weight = nn.Parameter(weight.to(like, copy=True), trainable)
+    router.bias = nn.Parameter(bias.to(like, copy=True), trainable)
+    return router.train(layer.output.training)
+
+
+def rounded(value: float) -> float:
+    """6 significant digits."""
+    return float(f"{value:.6g}")
