@@ -3,9 +3,8 @@
 Source: Dense2MoE 2025 (ICCV), its layer 1S12E2A: the strongest quarter of the hidden units is shared, the rest are
 dealt to 12 experts of which a token uses 2, so that 37.5 % of the feed-forward's weights are active. Its units are
 scored by |dL/dw * w| summed over their weights, L being the loss of an output distillation. Departures: ``taylor``
-takes the first-order change when a unit is silenced, which is that sum over its output column with signs kept, for
-each example; and random signs of the model's output for the loss, whose gradient at the start of a distillation is
-zero. Units are dealt in turns by rank (the paper says evenly). The router has a bias and starts from calibration inputs
+takes random signs of the model's output for the loss, because the gradient at the start of a distillation is zero.
+Units are dealt in turns by rank (the paper says evenly). The router has a bias and starts from calibration inputs
 (``passes/moe/routers.py``).
 
 Before the model is trained again, ``gate="one"`` is nearer to the dense layer: softmax gates of 12 experts are small.
@@ -29,8 +28,9 @@ from passes.moe.experts import (
     NonzeroExperts,
     expert_parts,
 )
-from passes.moe.importance import random_scores, taylor_scores, weight_norms
 from passes.moe.routers import Groups, Loads, balance, fit, measure_loads
+from passes.pruning.hidden_units import random_scores, taylor_scores, weight_norms
+from passes.pruning.prune_width import finite
 from passes.selection import check_patterns, excluded_by
 from passes.traits import FeedForward, layer_at, layers_of
 from toolchain.errors import ToolchainError
@@ -174,7 +174,8 @@ class DenseToMoe(Pass):
     def scores(self, model: nn.Module, layers: dict[str, FeedForward], context: Context) -> dict[str, Tensor]:
         """Importance (H,) of each hidden unit by layer path."""
         if self.importance == "taylor":
-            return taylor_scores(model, layers, context)
+            exact = taylor_scores(model, layers, context)
+            return {path: finite(score, where=path) for path, score in exact.items()}
         if self.importance == "random":
             return random_scores(layers, context.seed)
         return {path: weight_norms(layer) for path, layer in layers.items()}

@@ -92,7 +92,7 @@ def test_no_expert_leaves_the_pruned_layer(subject):
 
 
 def test_softmax_gates_are_not_normalised_over_the_chosen(dit):
-    plan = DenseToMoe(form="masked").plan(dit.model, context(dit))
+    plan = DenseToMoe(form="masked", router="random").plan(dit.model, context(dit))
     [layer, _] = mixtures(converted(dit, plan, "masked"))
     x = torch.randn(1, 1, 32)
     weights = layer.router(x).softmax(-1)[0, 0]
