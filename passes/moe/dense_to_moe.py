@@ -27,6 +27,7 @@ from passes.moe.experts import (
     MaskedExperts,
     MixtureOfExperts,
     NonzeroExperts,
+    Products,
     expert_parts,
 )
 from passes.moe.importance import random_scores, taylor_scores, weight_norms
@@ -61,6 +62,10 @@ class DenseToMoe(Pass):
     form: Form = Field(
         "capacity",
         description="capacity has fixed shapes; nonzero is exact and for ONNX Runtime only; masked saves no time",
+    )
+    products: Products = Field(
+        "batched",
+        description="for form=capacity: one product for all experts, or layers apart: faster on CPUs, can be quantized",
     )
     drop: float = Field(
         0.0, ge=0, lt=1, description="for form=capacity: share of choices that may find no slot on calibration inputs"
@@ -139,7 +144,8 @@ class DenseToMoe(Pass):
         shared, parts = layer.standalone(entry["shared"]), expert_parts(layer, entry["experts"])
         settings = {"top_k": entry["top_k"], "gate": entry["gate"]}
         if self.form == "capacity":
-            return CapacityExperts(shared, parts, router, capacity=entry["capacity"], **settings)
+            slots = {"capacity": entry["capacity"], "products": self.products}
+            return CapacityExperts(shared, parts, router, **settings, **slots)
         return (NonzeroExperts if self.form == "nonzero" else MaskedExperts)(shared, parts, router, **settings)
 
     def reason_to_skip(self, path: str, layer: FeedForward) -> str:

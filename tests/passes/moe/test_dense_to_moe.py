@@ -53,8 +53,9 @@ def test_every_form_is_the_masked_form_while_all_find_a_slot(subject):
 
     assert all(entry["overflow"] == 0 for entry in plan.facts["layers"].values())
     assert (masked - subject.output(subject.model)).abs().max() > 1e-2  # the comparisons below could fail
-    for form in ("capacity", "nonzero"):
-        torch.testing.assert_close(subject.output(converted(subject, plan, form)), masked, atol=1e-5, rtol=0)
+    apart = DenseToMoe(products="separate").rewrite(subject.copy(), plan)
+    for model in (converted(subject, plan, "capacity"), converted(subject, plan, "nonzero"), apart):
+        torch.testing.assert_close(subject.output(model), masked, atol=1e-5, rtol=0)
 
 
 def test_masking_the_dense_layers_units_is_the_masked_form(subject):
