@@ -3,9 +3,8 @@
 Source: Dense2MoE 2025 (ICCV), its layer 1S12E2A: the strongest quarter of the hidden units is shared, the rest are
 dealt to 12 experts of which a token uses 2, so that 37.5 % of the feed-forward's weights are active. Its units are
 scored by |dL/dw * w| summed over their weights, L being the loss of an output distillation. Departures: ``taylor``
-takes the first-order change when a unit is silenced, which is that sum over its output column with signs kept, for
-each example; and random signs of the model's output for the loss, whose gradient at the start of a distillation is
-zero. Units are dealt in turns by rank (the paper says evenly). The router has a bias and starts from calibration inputs
+takes random signs of the model's output for the loss, because a distillation's gradient is zero at its start. Units are
+dealt in turns by rank (the paper says evenly). The router has a bias and starts from calibration inputs
 (``passes/moe/routers.py``).
 
 Before the model is trained again, ``gate="one"`` is nearer to the dense layer: softmax gates of 12 experts are small.
@@ -30,8 +29,9 @@ from passes.moe.experts import (
     Products,
     expert_parts,
 )
-from passes.moe.importance import random_scores, taylor_scores, weight_norms
 from passes.moe.routers import Groups, Loads, balance, fit, measure_loads
+from passes.pruning.hidden_units import random_scores, taylor_scores, weight_norms
+from passes.pruning.prune_width import finite, refuse_meta, unknown_layers
 from passes.selection import check_patterns, excluded_by
 from passes.traits import FeedForward, layer_at, layers_of
 from toolchain.errors import ToolchainError
@@ -92,10 +92,11 @@ class DenseToMoe(Pass):
         Raises ``ToolchainError`` for weights without values and for an ``exclude`` pattern that matches no layer.
         """
         layers = dict(layers_of(model, FeedForward))
-        check_patterns(self.exclude, layers, what="feed-forward layer")
-        skipped = {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
-        if not layers:
+        skipped = unknown_layers(model, layers)
+        check_patterns(self.exclude, [*layers, *skipped], what="feed-forward")
+        if not layers and not skipped:
             skipped[""] = "no family knows a feed-forward in it"
+        skipped |= {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
         scores = self.scores(model, layers, context)
         units = {path: self.deal(score) for path, score in scores.items()}
@@ -154,12 +155,6 @@ class DenseToMoe(Pass):
             return reason
         if self.sizes(layer.hidden)[1] < 1:
             return f"has only {layer.hidden} hidden units for {self.experts} experts"
-        if layer.output.weight.is_meta:
-            raise ToolchainError(
-                "dense_to_moe must read the weights, and they are on the meta device, which holds no values",
-                where=path,
-                help="load the model's weights before planning, or replay a plan that was made with them",
-            )
         try:
             layer.standalone([0])
         except ToolchainError as error:
@@ -179,11 +174,14 @@ class DenseToMoe(Pass):
 
     def scores(self, model: nn.Module, layers: dict[str, FeedForward], context: Context) -> dict[str, Tensor]:
         """Importance (H,) of each hidden unit by layer path."""
+        refuse_meta(layers, self.importance)
         if self.importance == "taylor":
-            return taylor_scores(model, layers, context)
-        if self.importance == "random":
-            return random_scores(layers, context.seed)
-        return {path: weight_norms(layer) for path, layer in layers.items()}
+            exact = taylor_scores(model, layers, context) if layers else {}
+        elif self.importance == "random":
+            exact = random_scores(layers, context.seed)
+        else:
+            exact = {path: weight_norms(layer) for path, layer in layers.items()}
+        return {path: finite(score, where=path) for path, score in exact.items()}
 
     def routers(
         self, model: nn.Module, layers: dict[str, FeedForward], groups: dict[str, Groups], context: Context

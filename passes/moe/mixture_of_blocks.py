@@ -11,7 +11,6 @@ The rewritten model is the one for ``bucket``; ``smaller`` gives that of any buc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,8 +19,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from passes.contract import Context, Inputs, Pass, Plan
-from passes.pruning.prune_heads import evaluating, first_floating
+from passes.pruning.probes import evaluating, first_floating
 from passes.selection import check_patterns, excluded_by
+from passes.surgery import share
 from passes.traits import BlockStack, layer_at, layers_of
 from toolchain.errors import ToolchainError
 
@@ -153,8 +153,8 @@ class MixtureOfBlocks(Pass):
             )
         times = [call[name].double().reshape(-1) for call in calls]
         times = [time.expand(batch) for time, batch in zip(times, batches, strict=True)]  # one may serve the batch
-        share = (torch.cat(times) - self.low) / (self.high - self.low)
-        return (share * self.buckets).floor().clamp(0, self.buckets - 1).long()
+        place = (torch.cat(times) - self.low) / (self.high - self.low)
+        return (place * self.buckets).floor().clamp(0, self.buckets - 1).long()
 
     def entry(self, number: int, stacks: Stacks, influences: Mapping[str, Tensor], members: Tensor) -> dict[str, Any]:
         """A row of the table: the choice for the member samples (samples,), and the share that would make it too."""
@@ -182,8 +182,7 @@ def smaller(model: nn.Module, plan: Plan, bucket: int) -> nn.Module:
 
 def without(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
     """A copy around the same weights that has only these blocks of these stacks."""
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    twin = share(model)
     for path, blocks in kept.items():
         layer_at(twin, path, BlockStack).keep_blocks(blocks)
     return twin

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from passes.contract import Context
 from passes.moe.experts import samples
-from passes.pruning.prune_heads import evaluating
+from passes.pruning.probes import evaluating
 from passes.traits import FeedForward
 
 See = Callable[[str, Tensor, Tensor], Tensor | None]

@@ -95,14 +95,14 @@ def test_no_expert_leaves_the_pruned_layer(subject):
 def test_softmax_gates_are_not_normalised_over_the_chosen(dit):
     plan = DenseToMoe(form="masked").plan(dit.model, context(dit))
     [layer, _] = mixtures(converted(dit, plan, "masked"))
-    x = torch.randn(1, 1, 32)
+    x = 0.1 * torch.randn(1, 1, 32)
     weights = layer.router(x).softmax(-1)[0, 0]
     best = weights.argsort(descending=True)[:2]
     answers = layer.experts(x)  # (E, 1, D)
 
     wanted = layer.shared(x) + sum(weights[e] * answers[e] for e in best)
     torch.testing.assert_close(layer(x), wanted)
-    assert weights[best].sum() < 0.99
+    assert weights[best].sum() < 0.9
 
 
 # Overflow
@@ -329,7 +329,7 @@ def test_a_layer_that_never_runs_is_left_alone(dit):
 def test_what_cannot_be_is_refused(dit):
     with pytest.raises(ToolchainError, match="top_k is 13; there are 12 experts"):
         DenseToMoe(top_k=13)
-    with pytest.raises(ToolchainError, match="'nothing' matches no feed-forward layer"):
+    with pytest.raises(ToolchainError, match="'nothing' matches no feed-forward"):
         DenseToMoe(exclude=("nothing",)).plan(dit.model, context(dit))
     with pytest.raises(ToolchainError, match="needs calibration inputs"):
         DenseToMoe().apply(dit.copy(), Context())
