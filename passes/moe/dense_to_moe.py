@@ -3,8 +3,8 @@
 Source: Dense2MoE 2025 (ICCV), its layer 1S12E2A: the strongest quarter of the hidden units is shared, the rest are
 dealt to 12 experts of which a token uses 2, so that 37.5 % of the feed-forward's weights are active. Its units are
 scored by |dL/dw * w| summed over their weights, L being the loss of an output distillation. Departures: ``taylor``
-takes random signs of the model's output for the loss, because the gradient at the start of a distillation is zero.
-Units are dealt in turns by rank (the paper says evenly). The router has a bias and starts from calibration inputs
+takes random signs of the model's output for the loss, because a distillation's gradient is zero at its start. Units are
+dealt in turns by rank (the paper says evenly). The router has a bias and starts from calibration inputs
 (``passes/moe/routers.py``).
 
 Before the model is trained again, ``gate="one"`` is nearer to the dense layer: softmax gates of 12 experts are small.
@@ -26,11 +26,12 @@ from passes.moe.experts import (
     MaskedExperts,
     MixtureOfExperts,
     NonzeroExperts,
+    Products,
     expert_parts,
 )
 from passes.moe.routers import Groups, Loads, balance, fit, measure_loads
 from passes.pruning.hidden_units import random_scores, taylor_scores, weight_norms
-from passes.pruning.prune_width import finite
+from passes.pruning.prune_width import finite, refuse_meta, unknown_layers
 from passes.selection import check_patterns, excluded_by
 from passes.traits import FeedForward, layer_at, layers_of
 from toolchain.errors import ToolchainError
@@ -62,6 +63,10 @@ class DenseToMoe(Pass):
         "capacity",
         description="capacity has fixed shapes; nonzero is exact and for ONNX Runtime only; masked saves no time",
     )
+    products: Products = Field(
+        "batched",
+        description="for form=capacity: one product for all experts, or layers apart: faster on CPUs, can be quantized",
+    )
     drop: float = Field(
         0.0, ge=0, lt=1, description="for form=capacity: share of choices that may find no slot on calibration inputs"
     )
@@ -87,10 +92,11 @@ class DenseToMoe(Pass):
         Raises ``ToolchainError`` for weights without values and for an ``exclude`` pattern that matches no layer.
         """
         layers = dict(layers_of(model, FeedForward))
-        check_patterns(self.exclude, layers, what="feed-forward layer")
-        skipped = {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
-        if not layers:
+        skipped = unknown_layers(model, layers)
+        check_patterns(self.exclude, [*layers, *skipped], what="feed-forward")
+        if not layers and not skipped:
             skipped[""] = "no family knows a feed-forward in it"
+        skipped |= {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
         scores = self.scores(model, layers, context)
         units = {path: self.deal(score) for path, score in scores.items()}
@@ -139,7 +145,8 @@ class DenseToMoe(Pass):
         shared, parts = layer.standalone(entry["shared"]), expert_parts(layer, entry["experts"])
         settings = {"top_k": entry["top_k"], "gate": entry["gate"]}
         if self.form == "capacity":
-            return CapacityExperts(shared, parts, router, capacity=entry["capacity"], **settings)
+            slots = {"capacity": entry["capacity"], "products": self.products}
+            return CapacityExperts(shared, parts, router, **settings, **slots)
         return (NonzeroExperts if self.form == "nonzero" else MaskedExperts)(shared, parts, router, **settings)
 
     def reason_to_skip(self, path: str, layer: FeedForward) -> str:
@@ -148,12 +155,6 @@ class DenseToMoe(Pass):
             return reason
         if self.sizes(layer.hidden)[1] < 1:
             return f"has only {layer.hidden} hidden units for {self.experts} experts"
-        if layer.output.weight.is_meta:
-            raise ToolchainError(
-                "dense_to_moe must read the weights, and they are on the meta device, which holds no values",
-                where=path,
-                help="load the model's weights before planning, or replay a plan that was made with them",
-            )
         try:
             layer.standalone([0])
         except ToolchainError as error:
@@ -173,12 +174,14 @@ class DenseToMoe(Pass):
 
     def scores(self, model: nn.Module, layers: dict[str, FeedForward], context: Context) -> dict[str, Tensor]:
         """Importance (H,) of each hidden unit by layer path."""
+        refuse_meta(layers, self.importance)
         if self.importance == "taylor":
-            exact = taylor_scores(model, layers, context)
-            return {path: finite(score, where=path) for path, score in exact.items()}
-        if self.importance == "random":
-            return random_scores(layers, context.seed)
-        return {path: weight_norms(layer) for path, layer in layers.items()}
+            exact = taylor_scores(model, layers, context) if layers else {}
+        elif self.importance == "random":
+            exact = random_scores(layers, context.seed)
+        else:
+            exact = {path: weight_norms(layer) for path, layer in layers.items()}
+        return {path: finite(score, where=path) for path, score in exact.items()}
 
     def routers(
         self, model: nn.Module, layers: dict[str, FeedForward], groups: dict[str, Groups], context: Context

@@ -22,6 +22,7 @@ from passes.traits import FeedForward
 
 Gate = Literal["softmax", "one"]
 Form = Literal["capacity", "nonzero", "masked"]
+Products = Literal["batched", "separate"]
 
 
 def samples(x: Tensor) -> Tensor:
@@ -70,6 +71,14 @@ class StackedLinear(nn.Module):
         """x (E, R, K), or (1, R, K) for the same rows to all, -> (E, R, M)."""
         y = x @ self.weight
         return y if self.bias is None else y + self.bias
+
+
+class SideBySide(nn.ModuleList):
+    """Experts of their own plain layers: x (E, R, D) -> (E, R, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (E, R, D) -> (E, R, D)."""
+        return torch.stack([expert(rows) for expert, rows in zip(self, x.unbind(0), strict=True)])
 
 
 class MixtureOfExperts(nn.Module):
@@ -137,9 +146,10 @@ class CapacityExperts(MixtureOfExperts):
         top_k: int,
         gate: Gate,
         capacity: int,
+        products: Products,
     ) -> None:
         super().__init__(shared, router, top_k=top_k, gate=gate)
-        self.experts = stacked(parts)
+        self.experts = stacked(parts) if products == "batched" else SideBySide(parts)
         self.capacity = capacity
 
     def routed(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:

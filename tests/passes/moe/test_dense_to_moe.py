@@ -53,8 +53,9 @@ def test_every_form_is_the_masked_form_while_all_find_a_slot(subject):
 
     assert all(entry["overflow"] == 0 for entry in plan.facts["layers"].values())
     assert (masked - subject.output(subject.model)).abs().max() > 1e-2  # the comparisons below could fail
-    for form in ("capacity", "nonzero"):
-        torch.testing.assert_close(subject.output(converted(subject, plan, form)), masked, atol=1e-5, rtol=0)
+    apart = DenseToMoe(products="separate").rewrite(subject.copy(), plan)
+    for model in (converted(subject, plan, "capacity"), converted(subject, plan, "nonzero"), apart):
+        torch.testing.assert_close(subject.output(model), masked, atol=1e-5, rtol=0)
 
 
 def test_masking_the_dense_layers_units_is_the_masked_form(subject):
@@ -94,14 +95,14 @@ def test_no_expert_leaves_the_pruned_layer(subject):
 def test_softmax_gates_are_not_normalised_over_the_chosen(dit):
     plan = DenseToMoe(form="masked", router="random").plan(dit.model, context(dit))
     [layer, _] = mixtures(converted(dit, plan, "masked"))
-    x = torch.randn(1, 1, 32)
+    x = 0.1 * torch.randn(1, 1, 32)
     weights = layer.router(x).softmax(-1)[0, 0]
     best = weights.argsort(descending=True)[:2]
     answers = layer.experts(x)  # (E, 1, D)
 
     wanted = layer.shared(x) + sum(weights[e] * answers[e] for e in best)
     torch.testing.assert_close(layer(x), wanted)
-    assert weights[best].sum() < 0.99
+    assert weights[best].sum() < 0.9
 
 
 # Overflow
@@ -328,7 +329,7 @@ def test_a_layer_that_never_runs_is_left_alone(dit):
 def test_what_cannot_be_is_refused(dit):
     with pytest.raises(ToolchainError, match="top_k is 13; there are 12 experts"):
         DenseToMoe(top_k=13)
-    with pytest.raises(ToolchainError, match="'nothing' matches no feed-forward layer"):
+    with pytest.raises(ToolchainError, match="'nothing' matches no feed-forward"):
         DenseToMoe(exclude=("nothing",)).plan(dit.model, context(dit))
     with pytest.raises(ToolchainError, match="needs calibration inputs"):
         DenseToMoe().apply(dit.copy(), Context())

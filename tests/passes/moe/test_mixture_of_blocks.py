@@ -1,0 +1,202 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from passes.contract import Context
+from passes.moe.mixture_of_blocks import MixtureOfBlocks, smaller
+from passes.traits import BlockStack, layer_at
+from tests.passes.conftest import randomise
+from toolchain.errors import ToolchainError
+from toolchain.models.diffusion.dit import Config, DiT
+
+
+@pytest.fixture
+def deep(calm):
+    """A DiT of six blocks."""
+    return randomise(DiT(Config(depth=6, width=16, heads=2, side=8, classes=4)))
+
+
+def calls(count=4, low=0, high=1000):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {
+            "x": torch.randn(2, 4, 8, 8, generator=generator),
+            "t": torch.randint(low, high, (2,), generator=generator),
+            "y": torch.tensor([0, 3]),
+        }
+        for _ in range(count)
+    ]
+
+
+def passed_by(model, path, kept):
+    """A copy in which the other blocks give back what they were given."""
+    twin = copy.deepcopy(model)
+    for number, block in enumerate(layer_at(twin, path, BlockStack).blocks):
+        if number not in kept:
+            block.forward = lambda x, *rest, **named: x
+    return twin
+
+
+@torch.no_grad()
+def run(model, inputs):
+    return model(**inputs)
+
+
+# Exactness
+
+
+def test_blocks_taken_out_are_blocks_passed_by_in_every_bucket(deep):
+    context = Context(calibration=calls())
+    for bucket in range(4):
+        result = MixtureOfBlocks(bucket=bucket).apply(copy.deepcopy(deep), context)
+        kept = result.plan.choice["blocks"]["kept"]
+        assert result.changed == ("blocks",)
+        assert len(result.model.blocks) == 3
+        assert [block // 2 for block in kept] == [0, 1, 2]
+        for inputs in context.calibration:
+            found = run(result.model, inputs)
+            assert torch.equal(found, run(passed_by(deep, "blocks", kept), inputs))
+            assert not torch.equal(found, run(deep, inputs))
+            assert torch.equal(found, run(smaller(deep, result.plan, bucket), inputs))
+    assert len(deep.blocks) == 6
+
+
+def test_the_first_block_of_diffusers_dit_stays(subject):
+    step = MixtureOfBlocks(buckets=1)
+    plan = step.plan(subject.model, Context(calibration=[subject.inputs]))
+    [(path, entry)] = plan.choice.items()
+    assert len(entry["kept"]) == 1
+    if path == "transformer_blocks":
+        assert entry["kept"] == [0]
+    assert not torch.equal(subject.output(step.rewrite(subject.copy(), plan)), subject.output(subject.model))
+
+
+def test_all_of_a_group_is_the_whole_model_and_says_so(deep):
+    result = MixtureOfBlocks(group=3, keep=3).apply(copy.deepcopy(deep), Context(calibration=calls(1)))
+    assert result.changed == ()
+    assert result.plan.skipped == {"blocks": "all of its 6 blocks run where 3 of each 3 are kept"}
+    assert torch.equal(run(result.model, calls(1)[0]), run(deep, calls(1)[0]))
+
+
+# The choice
+
+
+def test_silent_blocks_go(deep):
+    for silent in (0, 3, 4):
+        with torch.no_grad():
+            for parameter in deep.blocks[silent].adaLN_modulation[1].parameters():
+                parameter.zero_()
+    result = MixtureOfBlocks().apply(copy.deepcopy(deep), Context(calibration=calls()))
+    assert result.plan.choice["blocks"] == {"kept": [1, 2, 5], "of": 6}
+    assert [row["agreement"]["blocks"] for row in result.plan.facts["buckets"]] == [1.0] * 4
+    assert torch.equal(run(result.model, calls()[0]), run(deep, calls()[0]))
+
+
+class Timed(nn.Module):
+    """Each of two blocks speaks at one end of the timesteps only."""
+
+    class Block(nn.Module):
+        def __init__(self, early):
+            super().__init__()
+            self.attn = self.mlp = nn.Identity()
+            self.early = early
+
+        def forward(self, x, t):
+            speaks = (t < 500) if self.early else (t >= 500)
+            return x + speaks.float()[:, None]
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block(True), self.Block(False)])
+
+    def forward(self, x, timestep):
+        for block in self.blocks:
+            x = block(x, timestep)
+        return x
+
+
+def test_each_range_of_timesteps_keeps_what_matters_there():
+    times = torch.tensor([10.0, 200, 499, 501, 700, 990, 1200])
+    context = Context(calibration=[{"x": torch.ones(7, 3), "timestep": times}])
+    plan = MixtureOfBlocks(buckets=2, bucket=1).plan(Timed(), context)
+    first, second = plan.facts["buckets"]
+    assert (first["kept"], second["kept"]) == ({"blocks": [0]}, {"blocks": [1]})
+    assert (first["samples"], second["samples"]) == (3, 4)
+    assert (first["from"], first["to"], second["to"]) == (0, 500, 1000)
+    assert plan.choice["blocks"]["kept"] == [1]
+
+    together = MixtureOfBlocks(buckets=1).plan(Timed(), context).facts["buckets"][0]
+    assert together["kept"] == {"blocks": [1]}
+    assert together["agreement"]["blocks"] == round(4 / 7, 6)
+
+
+def test_a_range_that_no_sample_falls_into_takes_all_samples():
+    context = Context(calibration=[{"x": torch.ones(3, 3), "timestep": torch.tensor([1.0, 2, 900])}])
+    rows = MixtureOfBlocks(buckets=4).plan(Timed(), context).facts["buckets"]
+    assert [row["samples"] for row in rows] == [2, 0, 0, 1]
+    assert [row["kept"]["blocks"] for row in rows] == [[0], [0], [0], [1]]
+
+
+def test_one_timestep_may_serve_a_batch_and_a_last_group_may_be_short():
+    context = Context(calibration=[{"x": torch.ones(3, 3), "timestep": torch.tensor([700.0])}])
+    model = Timed()
+    model.blocks.append(Timed.Block(False))
+    plan = MixtureOfBlocks(buckets=2).plan(model, context)
+    assert plan.facts["buckets"][1]["samples"] == 3
+    assert plan.facts["buckets"][1]["kept"]["blocks"] == [1, 2]
+
+
+def test_double_and_single_blocks_are_chosen_apart():
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=3, num_single_layers=4, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 6, 4), "encoder_hidden_states": torch.randn(2, 5, 8),
+        "pooled_projections": torch.randn(2, 8), "timestep": torch.rand(2),
+        "img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3),
+    }  # fmt: skip
+    plan = MixtureOfBlocks(group=3, keep=2, high=1.0).plan(model, Context(calibration=[inputs]))
+    sizes = {path: len(entry["kept"]) for path, entry in plan.choice.items()}
+    assert sizes == {"transformer_blocks": 2, "single_transformer_blocks": 3}
+    with torch.no_grad():
+        assert smaller(model, plan, 0)(**inputs).sample.isfinite().all()
+
+
+# Faults
+
+
+def test_what_cannot_be_is_refused(deep):
+    with pytest.raises(ToolchainError, match="keep is 3; a group has 2 blocks"):
+        MixtureOfBlocks(keep=3)
+    with pytest.raises(ToolchainError, match="bucket is 4; there are 4 buckets"):
+        MixtureOfBlocks(bucket=4)
+    with pytest.raises(ToolchainError, match=r"high is 0.0; low is 0.0"):
+        MixtureOfBlocks(high=0.0)
+    context = Context(calibration=calls(1))
+    with pytest.raises(ToolchainError, match="no input of the model is called 'sigma'") as caught:
+        MixtureOfBlocks(timestep="sigma").plan(deep, context)
+    assert "x, t, y" in str(caught.value)
+    with pytest.raises(ToolchainError, match="'nothing' matches no stack of blocks"):
+        MixtureOfBlocks(exclude=("nothing",)).plan(deep, context)
+    with pytest.raises(ToolchainError, match="needs calibration inputs"):
+        MixtureOfBlocks().apply(deep, Context())
+    plan = MixtureOfBlocks().plan(deep, context)
+    once = MixtureOfBlocks().rewrite(copy.deepcopy(deep), plan)
+    with pytest.raises(ToolchainError, match="for a stack of 6 blocks; this one has 3"):
+        MixtureOfBlocks().rewrite(once, plan)
+    with torch.no_grad():
+        deep.blocks[0].mlp.fc1.weight[0] = float("nan")
+    with pytest.raises(ToolchainError, match="is not finite"):
+        MixtureOfBlocks().plan(deep, context)
+
+
+def test_what_is_left_alone_is_named(deep):
+    context = Context(calibration=calls(1))
+    assert MixtureOfBlocks(exclude=("blocks",)).plan(deep, context).skipped == {"blocks": "excluded by 'blocks'"}
+    none = MixtureOfBlocks(buckets=1).plan(nn.Linear(2, 2), Context(calibration=[{"input": torch.ones(1, 2)}]))
+    assert none.skipped == {"": "no family knows a stack of blocks in it"}
