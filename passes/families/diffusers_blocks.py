@@ -48,6 +48,7 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
             heads=layer.heads,
             head_dim=head_dim,
             counts={"heads": 1, "sliceable_head_dim": 1, "inner_dim": head_dim, "inner_kv_dim": head_dim},
+            gives=None if getattr(layer, "residual_connection", False) else "tensor",
         ),
         whole={"to_out", *NORMS},
     )
