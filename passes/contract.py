@@ -32,11 +32,17 @@ from toolchain.errors import ToolchainError, invalid, raise_faults
 Inputs = dict[str, Tensor]
 Json = Any
 Score = Callable[[nn.Module], float]
+Losses = Callable[[nn.Module], Tensor]
 
 
 def no_score(text: str) -> Score:
     """Refuse: scores are made from a model's source, which is not known here."""
     raise ToolchainError(f"there is no score {text!r} here")
+
+
+def no_losses(text: str) -> Losses:
+    """Refuse, as ``no_score`` does."""
+    raise ToolchainError(f"there are no losses {text!r} here")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,7 @@ class Context:
         seed: for any random choice.
         original: the untouched model, for passes that compare with it or learn from it.
         score_of: what a parameter ``score`` names, as a function of a model; higher is better.
+        losses_of: what a parameter ``losses`` names, as a function of a model: a loss for each sample, (B,).
         say: called with (done, total, text) for progress.
         put: called with each layer that was rewritten; may move its new tensors to disk.
     """
@@ -58,6 +65,7 @@ class Context:
     seed: int = 0
     original: nn.Module | None = None
     score_of: Callable[[str], Score] = lambda text: no_score(text)
+    losses_of: Callable[[str], Losses] = lambda text: no_losses(text)
     say: Callable[[int, int, str], None] = lambda done, total, text: None
     put: Callable[[nn.Module], None] = lambda layer: None
 

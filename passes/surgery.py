@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,7 @@ class ProjectedAttention(HeadedAttention):
         tokens: what the layer's own tokens are.
         text: the text that attends along with them.
         crossed: whether the values are of other tokens than the queries.
+        gives: what the layer returns, for one that says nothing; None where that is not known.
     """
 
     core: nn.Module
@@ -94,6 +95,7 @@ class ProjectedAttention(HeadedAttention):
     tokens: Literal["own", "both"] = "own"
     text: Stream | None = None
     crossed: bool = False
+    gives: Literal["tensor", "tensor and weights"] | None = None
 
     @property
     def output(self) -> nn.Linear:  # type: ignore[override]
@@ -132,6 +134,53 @@ class ProjectedAttention(HeadedAttention):
             setattr(*stream.output, keep_columns(linear_at(*stream.output), columns))
         for name, each in self.counts.items():
             setattr(self.core, name, each * len(kept))
+
+    def silence(self, model: nn.Module, path: str) -> None:
+        """Replace the core by one that answers zeros; where it is not the whole layer, the projection falls away too.
+
+        The projection's bias goes with it. What else the layer holds (BERT's residual and norm) stays.
+        """
+        if self.gives is None:
+            super().silence(model, path)
+        silent = Silent(self.output.out_features, with_weights=self.gives == "tensor and weights")
+        layer = model.get_submodule(path)
+        if layer is self.core:
+            put_at(model, path, silent)
+            return
+        name = next(name for name, child in layer.named_children() if child is self.core)
+        setattr(layer, name, silent)
+        setattr(self.holder, self.output_name, nn.Identity())
+
+
+class Zeros(nn.Module):
+    """Answers zeros (..., width) to x (..., D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., width)."""
+        return x.new_zeros((*x.shape[:-1], self.width))
+
+
+class Silent(Zeros):
+    """Takes what an attention layer takes and answers zeros, with None for weights where its family returns them."""
+
+    def __init__(self, width: int, *, with_weights: bool = False) -> None:
+        super().__init__(width)
+        self.with_weights = with_weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The first argument decides the shape."""
+        zeros = super().forward(args[0] if args else next(iter(kwargs.values())))
+        return (zeros, None) if self.with_weights else zeros
+
+
+def put_at(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of the one at ``path``."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +248,7 @@ class ProjectedFeedForward(FeedForward):
         if self.chain is None:
             raise inseparable(self.layer, path)
         if not self.chain:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, module)
+            put_at(model, path, module)
             return
         for number, (owner, name) in enumerate(self.chain):
             setattr(owner, name, nn.Identity() if number else module)

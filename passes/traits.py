@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 import passes.families
+from toolchain.errors import ToolchainError
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its children."""
@@ -57,6 +58,13 @@ class HeadedAttention(ABC):
     @abstractmethod
     def keep_heads(self, kept: Sequence[int]) -> None:
         """Take every other head out: smaller matrices, and the layer's own counts set to match."""
+
+    def silence(self, model: nn.Module, path: str) -> None:
+        """Put in the place of the whole layer, which the model has at ``path``, one that answers zeros in its form.
+
+        Raises ``ToolchainError`` where the family does not say which form that is.
+        """
+        raise ToolchainError(f"no family knows what stands in for a whole {type(model.get_submodule(path)).__name__}")
 
 
 class FeedForward(ABC):

@@ -77,6 +77,7 @@ class Run:
             seed=self.recipe.head.seed,
             original=self.model.module,
             score_of=lambda text: scoring.score_of(text, self.model, self.recipe),
+            losses_of=lambda text: scoring.losses_of(text, self.recipe.folder),
             say=self.progress.count,
             **keep,
         )

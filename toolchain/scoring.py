@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -80,7 +81,22 @@ def of_samples(metric: SampleMetric, task: SamplingTask, model: Model, recipe: R
 
 
 def of_user(text: str, folder: Path) -> Score:
-    """A function of the user's file; a relative path starts at the recipe's folder."""
+    """A function of the user's file that gives a number."""
+    return users_function(text, folder, lambda found: float(found))
+
+
+def losses_of(text: str, folder: Path) -> Callable[[nn.Module], torch.Tensor]:
+    """A function of the user's file (``FILE.py:FUNCTION``) that gives a loss for each sample."""
+    if ".py:" not in text:
+        raise ToolchainError(f"losses are given by a function of yours, FILE.py:FUNCTION; {text!r} names none")
+    return users_function(text, folder, one_per_sample)
+
+
+Found = TypeVar("Found", float, torch.Tensor)
+
+
+def users_function(text: str, folder: Path, read: Callable[[Any], Found]) -> Callable[[nn.Module], Found]:
+    """The user's own function, what it gives read as wanted; a relative path starts at the recipe's folder."""
     file, _, name = text.rpartition(":")
     path = (folder / file).absolute()
     module = user_file.run(path)
@@ -88,12 +104,20 @@ def of_user(text: str, folder: Path) -> Score:
     if not callable(function):
         raise unknown("function", name, [n for n, value in vars(module).items() if callable(value)], where=str(path))
 
-    def score(candidate: nn.Module) -> float:
+    def call(candidate: nn.Module) -> Found:
         with user_file.in_our_words(path, f"{name}(module)"):
-            value = float(function(candidate))
-        if value != value:
+            value = read(function(candidate))
+        if torch.as_tensor(value).isnan().any():
             raise ToolchainError(f"{name} gave a score that is no number: {value}", where=str(path))
         return value
 
-    weakref.finalize(score, user_file.forget, module.__name__.rpartition(".")[0]).atexit = False
-    return score
+    weakref.finalize(call, user_file.forget, module.__name__.rpartition(".")[0]).atexit = False
+    return call
+
+
+def one_per_sample(found: Any) -> torch.Tensor:
+    """Losses (B,)."""
+    losses = torch.as_tensor(found).detach().double().cpu()
+    if losses.ndim != 1 or not len(losses):
+        raise ValueError(f"one loss for each sample, in one dimension, is wanted; got shape {tuple(losses.shape)}")
+    return losses

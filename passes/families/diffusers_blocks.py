@@ -52,6 +52,7 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
             head_dim=head_dim,
             counts={"heads": 1, "sliceable_head_dim": 1, "inner_dim": head_dim, "inner_kv_dim": head_dim},
             crossed=bool(layer.is_cross_attention),
+            gives=None if getattr(layer, "residual_connection", False) else "tensor",
         ),
         whole={"to_out", *NORMS},
     )

@@ -22,6 +22,7 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
             heads=module.heads,  # type: ignore[arg-type]
             head_dim=module.head_dim,  # type: ignore[arg-type]
             counts={"heads": 1},
+            gives="tensor",
         )
     )
 

@@ -31,6 +31,7 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
             heads=layer.num_attention_heads,
             head_dim=layer.head_dim,
             counts={"num_attention_heads": 1},
+            gives="tensor and weights",
         )
     )
 
@@ -52,6 +53,7 @@ def attention_beside_output(module: nn.Module) -> HeadedAttention | FixedAttenti
             heads=core.num_attention_heads,
             head_dim=core.attention_head_size,
             counts={"num_attention_heads": 1, "all_head_size": core.attention_head_size},
+            gives="tensor and weights",
         )
     )
 

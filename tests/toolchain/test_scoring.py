@@ -11,7 +11,7 @@ import torch
 from toolchain import sources
 from toolchain.errors import ToolchainError
 from toolchain.recipe import make
-from toolchain.scoring import score_of
+from toolchain.scoring import losses_of, score_of
 
 
 def recipe(tmp_path: Path, model: str = "dit:tiny"):
@@ -62,3 +62,19 @@ def test_unknown_scores_and_scores_that_a_model_cannot_have(tmp_path: Path) -> N
         score_of("fidelty", model, recipe(tmp_path))
     with pytest.raises(ToolchainError, match="dit:tiny has no sampling task"):
         score_of("judged_as_asked", model, recipe(tmp_path))
+
+
+def test_losses_are_a_users_function_with_a_number_for_each_sample(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef each(module):\n    return [0.5, 1.0]\n"
+        "def one(module):\n    return torch.tensor(0.5)\n"
+        "def wrong(module):\n    return [0.5, float('nan')]\n"
+    )
+    module = torch.nn.Linear(1, 1)
+    assert losses_of("mine.py:each", tmp_path)(module).tolist() == [0.5, 1.0]
+    with pytest.raises(ToolchainError, match=r"one loss for each sample, in one dimension, is wanted; got shape \(\)"):
+        losses_of("mine.py:one", tmp_path)(module)
+    with pytest.raises(ToolchainError, match="wrong gave a score that is no number"):
+        losses_of("mine.py:wrong", tmp_path)(module)
+    with pytest.raises(ToolchainError, match=r"a function of yours, FILE.py:FUNCTION; 'fidelity' names none"):
+        losses_of("fidelity", tmp_path)

@@ -1,0 +1,215 @@
+"""Leave out what a score says the model does better, or no worse, without: layers first, then their parts.
+
+Source: AxFormer, Nagarajan et al. 2020, arXiv:2010.03688, and its release's script for GLUE: hard attention from the
+first layer to the last; then from the last layer to the first its feed-forward and then its attention, each as a whole
+and, if that fails narrowly, its heads or groups of 256 hidden units one at a time. With ``losses`` both its tests hold:
+the mean loss is below the best so far, and more than a quota of samples lose no more than with the original.
+Departures: a ``score`` is one number, so the second test falls away and equality is enough; how narrowly a layer may
+fail is then told in the score's own unit; what goes is cut out, not masked, so that each trial is the model that
+ships; what a whole layer adds goes with its output bias; a layer keeps its last part unless it goes as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Losses, Pass, Plan, Score
+from passes.pruning.elements import Element, Entry, carry_out, elements_of
+from passes.pruning.probes import evaluating
+from passes.selection import check_patterns, excluded_by
+from passes.surgery import share
+from passes.traits import FixedAttention, layers_of
+from toolchain.errors import ToolchainError
+
+
+class ApproximateByAccuracy(Pass):
+    """Try to leave out each feed-forward, attention and part of them; keep what the score allows."""
+
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8",)
+
+    score: str = Field("fidelity", description="what a trial is judged by, one number; higher is better")
+    losses: str = Field(
+        "", description="FILE.py:FUNCTION that gives a loss for each sample; judges in the score's place"
+    )
+    tolerance: float = Field(
+        0.0, ge=0, description="how far below the best score so far (or above the best mean loss) a trial may end"
+    )
+    gate: float = Field(
+        0.1,
+        ge=0,
+        description="a layer's parts are tried where the whole costs less than this: a fraction of the best mean loss, "
+        "or of the best score, taken as 1 where it is smaller",
+    )
+    quota: float = Field(0.5, ge=0, lt=1, description="for losses: more than this share of samples must not get worse")
+    group: int = Field(256, ge=1, description="hidden units in one part of a feed-forward")
+    hard_attention: int = Field(0, ge=0, description="try attention with so many probabilities a query; 0: do not")
+    exclude: tuple[str, ...] = Field((), description="glob patterns of layer paths left alone")
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Search; each trial is a copy around the same tensors. Every evaluation is in the plan's facts.
+
+        Raises ``ToolchainError`` for weights without values, a value that is not finite, and an ``exclude`` pattern
+        that matches no layer.
+        """
+        everything = elements_of(model)
+        check_patterns(self.exclude, [element.path for element in everything], what="layer")
+        skipped = {path: fixed.reason for path, fixed in layers_of(model, FixedAttention)}
+        skipped |= {e.path: reason for e in everything if (reason := excluded_by(e.path, self.exclude))}
+        elements = [element for element in everything if element.path not in skipped]
+        if not elements:
+            return Plan(choice={}, skipped=skipped, facts={"trials": []})
+        if where := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+            raise ToolchainError(
+                f"{self.name()} must run the model, and its weights are on the meta device, which holds no values",
+                where=where,
+                help="load the model's weights before planning, or replay a plan that was made with them",
+            )
+        search = Search(model, self.judge(context), context)
+        self.search(search, elements)
+        skipped |= {e.path: "the model does worse without any of it" for e in elements if e.path not in search.choice}
+        facts = {"start": search.judge.start, "best": search.judge.best, "trials": search.trials}
+        return Plan(choice=search.choice, skipped=skipped, facts=facts)
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Cut, in place."""
+        return carry_out(model, plan.choice)
+
+    def judge(self, context: Context) -> Judge:
+        """By losses where they are given, else by the score."""
+        if self.losses:
+            return LossJudge(context.losses_of(self.losses), self.tolerance, self.gate, self.quota)
+        return ScoreJudge(context.score_of(self.score), self.tolerance, self.gate)
+
+    def search(self, search: Search, elements: list[Element]) -> None:
+        """The paper's order."""
+        attention = [element for element in reversed(elements) if element.kind == "attention"]
+        steps = (len(attention) if self.hard_attention else 0) + len(elements)
+        for element in attention if self.hard_attention else ():
+            search.step(steps, f"hard attention in {element.path}")
+            search.attempt(element, {"hard": self.hard_attention}, "hard")
+        for element in elements:
+            search.step(steps, f"without {element.path}")
+            if search.attempt(element, {"whole": True, "removed": [], "hard": 0}, "whole") in (
+                "worse, narrowly",
+                "cannot",
+            ):
+                for part in element.parts(self.group):
+                    removed = [*search.entry(element)["removed"], *part]
+                    if len(removed) < element.of:
+                        search.attempt(element, {"removed": removed}, f"{part[0]}-{part[-1]}")
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """What a judge says of a model: ``kept``, ``worse, narrowly`` or ``worse``, and what it found."""
+
+    verdict: str
+    found: dict[str, Any]
+
+
+@dataclass
+class ScoreJudge:
+    """One number, higher is better: kept at the best so far less a tolerance."""
+
+    score: Score
+    tolerance: float
+    gate: float
+    start: float = math.nan
+    best: float = math.nan
+
+    def begin(self, model: nn.Module) -> None:
+        """What the untouched model reaches."""
+        self.start = self.best = number(self.score(model))
+
+    def __call__(self, model: nn.Module) -> Trial:
+        """Judge a trial, and remember the best that was kept."""
+        found, best = number(self.score(model)), self.best
+        if found >= best - self.tolerance:
+            self.best = max(best, found)
+            return Trial(verdict="kept", found={"score": found})
+        narrowly = found >= best - self.gate * max(abs(best), 1)
+        return Trial(verdict="worse, narrowly" if narrowly else "worse", found={"score": found})
+
+
+@dataclass
+class LossJudge:
+    """A loss for each sample: kept when the mean falls below the best so far and enough samples are no worse."""
+
+    losses: Losses
+    tolerance: float
+    gate: float
+    quota: float
+    baseline: Tensor = field(init=False)
+    start: float = math.nan
+    best: float = math.nan
+
+    def begin(self, model: nn.Module) -> None:
+        """What the untouched model loses."""
+        self.baseline = self.losses(model)
+        self.start = self.best = number(float(self.baseline.mean()))
+
+    def __call__(self, model: nn.Module) -> Trial:
+        """Judge a trial, and remember the best that was kept."""
+        losses = self.losses(model)
+        mean, unharmed = number(float(losses.mean())), int((losses <= self.baseline).sum())
+        found = {"loss": mean, "no_worse": unharmed}
+        if mean < self.best + self.tolerance and unharmed > self.quota * len(losses):
+            self.best = min(self.best, mean)
+            return Trial(verdict="kept", found=found)
+        return Trial(verdict="worse, narrowly" if mean < (1 + self.gate) * self.best else "worse", found=found)
+
+
+Judge = ScoreJudge | LossJudge
+
+
+def number(value: float) -> float:
+    """A value to 6 significant digits, so that the last bits of another machine decide nothing."""
+    if not math.isfinite(value):
+        raise ToolchainError(f"a trial's value is not finite: {value}")
+    return float(f"{value:.6g}")
+
+
+class Search:
+    """What has been left out so far, and every trial on the way."""
+
+    def __init__(self, model: nn.Module, judge: Judge, context: Context) -> None:
+        self.model, self.judge, self.context = model, judge, context
+        self.choice: dict[str, Entry] = {}
+        self.trials: list[dict[str, Any]] = []
+        self.done = 0
+        with evaluating(model):
+            judge.begin(model)
+
+    def step(self, of: int, text: str) -> None:
+        """Tell how far the search is."""
+        self.context.say(self.done, of, text)
+        self.done += 1
+
+    def entry(self, element: Element) -> Entry:
+        """What happens to an element so far."""
+        return self.choice.get(element.path, element.entry())
+
+    def attempt(self, element: Element, change: Mapping[str, Any], what: str) -> str:
+        """Judge the model with one more change, and keep it if that is no loss; the verdict.
+
+        A layer that cannot be taken out whole is tried in parts.
+        """
+        choice = {**self.choice, element.path: {**self.entry(element), **change}}
+        log: dict[str, Any] = {"path": element.path, "what": what}
+        try:
+            candidate = carry_out(share(self.model), choice)
+        except ToolchainError as refused:
+            self.trials.append({**log, "verdict": "cannot", "refused": refused.message})
+            return "cannot"
+        with evaluating(candidate):
+            trial = self.judge(candidate)
+        self.trials.append({**log, "verdict": trial.verdict, **trial.found})
+        if trial.verdict == "kept":
+            self.choice = choice
+        return trial.verdict
