@@ -238,15 +238,21 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
     """Count parameters, weight bytes and, given an example call, multiply-accumulates.
 
     Integer matrices held as buffers (a quantized layer's weights) count as parameters; other buffers do not. Of an ONNX
-    graph its float tensors and int8 matrices count, and no multiply-accumulates.
+    graph its float tensors and int8 matrices count, and no multiply-accumulates. Weights of a module that says
+    ``weight_bits`` count as the bits that they have in a file.
     """
     if isinstance(model, GraphModule):
         return graph_cost(model)
+    bits: dict[int, Any] = {
+        id(part.weight): part.weight_bits for part in model.modules() if hasattr(part, "weight_bits")
+    }
     weights = [*model.parameters(), *(b for b in model.buffers() if b.dtype.itemsize == 1 and b.ndim > 1)]
     return Cost(
         parameter_count=sum(t.numel() for t in weights),
         macs=None if example is None else macs(model, example),
-        bytes=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+        bytes=sum(
+            t.numel() * bits.get(id(t), 8 * t.element_size()) // 8 for t in (*model.parameters(), *model.buffers())
+        ),
     )
 
 

@@ -57,7 +57,9 @@ def static_products(model: ir.Model) -> Iterator[Product]:
         weight, scale = right.inputs[0], right.inputs[1]
         if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.inputs[0] is None:
             continue
-        if weight is not None and scale is not None and weight.const_value is not None:
+        if weight is None or scale is None or weight.const_value is None:
+            continue
+        if weight.const_value.dtype == ir.DataType.INT8 and not right.attributes.get_int("block_size", 0):
             yield Product(node, quantize.inputs[0], weight, scale, right.attributes.get_int("axis", 1))
 
 

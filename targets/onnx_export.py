@@ -32,10 +32,15 @@ from torch import Tensor, nn
 
 from targets import stored
 from targets.element_types import hollow, in_type, keep_interface, restore
+from targets.four_bits import pack
 from toolchain.errors import ToolchainError
 
 OPSET = 20
 """Newest opset without the fused Attention operator, which TensorRT-RTX builds in some shapes only."""
+
+NEWEST_TRACED = 22
+"""Newest opset that models are traced for; later ones join attention into one operator. A graph that holds a later
+type gets the later number afterwards: the operators that are there only learned more types."""
 
 LINKED = "weights"
 """Folder beside a graph with the weight files that were on disk before."""
@@ -60,6 +65,8 @@ SAFETENSORS_TYPES = {
     ir.DataType.BOOL: "BOOL",
     ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
     ir.DataType.FLOAT8E5M2: "F8_E5M2",
+    ir.DataType.INT4: "U8",  # two in a byte
+    ir.DataType.FLOAT4E2M1: "U8",
 }
 
 
@@ -84,11 +91,13 @@ def export_onnx(
         path: the ONNX file.
         embed: write all weights beside the graph, those on disk too.
         dtype: floating type to compute in; inputs and outputs keep theirs. None: as the module is.
-        opset: ONNX operator set.
+        opset: ONNX operator set; a module that needs a later one says so by an ``onnx_opset``.
 
     Raises:
         ToolchainError: the module cannot be traced or translated, or a dynamic dimension came out fixed.
     """
+    wanted = max(opset, *(getattr(part, "onnx_opset", 0) for part in module.modules()))
+    opset = max(opset, min(wanted, NEWEST_TRACED))
     dims = {
         name: torch.export.Dim(name, min=low, max=high) for by in dynamic.values() for name, low, high in by.values()
     }
@@ -124,7 +133,10 @@ def export_onnx(
     found = model.opset_imports.get("")
     if found != opset:
         raise ToolchainError(f"asked for ONNX opset {opset}, the exporter wrote {found}", help=f"use opset {OPSET}")
+    if wanted > opset:
+        model.opset_imports[""], model.ir_version = wanted, max(model.ir_version, 11)
     refuse_frozen(model, dynamic)
+    pack(model)
     if dtype is not None:
         restore(model, originals, dtype, stays=lambda value: not embed and place_of(value) is not None)
         keep_interface(model, example, ir.DataType.FLOAT)
@@ -329,7 +341,7 @@ def write_external(values: Mapping[str, ir.Value], path: Path) -> None:
     for name in order:
         tensor = tensors[name]
         start, end = end, end + tensor.nbytes
-        shape = [int(size) for size in tensor.shape]
+        shape = [int(size) for size in tensor.shape] if tensor.dtype.bitwidth >= 8 else [tensor.nbytes]
         header[name] = {"dtype": SAFETENSORS_TYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 4096)  # weights start on a page

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from torch import nn
 from targets import machine
 from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
 from targets.dynamic_int8 import add_output_pairs, reduce_range, static_products, to_dynamic, to_float
+from targets.four_bits import multiply_out
 from targets.onnx_export import LINKED, module_path, save
 from targets.onnx_files import check_onnx, external_bytes, graph_bytes
 from toolchain.errors import ToolchainError, require
@@ -65,6 +67,9 @@ class OnnxRuntime(Target):
     def build(self, graph: Graph, folder: Path) -> Built:
         """Name the artifact's own graph, or lower its 8-bit products for a CPU into a graph of this target."""
         model = ir.load(graph.path)
+        if multiply_out(model):
+            graph = replace(graph, path=folder / "multiplied.onnx")
+            save(model, graph.path)
         products = sum(1 for _ in static_products(model))
         if products and self.provider == "cpu":
             return self.lower(model, products, graph, folder)
@@ -154,12 +159,16 @@ class OnnxRuntime(Target):
     def session(self, path: Path, threads: int) -> Any:
         """An inference session; a graph that ONNX Runtime refuses is a ``ToolchainError`` with its reason."""
         runtime = require("onnxruntime", extra="gpu")
-        check_onnx(path)
+        opset = max(entry.version for entry in check_onnx(path).opset_import if entry.domain in ("", "ai.onnx"))
+        # From opset 21 on it writes pairs without a zero point that ONNX Runtime 1.32 itself refuses.
+        without = ["QDQPropagationTransformer"] if opset >= 21 else []
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         try:
-            return runtime.InferenceSession(path, options, providers=[PROVIDERS[self.provider]])
+            return runtime.InferenceSession(
+                path, options, providers=[PROVIDERS[self.provider]], disabled_optimizers=without
+            )
         except Exception as cause:  # onnxruntime raises pybind classes of no common base
             raise ToolchainError(f"ONNX Runtime refuses the graph: {str(cause).splitlines()[0]}") from cause
 

@@ -25,13 +25,19 @@ class QuantizedLinear(nn.Module):
     """``y = x W + b`` with x and W rounded to int8 and multiplied back.
 
     The weight is held as int8, transposed to (K, N), so that the graph has a plain product with per-column scales.
+
+    Args:
+        linear: the layer.
+        input_scale: of x.
+        inverse: what x (..., K) is multiplied by first, (K,); see ``smoothing``.
     """
 
     weight: Tensor
     weight_scale: Tensor
     weight_zero: Tensor
+    inverse: Tensor | None
 
-    def __init__(self, linear: nn.Linear, input_scale: float) -> None:
+    def __init__(self, linear: nn.Linear, input_scale: float, inverse: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.input_scale = input_scale
@@ -41,10 +47,13 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight", rounded.to(torch.int8).T.contiguous())
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero", torch.zeros(self.out_features, dtype=torch.int8))
+        self.register_buffer("inverse", inverse)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N)."""
+        if self.inverse is not None:
+            x = x * self.inverse
         q = ops.quantize_per_tensor(x, self.input_scale, 0, -128, QMAX, torch.int8)
         x = ops.dequantize_per_tensor(q, self.input_scale, 0, -128, QMAX, torch.int8)
         weight = ops.dequantize_per_channel(

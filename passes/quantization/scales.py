@@ -40,8 +40,8 @@ def unusable(x: Tensor) -> str:
     return ""
 
 
-def scale_of(x: Tensor, *, observer: Observer, percentile: float) -> float:
-    """The scale of x (R, K), rounded to 6 digits."""
+def scale_of(x: Tensor, *, observer: Observer, percentile: float, largest: float = QMAX) -> float:
+    """The scale of x (R, K) for a type with this largest value, rounded to 6 digits; ``mse`` is for int8 alone."""
     magnitude = x.abs()
     if observer == "max":
         limit = float(magnitude.max())
@@ -49,7 +49,7 @@ def scale_of(x: Tensor, *, observer: Observer, percentile: float) -> float:
         limit = float(torch.quantile(magnitude.flatten()[: 1 << 23], percentile / 100)) or float(magnitude.max())
     else:
         limit = least_squares_limit(x)
-    return float(f"{limit / QMAX:.6g}")
+    return float(f"{limit / largest:.6g}")
 
 
 def arithmetic(x: Tensor, weight: Tensor, *, products: bool = True) -> dict[str, float | bool]:

@@ -1,0 +1,53 @@
+"""Post-training W8A8 in 8-bit floats (E4M3): linear layers, scales from calibration data.
+
+Source: Micikevicius et al. 2022, arXiv:2209.05433, sections 3 and 4.2 (E4M3 for weights and activations, one scale
+for each tensor). Departure: weights have a scale for each output channel.
+
+Shapes: R rows, K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Pass, Plan
+from passes.quantization.fp8 import Fp8Linear
+from passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from passes.quantization.pairs import FP8_LARGEST
+from passes.quantization.reading import linear_layers
+from passes.quantization.scales import scale_of
+
+
+class QuantizeFp8(Pass):
+    """Replace linear layers by their 8-bit float form: weights per output channel, activations per tensor."""
+
+    needs_calibration: ClassVar[bool] = True
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_fp8",)
+
+    observer: Literal["max", "percentile"] = Field(
+        "max", description="how an activation's scale is chosen: largest value, or a percentile"
+    )
+    percentile: float = Field(99.99, gt=50, le=100, description="percentile of magnitudes, for observer=percentile")
+    exclude: tuple[str, ...] = Field((), description="glob patterns of module paths that stay as they are")
+    smallest: int = Field(1024, ge=0, description="layers with fewer weights than this stay as they are")
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Choose a scale for each layer's input."""
+        layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest)
+        return plan_groups(model, layers, skipped, context, self.choose)
+
+    def choose(self, layers: Mapping[str, nn.Linear], rows: Mapping[str, Tensor]) -> Chosen:
+        """Decide for layers that read the same."""
+        return Chosen({path: {"precision": "fp8", "input_scale": self.scale(rows[path])} for path in layers})
+
+    def scale(self, rows: Tensor) -> float:
+        """The scale of an input of which rows (R, K) are given."""
+        return scale_of(rows, observer=self.observer, percentile=self.percentile, largest=FP8_LARGEST)
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Put an ``Fp8Linear`` in the place of each planned layer."""
+        return rewrite_layers(model, plan, lambda _, layer, decision, __: Fp8Linear(layer, decision["input_scale"]))

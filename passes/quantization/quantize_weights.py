@@ -1,0 +1,141 @@
+"""Weights of linear layers in 4 or 8 bits with a scale for each block of inputs; activations in floats, or in int8.
+
+Sources: Frantar et al. 2022, arXiv:2210.17323 (``gptq``); Lin et al. 2023, arXiv:2306.00978 (``awq``). ``rtn`` rounds
+each weight to nearest. NVFP4 and MXFP8 here are weights alone: their activations need scales that are measured at
+each call, for which ONNX has no standard operator.
+
+Shapes: R rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Pass, Plan
+from passes.quantization.awq import awq_factors
+from passes.quantization.blocks import FORMATS, BlockLinear, Blocks, Weights, in_blocks
+from passes.quantization.gptq import gptq
+from passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from passes.quantization.reading import linear_layers
+from passes.quantization.scales import scale_of
+from toolchain.errors import ToolchainError
+
+
+class QuantizeWeights(Pass):
+    """Replace linear layers by ones whose weights are rounded in blocks."""
+
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_weights",)
+
+    weights: Weights = Field("int4", description="format of the weights")
+    algorithm: Literal["rtn", "awq", "gptq"] = Field(
+        "rtn", description="round to nearest; with inputs that matter enlarged first; or making up for each error"
+    )
+    block: int = Field(0, ge=0, description="inputs that share a scale, a power of two; 0: 16 for nvfp4, else 32")
+    activations: Literal["none", "int8", "fp4", "fp8"] = Field(
+        "none", description="none: floats; int8: with a scale from calibration, beside int4 weights"
+    )
+    exclude: tuple[str, ...] = Field((), description="glob patterns of module paths that stay as they are")
+    smallest: int = Field(1024, ge=0, description="layers with fewer weights than this stay as they are")
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse what no graph can hold, with the reason."""
+        del context
+        key, reason = self.refusal()
+        if reason:
+            raise ToolchainError(f"{self.name()}: {key} is {getattr(self, key)!r}; {reason}", where=key)
+
+    def refusal(self) -> tuple[str, str]:
+        """The parameter that does not go with the others, and why; empty when all do."""
+        only = FORMATS[self.weights].block
+        if self.size & (self.size - 1) or self.size < 16:
+            return "block", "it must be a power of two, and 16 or more"
+        if only and self.size != only:
+            return "block", f"{self.weights} has blocks of {only}"
+        if self.activations in ("fp4", "fp8"):
+            return "activations", (
+                "in blocks their scales must be measured at each call, for which ONNX has no standard operator; "
+                "quantize_fp8 takes whole tensors in 8-bit floats"
+            )
+        if self.activations == "int8" and self.weights != "int4":
+            return (
+                "activations",
+                f"beside {self.weights} weights it is refused: quantize_int8 has 8 bits on both sides",
+            )
+        return "", ""
+
+    @property
+    def size(self) -> int:
+        """Inputs that share a scale."""
+        return self.block or FORMATS[self.weights].block or 32
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Choose what is to be rounded, and what rounding cannot find again without data.
+
+        Raises ``ToolchainError`` without calibration inputs where these are needed, and for an ``exclude`` pattern that
+        matches nothing.
+        """
+        layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest, fits=self.reason_to_skip)
+        if self.algorithm == "rtn" and self.activations == "none":
+            return Plan(choice={path: self.decision() for path in layers}, skipped=skipped)
+        if not context.calibration:
+            asked = f"algorithm {self.algorithm!r}" if self.algorithm != "rtn" else "activations 'int8'"
+            raise ToolchainError(
+                f"{self.name()} with {asked} needs calibration inputs and got none",
+                help="give calibration inputs, or take algorithm = 'rtn' and activations = 'none'",
+            )
+        return plan_groups(model, layers, skipped, context, self.choose)
+
+    def reason_to_skip(self, layer: nn.Linear) -> str:
+        """Why a layer cannot be cut into blocks; empty when it can."""
+        if layer.in_features % self.size:
+            return f"its {layer.in_features} inputs are no multiple of the block of {self.size}"
+        return ""
+
+    def decision(self, **more: Any) -> dict[str, Any]:
+        """What the plan says of a layer."""
+        return {"precision": self.weights, "block": self.size, "algorithm": self.algorithm, **more}
+
+    def choose(self, layers: Mapping[str, nn.Linear], rows: Mapping[str, Tensor]) -> Chosen:
+        """Decide for layers that read the same."""
+        s = None
+        if self.algorithm == "awq":
+            matrices = [layer.weight.detach().float().T for layer in layers.values()]
+            s = awq_factors(matrices, list(rows.values()), self.weights, self.size)
+        decisions: dict[str, dict[str, Any]] = {}
+        arrays: dict[str, Tensor] = {}
+        for path, layer in layers.items():
+            x = rows[path] if s is None else rows[path] / s
+            decisions[path] = self.decision()
+            if self.activations == "int8":
+                decisions[path]["input_scale"] = scale_of(x, observer="max", percentile=100)
+            if self.algorithm == "gptq":
+                found = gptq(layer.weight.detach().float().T, x, self.weights, self.size)
+                arrays |= as_arrays(path, found)
+        return Chosen(decisions, s, arrays)
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Put a ``BlockLinear`` in the place of each planned layer, and divide the norms that smooth."""
+
+        def build(path: str, layer: nn.Linear, decision: Mapping[str, Any], inverse: Tensor | None) -> nn.Module:
+            if f"{path}.codes" in plan.arrays:
+                blocks = from_arrays(path, plan.arrays)
+            else:
+                blocks = in_blocks(layer.weight.detach().float().T, decision["precision"], decision["block"])
+            return BlockLinear(blocks, decision["precision"], layer.bias, inverse, decision.get("input_scale"))
+
+        return rewrite_layers(model, plan, build)
+
+
+def as_arrays(path: str, blocks: Blocks) -> dict[str, Tensor]:
+    """Rounded weights as arrays of a plan."""
+    found = {f"{path}.codes": blocks.codes, f"{path}.scales": blocks.scales}
+    return found if blocks.scale is None else {**found, f"{path}.scale": blocks.scale}
+
+
+def from_arrays(path: str, arrays: Mapping[str, Tensor]) -> Blocks:
+    """Rounded weights from a plan's arrays."""
+    return Blocks(arrays[f"{path}.codes"], arrays[f"{path}.scales"], arrays.get(f"{path}.scale"))
