@@ -84,9 +84,8 @@ def sizes_from(texts: Sequence[str], specs: Sequence[InputSpec]) -> dict[str, in
             faults.append(
                 ToolchainError(f"{text!r} is not NAME=N", where="--size", help=f"dynamic dimensions: {names}")
             )
-        elif not known[name].low <= int(number) <= known[name].high:
-            message = f"{name} is {number}; the model takes {known[name].low} to {known[name].high}"
-            faults.append(ToolchainError(message, where="--size"))
+        elif fault := known[name].fault_of(int(number)):
+            faults.append(ToolchainError(fault, where="--size"))
         else:
             sizes[name] = int(number)
     if faults:

@@ -107,6 +107,9 @@ class Engine:
                 for d in spec.shape
             )
             raise ToolchainError(f"input {spec.name!r} has shape {array.shape}; the engine takes ({shape})")
+        for d in spec.shape:
+            if isinstance(d, Dim) and sizes[d.name] % d.multiple_of:
+                raise ToolchainError(f"input {spec.name!r} has shape {array.shape}; {d.fault_of(sizes[d.name])}")
         return np.ascontiguousarray(array, spec.dtype)
 
     def answer(self, values: list[Any], *, return_dict: bool) -> Any:

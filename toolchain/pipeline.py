@@ -23,7 +23,7 @@ from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, calibration, environment, origin, scoring, sources
 from toolchain.added import completing, with_inputs
-from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
+from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
 from toolchain.measure import judge_gates, measure
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
@@ -31,7 +31,7 @@ from toolchain.scratch import Scratch
 from toolchain.sources.contract import Model, write_interface
 from validation.contract import Runner
 from validation.fidelity import non_finite
-from validation.inputs import completed, draw
+from validation.inputs import Dim, completed, draw
 
 
 @dataclass
@@ -121,6 +121,7 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
     with artifact.staging(out, force=force) as folder:
         with progress.stage(f"load {recipe.head.model}"):
             model = run.model
+            refuse_sizes(model, recipe.head.validation.batch)
             if not recipe.head.validation.skip:  # without validation it is not run: its weights may not fit into memory
                 refuse_non_finite(model, run.example(), run.threads)
         scratch = folder / ".scratch"
@@ -135,6 +136,14 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
         write_artifact(run, report, folder)
     return report, exit_code(report)
+
+
+def refuse_sizes(model: Model, sizes: Mapping[str, int]) -> None:
+    """Sizes to time at must be those of dimensions that the model has, and such that it takes."""
+    known = {d.name: d for spec in model.inputs for d in spec.shape if isinstance(d, Dim)}
+    faults = [unknown("dynamic dimension", name, known, where="validation.batch") for name in sizes.keys() - known]
+    said = [known[name].fault_of(size) for name, size in sizes.items() if name in known]
+    raise_faults([*faults, *(ToolchainError(fault, where="validation.batch") for fault in said if fault)])
 
 
 def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:

@@ -154,6 +154,7 @@ def inputs_as_json(specs: Sequence[InputSpec]) -> list[dict[str, Any]]:
             "dtype": s.dtype,
             "range": None if s.low is None else [s.low, s.high],
             "dynamic": {d.name: [d.low, d.typical, d.high] for d in s.shape if isinstance(d, Dim)},
+            "multiple_of": {d.name: d.multiple_of for d in s.shape if isinstance(d, Dim) and d.multiple_of > 1},
         }
         for s in specs
     ]
@@ -200,8 +201,11 @@ def sized(spec: dict[str, Any]) -> Callable[[int | str], str]:
     """From a size or a dimension's name to text, with the range that it may have."""
 
     def text(size: int | str) -> str:
-        low, _, high = spec["dynamic"].get(size, (0, 0, 0))
-        return f"{size} {low} to {high}" if high else str(size)
+        if not isinstance(size, str):
+            return str(size)
+        low, _, high = spec["dynamic"][size]
+        step = spec["multiple_of"].get(size)
+        return f"{size} {low} to {high}" + (f" by {step}" if step else "")
 
     return text
 

@@ -21,12 +21,21 @@ class Dim:
         low: smallest size.
         typical: size to measure at and to tune engines for.
         high: largest size.
+        multiple_of: what every size is a multiple of: networks that halve a picture take no size between.
     """
 
     name: str
     low: int
     typical: int
     high: int
+    multiple_of: int = 1
+
+    def fault_of(self, size: int) -> str:
+        """Why this dimension cannot have a size; empty when it can."""
+        if self.low <= size <= self.high and size % self.multiple_of == 0:
+            return ""
+        multiples = f"multiples of {self.multiple_of} from " if self.multiple_of > 1 else ""
+        return f"{self.name} is {size}; the model takes {multiples}{self.low} to {self.high}"
 
 
 @dataclass(frozen=True, kw_only=True)

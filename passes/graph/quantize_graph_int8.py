@@ -4,6 +4,11 @@ Sources: as ``quantize_int8``, which does the same to PyTorch modules. Both side
 tensor and weights per output channel, written as QuantizeLinear and DequantizeLinear pairs: the only form that
 TensorRT reads too. A Gemm becomes MatMul and Add. Graphs older than opset 13, which knows no scales per channel, are
 raised to it.
+
+A product whose own error is far too high stays as it is. Of the 235 products of eight networks in use (silero's voice
+detector in two forms, three of rapidocr's, classifiers of images and of files, speech quality), calibrated
+on random inputs, all were wrong by 7 % or less but for one convolution of silero's, by 77 %: its terms nearly cancel.
+The bound of 25 % lies well between.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from passes.contract import Context, Pass, Plan
 from passes.graph.module import GraphModule, graph_of
 from passes.graph.pairs import PairWriter
 from passes.graph.products import KINDS, Product, product_of, reason_for_other
-from passes.quantization.scales import Observer, arithmetic, scale_of, unusable
+from passes.quantization.scales import Observer, arithmetic, error_in_8_bits, scale_of, unusable
 from passes.selection import check_patterns, excluded_by
 from toolchain.errors import ToolchainError
 
@@ -56,6 +61,9 @@ class QuantizeGraphInt8(Pass):
     )
     percentile: float = Field(99.99, gt=50, le=100, description="percentile of magnitudes, for observer=percentile")
     exclude: tuple[str, ...] = Field((), description="glob patterns of node names that stay as they are")
+    max_error: float = Field(
+        0.25, gt=0, description="products whose own relative error in 8 bits is above this stay as they are"
+    )
     smallest: int = Field(1024, ge=0, description="nodes with fewer weights than this stay as they are")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -70,8 +78,13 @@ class QuantizeGraphInt8(Pass):
             context.say(number, len(products), f"choosing scales: {name}")
             if reason := unusable(seen[name].input):
                 skipped[name] = reason
+                continue
+            decision = self.choose(product, seen[name])
+            error = error_in_8_bits(product.by_group(seen[name].input), float(decision["input_scale"]))
+            if error > self.max_error:
+                skipped[name] = f"its own relative error in 8 bits is {error:.2g} on the calibration inputs"
             else:
-                choice[name] = self.choose(product, seen[name])
+                choice[name] = decision
         facts = {"calibration_calls": len(context.calibration), "opset": graph.opset_imports[""]}
         return Plan(choice=choice, skipped=skipped, facts=facts)
 

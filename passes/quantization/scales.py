@@ -7,6 +7,8 @@ Shapes: R rows (all leading dimensions together), K inputs, N outputs.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -50,6 +52,23 @@ def scale_of(x: Tensor, *, observer: Observer, percentile: float, largest: float
     else:
         limit = least_squares_limit(x)
     return float(f"{limit / largest:.6g}")
+
+
+def error_in_8_bits(parts: Iterable[tuple[Tensor, Tensor]], scale: float) -> float:
+    """Relative error of products of x (R, K) and weights (N, K), all parts together, with both sides rounded to int8.
+
+    Args:
+        parts: rows and weights of each group that is multiplied for itself.
+        scale: of x.
+    """
+    wrong = whole = 0.0
+    for x, weight in parts:
+        steps = weight_scales(weight)[:, None]
+        rounded = (x / scale).round().clamp(QMIN, QMAX) * scale
+        exact = x @ weight.T  # (R, N)
+        got = rounded @ ((weight / steps).round().clamp(QMIN, QMAX) * steps).T
+        wrong, whole = wrong + float((got - exact).square().sum()), whole + float(exact.square().sum())
+    return math.sqrt(wrong / whole) if whole else 0.0
 
 
 def arithmetic(x: Tensor, weight: Tensor, *, products: bool = True) -> dict[str, float | bool]:

@@ -187,3 +187,12 @@ def test_mappings_and_sequences_are_spread_and_what_always_comes_may_be_asked_fo
     found = engine(one, {"ids": 2 * one}, (3 * one, 4 * one), output_hidden_states=True)
     assert found["sum"].tolist() == [10.0, 10.0, 10.0]
     assert found["hidden_states"].shape == (4, 3)
+
+
+def test_a_size_between_the_steps_of_a_dimension_is_refused_by_name() -> None:
+    height = Dim(name="height", low=4, typical=8, high=16, multiple_of=4)
+    interface = Interface(arguments=("x",), returns="tensor", keys=("y",))
+    engine = Engine(lambda inputs: {"y": inputs["x"]}, (InputSpec(name="x", shape=(2, height)),), ("y",), interface)
+    assert engine(torch.ones(2, 12)).shape == (2, 12)
+    with pytest.raises(ToolchainError, match="height is 10; the model takes multiples of 4 from 4 to 16"):
+        engine(torch.ones(2, 10))

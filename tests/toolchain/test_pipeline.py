@@ -242,3 +242,11 @@ def test_the_plan_on_disk_is_the_plan_in_the_report(artifact: Path) -> None:
     assert (
         Plan.from_json(text).digest() == json.loads((artifact / "report.json").read_text())["steps"][0]["plan_digest"]
     )
+
+
+def test_sizes_to_time_at_are_checked_before_any_work(tmp_path: Path) -> None:
+    recipe = make({"model": "dit:tiny", "validation": {"batch": {"batch": 99, "bach": 2}}})
+    with pytest.raises(ToolchainError) as caught:
+        pipeline.export(recipe, tmp_path / "out", force=False, progress=Progress(quiet=True))
+    assert "batch is 99; the model takes 1 to " in str(caught.value)
+    assert "no dynamic dimension named 'bach'" in str(caught.value)

@@ -29,3 +29,11 @@ def test_the_seed_decides():
 
 def test_limits_are_smallest_typical_and_largest():
     assert LATENT.limits() == ((1, 4), (2, 4), (8, 4))
+
+
+def test_a_size_that_a_dimension_cannot_have_is_told_with_those_that_it_can() -> None:
+    side = Dim(name="height", low=8, typical=16, high=32, multiple_of=8)
+    assert side.fault_of(24) == ""
+    assert side.fault_of(20) == "height is 20; the model takes multiples of 8 from 8 to 32"
+    assert side.fault_of(40) == "height is 40; the model takes multiples of 8 from 8 to 32"
+    assert Dim(name="batch", low=1, typical=2, high=4).fault_of(5) == "batch is 5; the model takes 1 to 4"

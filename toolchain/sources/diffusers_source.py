@@ -23,6 +23,7 @@ from toolchain.sources.denoisers import DENOISERS
 from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
 from toolchain.sources.flat import Config, Family, example_of, interface
 from toolchain.sources.hub import folder_of
+from toolchain.sources.sentences import tokenizer_of
 from toolchain.sources.text_encoders import TEXT_ENCODERS, renamed
 
 PREFIX = "diffusers:"
@@ -57,7 +58,13 @@ class Part:
     def patterns(self) -> list[str]:
         """Files to fetch: configuration and weights, but none of other precisions."""
         at, stem = f"{self.folder}/" if self.folder else "", self.stem
-        return [f"{at}*.json", f"{at}{stem}.safetensors", f"{at}{stem}-*.safetensors"]
+        also = [f"{self.tokenizer}/*"] if self.tokenizer else []
+        return [f"{at}*.json", f"{at}{stem}.safetensors", f"{at}{stem}-*.safetensors", *also]
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer of a text encoder lies; empty for others."""
+        return self.folder.replace("text_encoder", "tokenizer") if self.folder.startswith("text_encoder") else ""
 
     @property
     def stem(self) -> str:
@@ -91,6 +98,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     settings: Config = network.config.to_dict() if part.library == "transformers" else dict(network.config)
     inputs = family.inputs(settings)
     flat = family.flat(network).eval()
+    words = whole / part.tokenizer if part.tokenizer and (whole / part.tokenizer).is_dir() else None
     how, outputs = interface(flat, example_of(inputs), settings)
     return Model(
         name=short(text),
@@ -99,6 +107,8 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         outputs=outputs,
         weights=f"those of {cls} in {short(PREFIX + place).removeprefix(PREFIX)}",
         interface=how,
+        tokenize=tokenizer_of(words, inputs) if words else None,
+        carried=tuple(sorted(path for path in words.iterdir() if path.is_file())) if words else (),
         files=files_from(whole, [folder / CONFIG, *shards(folder, part.stem)]),
     )
 

@@ -89,13 +89,10 @@ class Noted(Exception):  # noqa: N818 - no error
 
 
 def side(name: str, size: int, step: int = 1, *, most: int | None = None) -> Dim:
-    """A height or width in multiples of ``step``: half to double the size that the network was trained at.
-
-    The steps bind callers, and an engine made from the traced network fails at sizes between them.
-    """
+    """A height or width in multiples of ``step``: half to double the size that the network was trained at."""
     size = max(size // step, 1) * step
     high = 2 * size if most is None else max(min(2 * size, most // step * step), size)
-    return Dim(name=name, low=max(size // 2 // step, 1) * step, typical=size, high=high)
+    return Dim(name=name, low=max(size // 2 // step, 1) * step, typical=size, high=high, multiple_of=step)
 
 
 def sides(size: int | list[int] | tuple[int, int] | None, default: int) -> tuple[int, int]:

@@ -171,6 +171,24 @@ def test_inputs_that_are_zero_or_not_finite_are_skipped_with_that_reason(graph: 
     assert "not finite" in reasons(graph, [{"x": torch.full((1, 4, 8, 8), torch.nan)}])["conv"]
 
 
+def test_a_product_that_8_bits_spoil_is_left_alone_and_says_by_how_much(tmp_path: Path) -> None:
+    weight = noise(64, 64)
+    cancelling = weight - weight.mean(axis=0, keepdims=True)  # every column sums to zero: a common offset goes
+    path = one_node(tmp_path / "m.onnx", "MatMul", cancelling, 64)
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    [spoiled] = [{"x": 100 + 0.1 * x}]
+    assert set(reasons(path, [spoiled])) == {"only"}
+    said = reasons(path, [spoiled])["only"]
+    told = float(said.removeprefix("its own relative error in 8 bits is ").partition(" ")[0])
+    assert quantized(path, [spoiled]).changed == ()
+    forced = quantized(path, [spoiled], max_error=1e6)
+    assert forced.changed == ("only",)
+    wanted = spoiled["x"] @ torch.from_numpy(cancelling)
+    assert told == pytest.approx(error(forced.model(**spoiled)[0], wanted), rel=0.1)
+    assert told > 0.25
+    assert quantized(path, [{"x": x}]).changed == ("only",)
+
+
 def test_an_exclusion_that_matches_nothing_is_an_error(graph: Path) -> None:
     with pytest.raises(ToolchainError, match=r"exclude 'cnv\*' matches no node"):
         quantized(graph, exclude=("cnv*",))

