@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from passes.contract import Plan
+from passes.surgery import share
 from targets.contract import Runner
 from targets.onnx_files import check_onnx
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, catalog, sources
 from toolchain.added import completing
 from toolchain.errors import ToolchainError, UnavailableError
-from toolchain.pipeline import Run, share
+from toolchain.pipeline import Run
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
 from toolchain.sources.contract import Model, read_interface

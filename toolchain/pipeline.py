@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import nn
 
 from passes.contract import Context, Inputs, Pass, Plan, Result, cost
 from passes.graph.module import GraphModule
+from passes.surgery import share
 from reports import record, rendering
 from targets.contract import Graph, ShapeRange
 from targets.element_types import DTYPES
@@ -111,12 +111,6 @@ class Run:
                 if isinstance(choice, Mapping):
                     found.setdefault(path, {}).update(choice)
         return found
-
-
-def share(module: nn.Module) -> nn.Module:
-    """A copy of the modules around the same tensors; passes replace tensors and never write into one."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tuple[record.Report, int]:

@@ -23,7 +23,12 @@ from validation.inputs import draw
 def model_and_context(step: type[Pass], folder: Path) -> tuple[torch.nn.Module, Context]:
     model = sources.load("dit:tiny" if step.works_on == "module" else f"onnx:{mixed(folder / 'm.onnx')}")
     calls = [{k: torch.from_numpy(v) for k, v in draw(model.inputs, seed=i).items()} for i in range(2)]
-    return model.module, Context(calibration=calls, example=calls[0])
+
+    def score(candidate: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return -float((flat(candidate(**calls[0]))[0] - flat(model.module(**calls[0]))[0]).norm())
+
+    return model.module, Context(calibration=calls, example=calls[0], score_of=lambda text: score)
 
 
 def content(module: torch.nn.Module) -> object:
