@@ -19,23 +19,11 @@ MODELS = {
     "diffusers_dit_eager": lambda: diffusers_dit("AttnProcessor"),
     **JOINT,
 }
-LAST = {
-    "reference_dit": "blocks.1.attn",
-    "diffusers_dit": "transformer_blocks.1.attn1",
-    "diffusers_dit_eager": "transformer_blocks.1.attn1",
-    "sd3": "transformer_blocks.2.attn",
-    "flux": "single_transformer_blocks.1",
-}
 
 
 @pytest.fixture(params=MODELS)
-def name(request, calm):
-    return request.param
-
-
-@pytest.fixture
-def model(name):
-    return MODELS[name]()
+def model(request, calm):
+    return MODELS[request.param]()
 
 
 def perturbed(subject, **settings):
@@ -62,11 +50,11 @@ def test_at_strength_0_nothing_changes(model):
     assert (call(model, net, pag_u=torch.ones(2, heads)) - before).abs().max() > 1e-2
 
 
-def test_at_strength_1_a_layer_gives_its_projected_values(model, name):
+def test_at_strength_1_a_layer_gives_its_projected_values(model):
     """By hand: attention that returns its values; the chosen layer alone."""
-    net = perturbed(model, heads={LAST[name]: ()})
+    net = perturbed(model, heads={model.paths[-1]: ()})
     by_hand = model.copy()
-    layer = dict(layers_of(by_hand, HeadedAttention))[LAST[name]]
+    layer = dict(layers_of(by_hand, HeadedAttention))[model.paths[-1]]
     for stream in layer.streams:
         tie(*stream.value, *stream.output, layer.heads * layer.head_dim)
 
@@ -137,6 +125,18 @@ def test_rows_of_a_batch_are_perturbed_each_by_its_own_strength(model):
     torch.testing.assert_close(mixed[1], call(model, net, pag_u=torch.ones(2, heads))[1], atol=1e-5, rtol=1e-5)
 
 
+def test_each_column_of_the_strengths_is_one_head(model):
+    path = model.paths[-1]
+    u = torch.zeros(2, 4 * len(model.paths))
+    u[:, -2] = 1
+
+    found = call(model, perturbed(model), pag_u=u)
+
+    alone = call(model, perturbed(model, heads={path: (2,)}), pag_u=torch.ones(2, 1))
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+    assert (found - model.output(model.model)).abs().max() > 1e-3
+
+
 def test_a_baked_strength_is_the_same_as_a_given_one(model):
     u = torch.full((2, 4 * len(model.paths)), 0.25)
 
@@ -176,8 +176,8 @@ def test_single_blocks_of_flux_are_left_alone_when_only_image_rows_are_asked_for
 # Guidance in one call
 
 
-def test_guidance_is_plain_and_perturbed_put_together(model, name):
-    heads = {LAST[name]: (0, 2)}
+def test_guidance_is_plain_and_perturbed_put_together(model):
+    heads = {model.paths[-1]: (0, 2)}
     u = torch.tensor([[0.3, 1.0], [0.7, 0.1]])
     w = torch.tensor([3.0, 0.5])
     plain, other = model.output(model.model), call(model, perturbed(model, heads=heads), pag_u=u)
@@ -189,6 +189,15 @@ def test_guidance_is_plain_and_perturbed_put_together(model, name):
     assert (expected - plain).abs().max() > 1e-3
     for left_out in ({"pag_u": u}, {"pag_w": w}, {}):
         torch.testing.assert_close(call(model, net, **left_out), plain, atol=1e-6, rtol=1e-6)
+
+
+def test_blocks_after_the_first_chosen_head_run_again(model):
+    heads, u = {model.paths[0]: ()}, torch.ones(2, 4)
+    plain, other = model.output(model.model), call(model, perturbed(model, heads=heads), pag_u=u)
+
+    found = call(model, perturbed(model, heads=heads, guidance=True), pag_u=u, pag_w=torch.full((2,), 2.0))
+
+    torch.testing.assert_close(found, plain + 2 * (plain - other), atol=1e-4, rtol=1e-5)
 
 
 def test_guidance_over_every_head_and_two_stacks(model):

@@ -1,0 +1,68 @@
+"""A search that can be killed: every score is on disk before the next one is sought."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from toolchain.errors import ToolchainError
+
+
+class SearchLog:
+    """Scores by what they are of, in a file of JSON lines, the first of which names the search.
+
+    Args:
+        path: the file, which need not be there; None keeps scores in memory only.
+        search: tells this search from others; a file of another search is refused.
+    """
+
+    def __init__(self, path: Path | None, search: str) -> None:
+        self.path = path
+        self.scores: dict[str, float] = {}
+        if path is None:
+            return
+        if path.exists() and (lines := whole_lines(path)):
+            self.read(lines, search)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write({"search": search})
+
+    def read(self, lines: list[str], search: str) -> None:
+        """Take the scores of an earlier run."""
+        where = str(self.path)
+        try:
+            head, *rest = (json.loads(line) for line in lines)
+            found = head["search"]
+            self.scores = {entry["of"]: float(entry["score"]) for entry in rest}
+        except (ValueError, KeyError, TypeError) as cause:
+            raise ToolchainError("this is no log of a search", where=where, help="name another file") from cause
+        if found != search:
+            raise ToolchainError(
+                "this is the log of another search: other settings, another model or other weights",
+                where=where,
+                help="name another file, or remove this one",
+            )
+
+    def add(self, of: str, score: float) -> None:
+        """Note a score, on disk first."""
+        self.write({"of": of, "score": score})
+        self.scores[of] = score
+
+    def write(self, entry: dict[str, str | float]) -> None:
+        """Append a line and wait until the disk has it."""
+        if self.path is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file; a last one that was cut off while it was written is taken out of the file."""
+    text = path.read_text()
+    whole, newline, rest = text.rpartition("\n")
+    if rest:
+        os.truncate(path, len((whole + newline).encode()))
+    return whole.split("\n") if whole else []
