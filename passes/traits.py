@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 import passes.families
 from toolchain.errors import ToolchainError
@@ -119,6 +119,97 @@ class BlockStack:
         blocks = [self.blocks[i] for i in kept]
         del self.blocks[:]
         self.blocks.extend(blocks)
+
+
+class TokenBlock(ABC):
+    """One call of a transformer block, taken apart, so that the tokens can change between its parts.
+
+    The block itself is x = add_attention(x, output(attention(heads(attention_input(x))))), then
+    x = add_feed_forward(x, feed_forward(feed_forward_input(x))), where attention scales by 1/sqrt(head_dim). Every
+    part but the attention works on each token alone. Shapes: B batch, H heads, N tokens, D width.
+
+    Args:
+        block: the block, as it is now.
+        inputs: what the model calls it with beside the tokens.
+        named: the same, by name.
+    """
+
+    read_by_model: ClassVar[tuple[str, ...]] = ()
+    """Children of the first block that the model itself reads too."""
+
+    @abstractmethod
+    def __init__(self, block: nn.Module, *inputs: Any, **named: Any) -> None: ...
+
+    @classmethod
+    def mask(cls, x: Tensor, *inputs: Any, **named: Any) -> Tensor | None:
+        """What to add to each key's scores for tokens (B, N, D), from the same inputs (B, 1, 1, N); None: nothing."""
+        return None
+
+    @abstractmethod
+    def attention_input(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D), normed where the block norms first."""
+
+    @abstractmethod
+    def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, head_dim)."""
+
+    @abstractmethod
+    def output(self, mixed: Tensor) -> Tensor:
+        """The heads' results (B, N, H*head_dim) -> (B, N, D)."""
+
+    @abstractmethod
+    def add_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        """Gate, residual, and norm where the block norms last."""
+
+    @abstractmethod
+    def feed_forward_input(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D), normed where the block norms first."""
+
+    @abstractmethod
+    def feed_forward(self, y: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+
+    @abstractmethod
+    def add_feed_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Gate, residual, and norm where the block norms last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStack:
+    """All blocks of a network, through which one sequence of tokens runs.
+
+    Args:
+        holder: the module that calls the blocks in a loop, each with the same inputs beside the tokens.
+        name: of the list of blocks in it.
+        path: of that list, from the module that answers.
+        block: how one call of a block is taken apart.
+        leading: tokens at the front that are no content (class, distillation): never merged nor dropped.
+        square: whether the other tokens are the patches of a picture, row by row.
+        reads_all: whether the model needs all tokens at its end.
+        padded: whether some tokens may be padding, as a mask says.
+    """
+
+    holder: nn.Module
+    name: str
+    path: str
+    block: type[TokenBlock]
+    leading: int = 0
+    square: bool = False
+    reads_all: bool = False
+    padded: bool = False
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """In order."""
+        blocks = getattr(self.holder, self.name)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def put(self, run: nn.Module) -> None:
+        """Put one module, called as a block is, in the place of all blocks. Spent afterwards: ask anew."""
+        whole = nn.ModuleList([run])
+        whole.training = self.blocks.training
+        setattr(self.holder, self.name, whole)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Passes that shorten the sequence of tokens."""

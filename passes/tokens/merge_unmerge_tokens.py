@@ -1,0 +1,132 @@
+"""Let attention, or the whole block, work on fewer tokens, and give every token its result back within the block.
+
+Source: Bolya and Hoffman 2023, arXiv:2303.17604 (ToMe for Stable Diffusion) and the authors' code: one token in each
+cell of 2 x 2 receives, the most similar of the others go into it (plain mean) before the module and copy its result
+after; matching once a block, on the block's input. Departures: the receiver is the top left token (the authors'
+setting without randomness), so that two runs agree; every block takes part unless excluded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isqrt
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Pass, Plan
+from passes.selection import check_patterns, excluded_by
+from passes.tokens.matching import Form, Matching, cell_corners, match, rows
+from passes.tokens.running import (
+    SHORTENS,
+    Found,
+    Step,
+    Tokens,
+    blocks_of,
+    joined,
+    replace_stacks,
+    token_stacks,
+)
+from passes.traits import TokenBlock, TokenStack
+
+Over = Literal["attention", "feed_forward", "both"]
+
+
+class ShrunkStep(Step):
+    """One block whose halves, or one of them, work on merged tokens."""
+
+    def __init__(
+        self, block: nn.Module, kind: type[TokenBlock], *, ratio: float, over: Over, leading: int, form: Form
+    ) -> None:
+        super().__init__(block, kind)
+        self.ratio, self.over, self.leading, self.form = ratio, over, leading, form
+
+    def forward(self, tokens: Tokens, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """Match on the block's input, then run both halves."""
+        call = self.kind(self.block, *inputs, **named)
+        count = tokens.x.shape[1]
+        corners = cell_corners(count, leading=self.leading)
+        matching = match(tokens.x, number_merged(self.ratio, count, self.leading), leading=self.leading, into=corners)
+
+        def attention(y: Tensor) -> Tensor:
+            q, k, v = call.heads(y)
+            return call.output(joined(F.scaled_dot_product_attention(q, k, v)))
+
+        half = self.through(matching, attention, at="attention")
+        tokens.x = call.add_attention(tokens.x, half(call.attention_input(tokens.x)))
+        half = self.through(matching, call.feed_forward, at="feed_forward")
+        tokens.x = call.add_feed_forward(tokens.x, half(call.feed_forward_input(tokens.x)))
+
+    def through(self, matching: Matching, half: Callable[[Tensor], Tensor], *, at: Over) -> Callable[[Tensor], Tensor]:
+        """A half on merged tokens, if it is one that is asked for."""
+        if self.over not in (at, "both"):
+            return half
+        return lambda y: rows(half(matching.merge(y, None, self.form)[0]), matching.rows_of())
+
+
+def number_merged(ratio: float, tokens: int, leading: int) -> int:
+    """Tokens that go: a share of all, and never one that receives."""
+    return min(int(ratio * tokens), tokens - leading - len(cell_corners(tokens, leading=leading)))
+
+
+class MergeUnmergeTokens(Pass):
+    """Merge a share of the tokens before attention (or the whole block), and copy the results back after."""
+
+    by_layer: ClassVar[bool] = False
+    not_after: ClassVar[tuple[str, ...]] = SHORTENS
+
+    ratio: float = Field(
+        0.5, ge=0, le=0.75, description="share of all tokens that is merged; at most 3 in each cell of 4"
+    )
+    over: Over = Field("attention", description="what works on merged tokens")
+    form: Form = Field(
+        "onehot", description="how rows are added: a product with a 0/1 matrix (any runtime), or scatter (ONNX Runtime)"
+    )
+    exclude: tuple[str, ...] = Field((), description="glob patterns of block paths left alone")
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Which blocks. Raises ``ToolchainError`` for a pattern that matches no block."""
+        stacks, skipped = token_stacks(model, context)
+        check_patterns(self.exclude, blocks_of(stacks), what="block")
+        choice: dict[str, object] = {}
+        for found in stacks:
+            for number in range(len(found.stack.blocks)):
+                path = found.block(number)
+                if reason := excluded_by(path, self.exclude) or self.reason_to_skip(found):
+                    skipped[path] = reason
+                else:
+                    choice[path] = {"ratio": self.ratio, "over": self.over}
+        return Plan(choice=choice, skipped=skipped, facts={"tokens": {f.path: f.tokens for f in stacks}})
+
+    def reason_to_skip(self, found: Found) -> str:
+        """Why the blocks of a stack are left alone; empty when they are not."""
+        if not found.stack.square:
+            return "its tokens are not the patches of a square picture"
+        if found.tokens is None:
+            return "" if self.ratio else "a ratio of 0 merges none"
+        content = found.tokens - found.stack.leading
+        if isqrt(content) ** 2 != content:
+            return f"its {content} tokens are not those of a square picture"
+        if not number_merged(self.ratio, found.tokens, found.stack.leading):
+            return f"a ratio of {self.ratio} of {found.tokens} tokens merges none"
+        return ""
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Put a run of all blocks in the place of each stack with a chosen block."""
+
+        def step(stack: TokenStack, block: nn.Module, path: str) -> Step:
+            if path not in plan.choice:
+                return Step(block, stack.block)
+            entry = plan.choice[path]
+            return ShrunkStep(
+                block,
+                stack.block,
+                ratio=entry["ratio"],
+                over=entry["over"],
+                leading=stack.leading,
+                form=self.form,
+            )
+
+        return replace_stacks(model, plan, step, restore=False)

@@ -1,0 +1,152 @@
+"""Drop the tokens that matter least, at a few borders between blocks.
+
+Sources: Liang et al. 2022, arXiv:2202.07800 (EViT) for ``attention``: after a block's attention, the tokens that the
+class token attends to most stay, and the rest may be fused into one, weighted by that attention. Pan et al. 2021,
+arXiv:2106.12620 (IA-RED2) for ``policy``: before a group of blocks an interpreter scores every token. Departures: the
+number that stays is fixed, so that shapes are; tokens that stay keep their order; without a class token, and where
+there is padding, the score is the mean attention that a token receives; where the model reads all tokens at its end
+(``restore``) a dropped token comes back as it was when it was dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Pass, Plan
+from passes.tokens.dropping import DropStep, PolicyStep, whole
+from passes.tokens.fitting import fitted
+from passes.tokens.interpreter import interpreter
+from passes.tokens.running import SHORTENS, Found, Step, refuse_lost_tokens, replace_stacks, token_stacks
+from passes.traits import TokenStack
+from toolchain.errors import ToolchainError
+
+
+class PruneTokens(Pass):
+    """Keep the same number of tokens of every input; [CLS] and its like always stay."""
+
+    by_layer: ClassVar[bool] = False
+    not_after: ClassVar[tuple[str, ...]] = SHORTENS
+
+    method: Literal["attention", "policy"] = Field(
+        "attention", description="score by the block's own attention (EViT), or by an interpreter (IA-RED2)"
+    )
+    keep: float = Field(
+        0.7, gt=0, le=1, description="share kept at each border of those there: attention rounds up, policy down"
+    )
+    borders: tuple[int, ...] | None = Field(
+        None,
+        description="blocks, from 0, in (attention) or before (policy) which tokens are dropped; "
+        "None: at quarters of the depth (attention), or thirds (policy)",
+    )
+    counts: tuple[int, ...] | None = Field(None, description="tokens kept at each border, instead of keep")
+    quantile: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="policy: keep as many as this share of the calibration inputs needs for all scores above 0.5",
+    )
+    score: Literal["auto", "class", "received"] = Field(
+        "auto",
+        description="attention of the class token, or the mean that a token receives; auto: class, if there is one",
+    )
+    fuse: bool = Field(False, description="attention: add one token for those that were dropped")
+    restore: bool = Field(
+        True, description="give the model all tokens back at its end; false where it reads leading tokens only"
+    )
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """How many stay at each border; for ``policy`` also the interpreters' start, fitted to the calibration inputs.
+
+        Raises ``ToolchainError`` for borders that a stack does not have, counts that do not fit them, and parameters
+        that need another method or inputs that are not there.
+        """
+        self.refuse(context)
+        stacks, skipped = token_stacks(model, context)
+        choice: dict[str, Any] = {}
+        arrays: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {"tokens": {found.path: found.tokens for found in stacks}}
+        for found in stacks:
+            refuse_lost_tokens(found, restore=self.restore)
+            if self.score == "class" and not found.stack.leading:
+                raise ToolchainError("score is 'class', and this model has no class token", where=found.path)
+            entries = self.entries(found, skipped)
+            if self.method == "policy" and entries:
+                learned, calibrated = fitted(model, found, list(entries), context, quantile=self.quantile)
+                facts[found.path] = {"calibration_calls": len(context.calibration)}
+                for border, count in zip(entries, calibrated or (), strict=False):
+                    entries[border] = {"count": count}
+                arrays |= learned
+            choice |= {found.block(border): entry for border, entry in entries.items()}
+        return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
+
+    def refuse(self, context: Context) -> None:
+        """Parameters that do not go together."""
+        if self.method == "policy" and not context.calibration:
+            raise ToolchainError(
+                f"{self.name()} with method 'policy' needs calibration inputs and got none",
+                help="give calibration inputs, or take method = 'attention'",
+            )
+        if self.method == "policy" and self.fuse:
+            raise ToolchainError("fuse weighs by attention; method 'policy' has none", help="leave fuse out")
+        if self.quantile is not None and (self.method != "policy" or self.counts is not None):
+            raise ToolchainError("quantile is for method 'policy' without counts", help="leave quantile out")
+        if self.counts is not None and (self.borders is None or len(self.counts) != len(self.borders)):
+            raise ToolchainError(f"counts {self.counts} need as many borders; borders is {self.borders}")
+
+    def borders_of(self, found: Found) -> tuple[int, ...]:
+        """Block numbers, ascending."""
+        blocks = len(found.stack.blocks)
+        if self.borders is None:
+            parts = (
+                [blocks * i // 4 for i in (1, 2, 3)]
+                if self.method == "attention"
+                else [blocks * i // 3 for i in (0, 1, 2)]
+            )
+            return tuple(sorted(set(parts)))
+        wrong = [border for border in self.borders if not 0 <= border < blocks]
+        if wrong or list(self.borders) != sorted(set(self.borders)):
+            raise ToolchainError(
+                f"borders are {self.borders}; they must rise, from 0 to at most {blocks - 1}", where=found.path
+            )
+        return self.borders
+
+    def entries(self, found: Found, skipped: dict[str, str]) -> dict[int, dict[str, Any]]:
+        """What is kept at each border; a block where nothing is dropped is among those left alone."""
+        borders, chosen = self.borders_of(found), {}
+        tokens = None if found.tokens is None else found.tokens - found.stack.leading
+        for number in range(len(found.stack.blocks)):
+            if number not in borders:
+                skipped[found.block(number)] = "no border: it runs on the tokens that it gets"
+                continue
+            count = self.counts[borders.index(number)] if self.counts else None
+            entry: dict[str, Any] = {"keep": self.keep} if count is None else {"count": count}
+            left = None if tokens is None else whole(entry, tokens, up=self.method == "attention")
+            if self.keep == 1 and count is None and self.quantile is None:
+                skipped[found.block(number)] = "keep is 1: nothing is dropped"
+            elif tokens is not None and left == tokens and self.quantile is None:
+                skipped[found.block(number)] = f"all its {tokens} tokens stay"
+            else:
+                chosen[number] = entry
+                tokens = left if left is None or not self.fuse else left + 1
+        return chosen
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Put a run of all blocks in the place of each stack with a border."""
+
+        def step(stack: TokenStack, block: nn.Module, path: str) -> Step:
+            entry = plan.choice.get(path)
+            if entry is None:
+                return Step(block, stack.block)
+            if self.method == "policy":
+                weight, bias = (plan.arrays[f"{path}.interpreter.{name}"] for name in ("weight", "bias"))
+                like = next(block.parameters())
+                return PolicyStep(
+                    block, stack.block, interpreter(weight, bias, like), entry=entry, leading=stack.leading
+                )
+            received = self.score == "received" or (self.score == "auto" and (not stack.leading or stack.padded))
+            return DropStep(block, stack.block, entry=entry, leading=stack.leading, received=received, fuse=self.fuse)
+
+        return replace_stacks(model, plan, step, restore=self.restore)
