@@ -1,0 +1,187 @@
+"""Remove the hidden units of feed-forwards that matter least.
+
+Sources, by importance: ``weight_norm`` the product of the norms of what a unit reads and writes (data-free);
+``taylor`` Molchanov et al. 2019, arXiv:1906.10771, section 3.1; ``activation`` Wanda, Sun et al. 2023,
+arXiv:2306.11695, equation 1, summed over a unit's outputs; ``random`` the baseline that each of them has to beat.
+Departures: ``taylor`` has no labels and takes sums of the model's first output under random signs for the loss;
+with ``scope = "global"`` each layer's scores are divided by their L2 norm, as Molchanov et al. 2017,
+arXiv:1611.06440, section 2.2 do.
+
+The residual width of a model stays: norms, embeddings, position tables and heads read it as well as every block does,
+and the traits do not tell of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Pass, Plan
+from passes.pruning.hidden_units import activation_scores, random_scores, taylor_scores, weight_norms
+from passes.selection import check_patterns, excluded_by
+from passes.traits import FeedForward, layer_at, layers_of
+from toolchain.errors import ToolchainError
+
+Layers = Mapping[str, FeedForward]
+
+WITH_DATA = ("taylor", "activation")
+NAMES = ("mlp", "feedforward", "ffn")
+"""What classes of feed-forwards are called."""
+
+
+class PruneWidth(Pass):
+    """Remove the weakest hidden units of every feed-forward; the model's own width stays."""
+
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8",)
+
+    share: float = Field(0.25, ge=0, lt=1, description="fraction of hidden units removed")
+    scope: Literal["layer", "global"] = Field(
+        "layer", description="layer takes the share from each; global from all together, the weakest first"
+    )
+    floor: float = Field(0.25, ge=0, le=1, description="fraction of its units that each layer keeps, for scope=global")
+    round_to: int = Field(8, ge=1, description="the number of units left in a layer is a multiple of this")
+    importance: Literal["weight_norm", "taylor", "activation", "random"] = Field(
+        "weight_norm", description="how units are judged; taylor and activation need calibration inputs"
+    )
+    exclude: tuple[str, ...] = Field((), description="glob patterns of feed-forward paths left alone")
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Score the units of each layer and choose those that go, in ascending order.
+
+        Raises ``ToolchainError`` for weights without values, for an importance that needs calibration inputs and gets
+        none, and for an ``exclude`` pattern that matches no feed-forward.
+        """
+        if self.importance in WITH_DATA and not context.calibration:
+            raise ToolchainError(
+                f"{self.name()} with importance {self.importance!r} needs calibration inputs and got none",
+                help="give calibration inputs, or take importance = 'weight_norm'",
+            )
+        layers = dict(layers_of(model, FeedForward))
+        skipped = unknown_layers(model, layers)
+        check_patterns(self.exclude, [*layers, *skipped], what="feed-forward")
+        skipped |= {path: reason for path in layers if (reason := self.reason_to_skip(path, layers[path]))}
+        layers = {path: layer for path, layer in layers.items() if path not in skipped}
+        scores = self.scores(model, layers, context)
+        skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in scores}
+        numbers = self.numbers_kept(scores)
+        choice: dict[str, dict[str, Any]] = {}
+        judged = {}
+        for path, score in scores.items():
+            if numbers[path] == len(score):
+                skipped[path] = f"its units are all stronger than those that a share of {self.share} takes elsewhere"
+            else:
+                choice[path], judged[path] = choose(score, numbers[path])
+        facts: dict[str, object] = {"importance": self.importance, "scope": self.scope, "scores": judged}
+        facts["units"] = {
+            "of": sum(map(len, scores.values())),
+            "removed": sum(len(c["removed"]) for c in choice.values()),
+        }
+        if self.importance in WITH_DATA:
+            facts["calibration_batches"] = len(context.calibration)
+        return Plan(choice=choice, skipped=skipped, facts=facts)
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Cut, in place. Raises ``ToolchainError`` when a layer has not the units that the plan was made for."""
+        for path, entry in plan.choice.items():
+            layer = layer_at(model, path, FeedForward)
+            if layer.hidden != entry["of"]:
+                raise ToolchainError(
+                    f"the plan is for a layer of {entry['of']} hidden units; this one has {layer.hidden}", where=path
+                )
+            gone = set(entry["removed"])
+            layer.keep_hidden([unit for unit in range(layer.hidden) if unit not in gone])
+        return model
+
+    def rounded(self, kept: float, of: int) -> int:
+        """The multiple nearest to a number of units to keep, halves down; at least one multiple, at most all."""
+        return min(max(math.ceil(kept / self.round_to - 0.5), 1) * self.round_to, of)
+
+    def reason_to_skip(self, path: str, layer: FeedForward) -> str | None:
+        """Why a layer that can be cut is left alone, if it is."""
+        if reason := excluded_by(path, self.exclude):
+            return reason
+        if layer.hidden <= self.round_to:
+            return f"has {layer.hidden} hidden units, no more than the smallest number, {self.round_to}"
+        if self.share == 0 or (
+            self.scope == "layer" and self.rounded((1 - self.share) * layer.hidden, layer.hidden) == layer.hidden
+        ):
+            return f"a share of {self.share} of its {layer.hidden} units rounds to none"
+        return None
+
+    def scores(self, model: nn.Module, layers: Layers, context: Context) -> dict[str, Tensor]:
+        """Importance (H,) of each unit by layer path, to 6 significant digits; no entry for a layer that never ran."""
+        if self.importance == "random":
+            return random_scores(layers, context.seed)
+        refuse_meta(layers, self.importance)
+        if self.importance == "taylor":
+            exact = taylor_scores(model, layers, context) if layers else {}
+        elif self.importance == "activation":
+            exact = activation_scores(model, layers, context) if layers else {}
+        else:
+            exact = {path: weight_norms(layer) for path, layer in layers.items()}
+        return {path: finite(score, where=path) for path, score in exact.items()}
+
+    def numbers_kept(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many units each layer keeps."""
+        if self.scope == "layer":
+            return {path: self.rounded((1 - self.share) * len(score), len(score)) for path, score in scores.items()}
+        rivals = {path: rivalling(score, self.floor) for path, score in scores.items()}
+        ranked = sorted((value, place, path) for place, path in enumerate(rivals) for value in rivals[path])
+        losers = [path for _, _, path in ranked[: math.floor(self.share * sum(map(len, scores.values())) + 0.5)]]
+        return {path: self.rounded(len(score) - losers.count(path), len(score)) for path, score in scores.items()}
+
+
+def unknown_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Layers that are called feed-forwards and that no family knows, unless they lie around or within one that is."""
+    reasons: dict[str, str] = {}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if not any(name in kind.lower() for name in NAMES):
+            continue
+        if not any(nested(path, other) or nested(other, path) for other in (*layers, *reasons)):
+            reasons[path] = f"no family knows how the hidden units of a {kind} are laid out"
+    return reasons
+
+
+def nested(inner: str, outer: str) -> bool:
+    """Whether a module path is the other one or lies below it."""
+    return not outer or inner == outer or inner.startswith(f"{outer}.")
+
+
+def refuse_meta(layers: Layers, importance: str) -> None:
+    """Raise when weights have no values to judge by."""
+    for path, layer in layers.items():
+        if any(linear.weight.is_meta for linear in (layer.output, *layer.inputs)):
+            raise ToolchainError(
+                f"{importance} must read the weights, and they are on the meta device, which holds no values",
+                where=path,
+                help="load the model's weights before planning, or replay a plan that was made with them",
+            )
+
+
+def finite(score: Tensor, *, where: str) -> Tensor:
+    """Scores (H,) to 6 significant digits, so that the last bits of another machine decide nothing."""
+    if not score.isfinite().all():
+        raise ToolchainError(f"the importance of {int((~score.isfinite()).sum())} units is not finite", where=where)
+    return torch.tensor([float(f"{value:.6g}") for value in score.tolist()], dtype=torch.float64)
+
+
+def rivalling(score: Tensor, floor: float) -> list[float]:
+    """The scores (H,) over their L2 norm, without those of the strongest units that stay in any case."""
+    norm = float(score.norm())
+    values = sorted(float(f"{value:.6g}") for value in (score / norm if norm else score).tolist())
+    return values[: len(values) - math.ceil(floor * len(values))]
+
+
+def choose(score: Tensor, number_kept: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """Which units go (the lowest scores; of equal ones, the first), ascending; and between which scores the cut is."""
+    values = score.tolist()
+    ranked = sorted(range(len(values)), key=lambda unit: (values[unit], unit))
+    gone = ranked[: len(values) - number_kept]
+    limits = {"strongest_removed": values[gone[-1]], "weakest_kept": values[ranked[len(gone)]]}
+    return {"removed": sorted(gone), "of": len(values)}, limits
