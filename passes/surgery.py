@@ -19,6 +19,12 @@ from toolchain.errors import ToolchainError
 INERT = (nn.Dropout, nn.Identity)
 
 
+def share(module: nn.Module) -> nn.Module:
+    """A copy of the modules around the same tensors; passes replace tensors and never write into one."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
 def keep_rows(linear: nn.Linear, rows: Sequence[int]) -> nn.Linear:
     """A linear layer with these output features only, in this order; weight (out, in) -> (len(rows), in)."""
     bias = None if linear.bias is None else pick(linear.bias, rows, dim=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from passes.contract import Plan
+from passes.surgery import share
 from reports import record
 from targets.contract import Answer, Availability
 from targets.tensorrt_rtx_engine import TensorRtRtx
@@ -15,7 +16,7 @@ from toolchain import artifact as artifacts
 from toolchain import pipeline, sources
 from toolchain.errors import ToolchainError
 from toolchain.opened import open_subject, replay
-from toolchain.pipeline import Run, exit_code, share
+from toolchain.pipeline import Run, exit_code
 from toolchain.progress import Progress
 from toolchain.recipe import make, read
 from validation.inputs import draw
