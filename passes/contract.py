@@ -70,6 +70,15 @@ class Context:
     put: Callable[[nn.Module], None] = lambda layer: None
 
 
+def without(context: Context, names: Sequence[str]) -> Context:
+    """The same context for a model that lacks these inputs."""
+    if not names:
+        return context
+    calls = [{k: v for k, v in call.items() if k not in names} for call in context.calibration]
+    example = context.example and {k: v for k, v in context.example.items() if k not in names}
+    return replace(context, calibration=calls, example=example)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A pass's decision, small enough to read and review.
@@ -211,6 +220,18 @@ class Pass(BaseModel, ABC):
         """What the rewritten model takes beside the original's inputs; each may be left out of a call in PyTorch."""
         return ()
 
+    def removed_inputs(self, plan: Plan) -> tuple[str, ...]:
+        """Inputs of the original that the rewritten model takes no more."""
+        return ()
+
+    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+        """What the rewritten model is compared with: the original, called without the inputs that were removed.
+
+        A pass that means to compute something else than the original gives the exact form of that. ``original`` is not
+        changed.
+        """
+        return original
+
     def apply(self, model: nn.Module, context: Context) -> Result:
         """Plan, rewrite and account for it."""
         if isinstance(model, GraphModule) != (self.works_on == "graph"):
@@ -220,9 +241,8 @@ class Pass(BaseModel, ABC):
         before = cost(model, context.example)
         plan = self.plan(model, context)
         model = self.carry_out(model, plan, context)
-        return Result(
-            model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, context.example)
-        )
+        example = without(context, self.removed_inputs(plan)).example
+        return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))
 
     def carry_out(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come."""

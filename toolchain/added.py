@@ -1,11 +1,14 @@
-"""Inputs that passes add to a model: they join its contract, and whoever does not know them need not give them."""
+"""Inputs that passes add to a model or take from it, and what the rewritten model is then compared with.
+
+Added ones join the contract, and whoever does not know them need not give them. Removed ones leave it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from passes.contract import NewInput
+from passes.contract import NewInput, Pass, Plan
 from toolchain.errors import ToolchainError
 from toolchain.sources.contract import Model
 from validation.contract import Runner
@@ -25,6 +28,27 @@ def with_inputs(model: Model, new: Iterable[NewInput]) -> Model:
             raise ToolchainError(f"the model has an input {each.name!r} already; another cannot be added")
         specs.append(InputSpec(name=each.name, shape=(*rows, *each.shape), dtype=each.dtype, default=each.default))
     return replace(model, inputs=tuple(specs))
+
+
+def compared_with(model: Model, steps: Iterable[tuple[Pass, Plan]]) -> Model:
+    """What the outcome of these steps is compared with, in the order they were taken: see ``Pass.reference``.
+
+    Whole sampling runs are left out where an input was removed, because they vary what is fixed now.
+    """
+    for step, plan in steps:
+        gone = step.removed_inputs(plan)
+        model = replace(model, module=step.reference(model.module, plan))
+        if gone:
+            kept = tuple(spec for spec in model.inputs if spec.name not in gone)
+            model = replace(model, inputs=kept, task=None, realistic=narrowed(model, gone))
+    return model
+
+
+def narrowed(model: Model, gone: Sequence[str]) -> Callable[[int, int], list[Arrays]] | None:
+    """Calls like the model's own, without some inputs."""
+    if (make := model.realistic) is None:
+        return None
+    return lambda count, seed: [{k: v for k, v in call.items() if k not in gone} for call in make(count, seed)]
 
 
 def completing(runner: Runner, specs: Sequence[InputSpec]) -> Runner:

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from passes.contract import Plan
+from passes.contract import Pass, Plan
 from passes.surgery import share
 from targets.contract import Runner
 from targets.onnx_files import check_onnx
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, catalog, origin, sources
-from toolchain.added import completing
+from toolchain.added import compared_with, completing
 from toolchain.errors import ToolchainError, UnavailableError
 from toolchain.pipeline import Run
 from toolchain.progress import Progress
@@ -105,9 +105,17 @@ def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
     specs, _, _ = read_interface(artifact.read_manifest(folder))
     runners, absent = engines_of(run, folder, wanted, threads)
     runners = {name: completing(runner, specs) for name, runner in runners.items()}
-    model = run.model
+    model = compared_with(run.model, recorded(run, folder))
     original = EagerRunner(model.module, threads=threads, outputs=model.outputs)
     return Opened(runners=runners, inputs=model.inputs, model=model, original=original, absent=absent)
+
+
+def recorded(run: Run, folder: Path) -> list[tuple[Pass, Plan]]:
+    """An artifact's steps with the plans that they were carried out with."""
+    return [
+        (step, Plan.read(folder / "plans" / f"{number + 1:02d}-{step.name()}.json"))
+        for number, step in enumerate(run.recipe.steps)
+    ]
 
 
 def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[str, Runner], dict[str, str]]:
@@ -141,8 +149,7 @@ def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[
 def replay(run: Run, folder: Path) -> nn.Module:
     """An artifact's optimized PyTorch module: the source, and each step's recorded plan carried out again."""
     module = share(run.model.module)
-    for number, step in enumerate(run.recipe.steps):
-        plan = Plan.read(folder / "plans" / f"{number + 1:02d}-{step.name()}.json")
+    for step, plan in recorded(run, folder):
         module = step.rewrite(module, plan)
     return module.eval()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.contract import Context, Inputs, Pass, Plan, Result, cost
+from passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
 from passes.graph.module import GraphModule
 from passes.surgery import share
 from reports import record, rendering
@@ -22,7 +22,7 @@ from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, calibration, environment, origin, scoring, sources
-from toolchain.added import completing, with_inputs
+from toolchain.added import compared_with, completing, with_inputs
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
 from toolchain.measure import judge_gates, measure
 from toolchain.progress import Progress
@@ -53,10 +53,15 @@ class Run:
         )
 
     @property
+    def reference(self) -> Model:
+        """What engines are compared with: the original, without the inputs that steps removed."""
+        return compared_with(self.model, [(step, result.plan) for step, result, _ in self.results])
+
+    @property
     def exported(self) -> Model:
-        """The original with the inputs that steps added, as engines are called."""
+        """The same with the inputs that steps added, as engines are called."""
         new = [each for step, result, _ in self.results for each in step.new_inputs(result.plan)]
-        return with_inputs(self.model, new)
+        return with_inputs(self.reference, new)
 
     @property
     def threads(self) -> int:
@@ -100,6 +105,7 @@ class Run:
                     where = f"step {number + 1} ({step.name()}); steps before it: {before}"
                     raise ToolchainError(error.message, where=error.where or where, help=error.help) from error
                 module = result.model
+                context = without(context, step.removed_inputs(result.plan))
                 self.results.append((step, result, time.perf_counter() - began))
             self.progress.line(f"  changed {len(result.changed)}, left alone {len(result.plan.skipped)}")
         return module.eval()
@@ -251,12 +257,13 @@ def validate(
             runners[found.name] = completing(runner, run.exported.inputs)
     if not runners:
         return targets, [], {"skipped": "no target that runs on this machine"}
-    original = EagerRunner(run.model.module, threads=run.threads, outputs=run.model.outputs)
+    reference = run.reference
+    original = EagerRunner(reference.module, threads=run.threads, outputs=reference.outputs)
     measured, pictures = measure(
-        run.model, original, runners, settings, seed=seed, threads=run.threads, progress=run.progress
+        reference, original, runners, settings, seed=seed, threads=run.threads, progress=run.progress
     )
     how = {
-        "inputs": kind_of_inputs(run.model),
+        "inputs": kind_of_inputs(reference),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,

@@ -6,18 +6,29 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
 import torch
 
-from passes.contract import WORDS, Context, Pass, Plan, cost, macs
+from passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
 from passes.graph.module import GraphModule
 from targets.pytorch_engine import flat
 from tests.graphs import mixed
 from toolchain import catalog, sources
 from toolchain.errors import ToolchainError
 from validation.inputs import draw
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "fix_inputs": {"inputs": {"t": 500.0}},
+    "merge_guidance": {"condition": "y", "none": 4, "scale": 3.0},
+}
+"""What passes are tried with where no default could fit every model."""
+
+
+def example_of(name: str) -> Pass:
+    return catalog.pass_class(name)(**PARAMETERS.get(name, {}))
 
 
 def model_and_context(step: type[Pass], folder: Path) -> tuple[torch.nn.Module, Context]:
@@ -48,7 +59,7 @@ def places(module: torch.nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp_path: Path) -> None:
-    step = catalog.pass_class(name)()
+    step = example_of(name)
     module, context = model_and_context(type(step), tmp_path)
     before = content(module)
     plan = step.plan(module, context)
@@ -65,29 +76,34 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
     one = step.rewrite(copy.deepcopy(module), plan)
     two = step.rewrite(copy.deepcopy(module), Plan.from_json(plan.as_json(), plan.arrays))
     call = context.calibration[0]
+    kept = without(context, step.removed_inputs(plan)).calibration[0]
     rows = len(next(iter(call.values())))
     new = {each.name: torch.ones(rows, *each.shape) for each in step.new_inputs(plan)}
     with torch.no_grad():
-        outputs = [flat(net(**call, **more))[0] for net, more in ((module, {}), (one, new), (two, new))]
+        calls = ((module, call), (one, {**kept, **new}), (two, {**kept, **new}))
+        outputs = [flat(net(**inputs))[0] for net, inputs in calls]
     assert torch.equal(outputs[1], outputs[2])
     assert not torch.equal(outputs[0], outputs[1]), "the rewrite changed nothing"
 
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
-def test_new_inputs_can_be_left_out_and_the_model_is_then_as_it_was(name: str, tmp_path: Path) -> None:
-    step = catalog.pass_class(name)()
+def test_a_changed_interface_gives_what_its_reference_gives(name: str, tmp_path: Path) -> None:
+    step = example_of(name)
     module, context = model_and_context(type(step), tmp_path)
     plan = step.plan(module, context)
-    if step.new_inputs(plan):
-        rewritten = step.rewrite(copy.deepcopy(module), plan)
+    if step.new_inputs(plan) or step.removed_inputs(plan):
+        held = content(module)
+        reference, rewritten = step.reference(module, plan), step.rewrite(copy.deepcopy(module), plan)
+        kept = without(context, step.removed_inputs(plan)).calibration[0]
         with torch.no_grad():
-            before, after = (flat(net(**context.calibration[0]))[0] for net in (module, rewritten))
+            before, after = (flat(net(**kept))[0] for net in (reference, rewritten))
         torch.testing.assert_close(after, before)
+        assert content(module) == held
 
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_a_rewrite_never_writes_into_the_tensors_it_was_handed(name: str, tmp_path: Path) -> None:
-    step = catalog.pass_class(name)()
+    step = example_of(name)
     module, context = model_and_context(type(step), tmp_path)
     if isinstance(module, GraphModule):
         before = content(module)
@@ -101,7 +117,7 @@ def test_a_rewrite_never_writes_into_the_tensors_it_was_handed(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_layer_by_layer_is_the_same_as_all_at_once_where_a_pass_says_so(name: str, tmp_path: Path) -> None:
-    step = catalog.pass_class(name)()
+    step = example_of(name)
     module, context = model_and_context(type(step), tmp_path)
     if step.works_on == "graph" or not step.by_layer:
         return
@@ -114,7 +130,7 @@ def test_layer_by_layer_is_the_same_as_all_at_once_where_a_pass_says_so(name: st
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_a_pass_refuses_what_it_does_not_work_on(name: str, tmp_path: Path) -> None:
-    step = catalog.pass_class(name)()
+    step = example_of(name)
     kinds = {"module": torch.nn.Linear(2, 2), "graph": sources.load(f"onnx:{mixed(tmp_path / 'm.onnx')}").module}
     del kinds[step.works_on]
     for other in kinds.values():

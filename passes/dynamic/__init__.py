@@ -1,0 +1,1 @@
+"""Passes that spend less where a call needs less."""

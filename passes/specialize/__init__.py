@@ -1,0 +1,1 @@
+"""Passes that make a model exactly as general as its use."""
