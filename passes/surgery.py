@@ -16,13 +16,6 @@ from torch import Tensor, nn
 from passes.traits import FeedForward, FixedAttention, HeadedAttention, Place, Stream
 from toolchain.errors import ToolchainError
 
-
-def share(module: nn.Module) -> nn.Module:
-    """A copy of the modules around the same tensors; passes replace tensors and never write into one."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-
-
 INERT = (nn.Dropout, nn.Identity)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from passes.contract import Context, Pass, macs
+from passes.surgery import share
 from passes.tokens.merge_tokens import MergeTokens
 from passes.tokens.prune_tokens import PruneTokens
 from targets.contract import Graph, ShapeRange
@@ -26,7 +27,6 @@ from targets.onnx_export import export_onnx
 from targets.onnxruntime_engine import OnnxRuntime
 from targets.tensorrt_rtx_engine import TensorRtRtx
 from toolchain.errors import ToolchainError, require
-from toolchain.pipeline import share
 from validation.latency import summarise, time_interleaved
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "tokens.json"
