@@ -7,7 +7,9 @@ expert and 12 others of which a token uses 2: 37.5 % of its weights are active. 
 loads are even on the calibration tokens. Writes ``reports/results/experts.json``: ratios taken in turns, with a 95 %
 interval, of latencies on ``--threads`` and of processor time on one, how far each form is from the masked one, and
 whether TensorRT for RTX builds it. Latencies want a machine that does nothing else: a short product on two threads
-waits for the slower of them. Processor times hold beside other work, but for the caches.
+waits for the slower of them. Processor times hold beside other work, but for the caches. What keeps the batched form
+from its share of multiply-accumulates on a CPU: ONNX Runtime packs constant matrices of two dimensions once, and the
+batched product's of three in every call.
 """
 
 from __future__ import annotations
