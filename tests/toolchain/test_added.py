@@ -12,14 +12,19 @@ import pytest
 import torch
 
 import toolchain
-from passes.contract import NewInput
+from passes.contract import Context, NewInput
+from passes.heads.perturb_heads import PerturbHeads
 from reports import record
+from targets.onnx_export import export_onnx
+from tests.toolchain.sources.tiny_diffusers import NETWORKS, shaken
 from toolchain import pipeline, sources
 from toolchain.added import Completing, completing, with_inputs
 from toolchain.errors import ToolchainError
 from toolchain.opened import open_subject
 from toolchain.progress import Progress
 from toolchain.recipe import make
+from toolchain.sources.contract import Model
+from toolchain.sources.denoisers import DENOISERS
 from validation.inputs import Arrays, Dim, InputSpec, completed, draw
 
 
@@ -125,3 +130,30 @@ def test_a_runner_that_cannot_tell_a_layer_says_nothing() -> None:
     specs = [InputSpec(name="x", shape=(1,))]
     assert completing(runner, specs) is runner
     assert Completing(runner, specs).first_non_finite({"x": np.zeros(1)}) == ""
+
+
+@pytest.mark.slow
+def test_joint_attention_is_guided_in_an_engine(tmp_path: Path) -> None:
+    """Image, text and batch sizes stay dynamic."""
+    import onnxruntime
+
+    flat = DENOISERS["SD3Transformer2DModel"]
+    net = flat.flat(shaken(NETWORKS["sd3"]()))
+    specs = flat.inputs(net.inner.config)
+    step = PerturbHeads(heads={"*transformer_blocks.1.attn": (0,)}, guidance=True)
+    result = step.apply(net, Context())
+    model = Model(name="sd3", module=result.model, inputs=specs, outputs=("out",), weights="")
+    grown = with_inputs(model, step.new_inputs(result.plan)).inputs
+    dims = {d.name: max(d.low, 2) for spec in specs for d in spec.shape if isinstance(d, Dim)}
+    dynamic = {s.name: {i: (d.name, d.low, d.high) for i, d in enumerate(s.shape) if isinstance(d, Dim)} for s in grown}
+    example = {key: torch.from_numpy(array) for key, array in draw(grown, seed=0, sizes=dims).items()}
+    export_onnx(result.model, example, dynamic=dynamic, outputs=["out"], path=tmp_path / "m.onnx")
+
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for rows in (1, 3):
+        call = draw(grown, seed=4, sizes={**dims, "batch": rows})
+        call |= {"pag_u": np.full((rows, 1), 0.5, np.float32), "pag_w": np.full(rows, 2, np.float32)}
+        with torch.no_grad():
+            wanted = result.model(**{key: torch.from_numpy(array) for key, array in call.items()}).numpy()
+        (found,) = session.run(None, call)
+        np.testing.assert_allclose(found, wanted, atol=5e-4)
