@@ -43,6 +43,13 @@ class QuantizeSvd(Pass):
     exclude: tuple[str, ...] = Field((), description="glob patterns of module paths that stay as they are")
     smallest: int = Field(1024, ge=0, description="layers with fewer weights than this stay as they are")
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What it writes."""
+        if self.residual == "int8":
+            return ("int8",)
+        return ("int4_int8" if self.activations == "int8" else "int4_weights",)
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Smooth, decompose, and choose a scale for each layer's input."""
         layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest, fits=self.reason_to_skip)
