@@ -196,6 +196,11 @@ class Pass(BaseModel, ABC):
     not_after: ClassVar[tuple[str, ...]] = ()
     """Passes that may not stand before this one in a recipe."""
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Number formats that a graph holds after this pass, as targets name them; empty: floats as they were."""
+        return ()
+
     def __init__(self, **parameters: Any) -> None:
         """Raises ``ToolchainError`` for an unknown parameter or one out of its range."""
         try:

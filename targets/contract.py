@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +103,10 @@ class Target(BaseModel, ABC):
     """One kind of engine. Parameters are pydantic fields with defaults, ranges and descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    formats: ClassVar[Mapping[str, str]]
+    """How number formats that passes write are computed: ``native``, ``emulated`` (accepted, and computed in wider
+    numbers), or ``refused: `` and the reason."""
 
     def __init__(self, **parameters: Any) -> None:
         """Raises ``ToolchainError`` for an unknown parameter or one out of its range."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,16 @@ FAR, FURTHER = 0.01, 2.0
 
 class OnnxRuntime(Target):
     """An ONNX graph for ONNX Runtime, with its weights beside it."""
+
+    formats: ClassVar[Mapping[str, str]] = {
+        "int8": "native",
+        "fp8": "emulated",
+        "int4_weights": "native",
+        "int8_weights": "native",
+        "int4_int8": "emulated",
+        "nvfp4_weights": "emulated",
+        "mxfp8_weights": "emulated",
+    }
 
     provider: Literal["cpu", "cuda", "tensorrt"] = Field("cpu", description="execution provider")
     int8: Literal["auto", "static", "dynamic"] = Field(

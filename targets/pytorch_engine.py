@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ ENGINE = "engine.json"
 
 class PyTorch(Target):
     """No weights of its own: the artifact's source and plans give the module back."""
+
+    formats: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("int8", "fp8", "int4_weights", "int8_weights", "int4_int8", "nvfp4_weights", "mxfp8_weights"), "emulated"
+    )
 
     def availability(self) -> Availability:
         """Always: the toolchain stands on PyTorch."""

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,17 @@ class PolygraphyTarget(Target):
     module: ClassVar[str]
     extra: ClassVar[str]
     builds_without_gpu: ClassVar[bool]
+
+    formats: ClassVar[Mapping[str, str]] = {
+        "int8": "native",
+        "fp8": "native",
+        "int4_weights": "native",
+        "int8_weights": "emulated",
+        "int4_int8": "emulated",
+        "nvfp4_weights": "native",
+        "mxfp8_weights": "emulated",
+    }
+    """As NVIDIA documents its quantized types; that each builds is tested, how an engine computes it is not."""
 
     build_seconds: int = Field(3600, ge=1, description="longest time that a build may take, in seconds")
 

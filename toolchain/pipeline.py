@@ -124,6 +124,8 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
     """Run a recipe into ``out``; returns the report and the exit code."""
     began = time.perf_counter()
     run = Run(recipe, progress)
+    for note in recipe.notes:
+        progress.line(note)
     with artifact.staging(out, force=force) as folder:
         with progress.stage(f"load {recipe.head.model}"):
             model = run.model

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -106,6 +106,8 @@ class Recipe:
     gates: tuple[GateBound, ...]
     folder: Path
     """Relative paths in the recipe start here."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing before work starts."""
 
     def path(self, text: str) -> Path:
         """A path of the recipe."""
@@ -228,9 +230,12 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
     faults.extend(order_faults([step for step in steps if step], where))
     if head:
         faults.extend(kind_faults([step for step in steps if step], head.model, where))
-    raise_faults(faults)
+    found, notes = format_faults([step for step in steps if step], [target for target in targets if target], where)
+    raise_faults([*faults, *found])
     assert head is not None
-    return Recipe(head=head, steps=tuple(steps), targets=tuple(targets), gates=tuple(gates), folder=folder)
+    return Recipe(
+        head=head, steps=tuple(steps), targets=tuple(targets), gates=tuple(gates), folder=folder, notes=tuple(notes)
+    )
 
 
 def at(where: str, key: str) -> str:
@@ -303,6 +308,29 @@ def kind_faults(steps: list[Pass], model: str, where: str) -> list[ToolchainErro
         )
         for i, step in wrong.items()
     ]
+
+
+def format_faults(
+    steps: Sequence[Pass], targets: Sequence[TargetStep], where: str
+) -> tuple[list[ToolchainError], list[str]]:
+    """Number formats that a target which must be built refuses; and notes on those that it emulates."""
+    faults, notes = [], []
+    for i, step in enumerate(steps):
+        for name in step.formats:
+            for entry in targets:
+                target, answer = entry.target.name(), entry.target.formats[name]
+                said = f"{step.name()} writes {name}, which {target}"
+                if answer == "emulated":
+                    notes.append(f"{said} emulates: a smaller file, and no faster arithmetic")
+                elif answer != "native" and entry.optional:
+                    notes.append(f"{said} refuses ({answer.removeprefix('refused: ')})")
+                elif answer != "native":
+                    reason = answer.removeprefix("refused: ")
+                    help_ = f"make {target} optional, or take another format"
+                    faults.append(
+                        ToolchainError(f"{said} refuses: {reason}", where=at(where, f"steps[{i}]"), help=help_)
+                    )
+    return faults, notes
 
 
 def gate_names() -> list[str]:

@@ -48,7 +48,8 @@ def details(kind: str, name: str, size: str) -> dict[str, Any]:
     if kind == "passes":
         return parameters(catalog.pass_class(name))
     if kind == "targets":
-        return parameters(catalog.target_class(name))
+        cls = catalog.target_class(name)
+        return {**parameters(cls), "formats": dict(cls.formats)}
     if kind == "metrics":
         from validation.metrics import load_metrics
 
@@ -169,6 +170,8 @@ def tell(data: dict[str, Any]) -> None:
         limits = f", {parameter['range']}" if parameter["range"] else ""
         print(f"  {parameter['name']}: {parameter['type']}{limits}, default {parameter['default']!r}")
         print(f"      {parameter['description']}")
+    for name, answer in data.get("formats", {}).items():
+        print(f"  {name}: {answer}")
     if data["kind"] == "models":
         tell_model(data)
     for key in ("gate", "unit", "higher_is_better"):

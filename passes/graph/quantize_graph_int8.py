@@ -66,6 +66,11 @@ class QuantizeGraphInt8(Pass):
     )
     smallest: int = Field(1024, ge=0, description="nodes with fewer weights than this stay as they are")
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What it writes."""
+        return ("int8",)
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose a scale for each product's input, and find where a CPU's 16-bit sums would saturate."""
         before = graph_of(model)

@@ -35,6 +35,11 @@ class QuantizeFp8(Pass):
     exclude: tuple[str, ...] = Field((), description="glob patterns of module paths that stay as they are")
     smallest: int = Field(1024, ge=0, description="layers with fewer weights than this stay as they are")
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What it writes."""
+        return ("fp8",)
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose a scale for each layer's input."""
         layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest)

@@ -39,6 +39,11 @@ class QuantizeInt8(Pass):
         0, ge=0, le=1, description="how much of the inputs' outlying channels moves into the weights first; 0: none"
     )
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What it writes."""
+        return ("int8",)
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose a scale for each layer's input, and find where a CPU's 16-bit sums would saturate."""
         layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest)

@@ -72,6 +72,11 @@ class QuantizeWeights(Pass):
         """Inputs that share a scale."""
         return self.block or FORMATS[self.weights].block or 32
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What it writes."""
+        return ("int4_int8" if self.activations == "int8" else f"{self.weights}_weights",)
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose what is to be rounded, and what rounding cannot find again without data.
 

@@ -25,14 +25,14 @@ T = onnx.TensorProto
 CASES = [
     ({"weights": "int4", "algorithm": "gptq"}, {T.INT4}, 21),
     ({"weights": "int4", "algorithm": "awq", "activations": "int8"}, {T.INT4}, 21),
-    ({"weights": "int8"}, {T.INT8}, 21),
     ({"weights": "nvfp4"}, {T.FLOAT4E2M1, T.FLOAT8E4M3FN}, 23),
-    ({"weights": "mxfp8", "block": 32}, {T.FLOAT8E4M3FN}, 21),
+    pytest.param({"weights": "int8"}, {T.INT8}, 21, marks=pytest.mark.slow),
+    pytest.param({"weights": "mxfp8", "block": 32}, {T.FLOAT8E4M3FN}, 21, marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(
-    ("parameters", "types", "opset"), CASES, ids=["int4", "int4 and int8", "int8", "nvfp4", "mxfp8"]
+    ("parameters", "types", "opset"), CASES, ids=["int4", "int4 and int8", "nvfp4", "int8", "mxfp8"]
 )
 @pytest.mark.parametrize("name", KINDS)
 def test_it_runs_in_onnxruntime_as_in_pytorch_and_builds_in_tensorrt_rtx(
