@@ -57,12 +57,7 @@ class PolygraphyTarget(Target):
 
     def build(self, graph: Graph, folder: Path) -> Built:
         """Build ``engine.plan`` in another process and keep its log beside it."""
-        request = {
-            "rtx": self.module == "tensorrt_rtx",
-            "onnx": str(graph.path),
-            "engine": str(folder / ENGINE),
-            "ranges": graph.ranges,
-        }
+        request = self.request(graph, folder)
         worker = Path(__file__).with_name("tensorrt_worker.py")
         try:
             run = subprocess.run(
@@ -85,7 +80,18 @@ class PolygraphyTarget(Target):
                 refusal(log, answer.get("reason", f"the builder died with exit code {run.returncode}"))
             )
         (folder / LOG).write_text("\n".join(log) + "\n")
-        return Built(notes=tuple(line for line in log if line.startswith("[W]")))
+        sparse = ("built with sparse weights: layers of the 2:4 pattern may run sparse",) if request["sparse"] else ()
+        return Built(notes=(*sparse, *(line for line in log if line.startswith("[W]"))))
+
+    def request(self, graph: Graph, folder: Path) -> dict[str, Any]:
+        """What the worker is asked for; sparse weights where a pass made some layer so."""
+        return {
+            "rtx": self.module == "tensorrt_rtx",
+            "onnx": str(graph.path),
+            "engine": str(folder / ENGINE),
+            "ranges": graph.ranges,
+            "sparse": any(hint.get("pattern") == "2:4" for hint in graph.hints.values()),
+        }
 
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:
         """Ready the engine on the GPU."""

@@ -2,8 +2,8 @@
 
 A process apart, because polygraphy chooses between TensorRT and TensorRT-RTX once, at import, and because a builder
 that runs out of memory must not take the export with it. Run as a script, with a JSON request on standard input:
-``{"rtx": bool, "onnx": path, "engine": path, "ranges": {input: [low, typical, high]}}``. The last line on standard
-output is ``{"ok": true}`` or ``{"ok": false, "reason": text}``; everything before it is the builder's log.
+``{"rtx": bool, "onnx": path, "engine": path, "ranges": {input: [low, typical, high]}, "sparse": bool}``. The last line
+on standard output is ``{"ok": true}`` or ``{"ok": false, "reason": text}``; everything before it is the builder's log.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def build(request: dict[str, Any]) -> None:
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX as CreateConfig
     else:
         CreateConfig = trt.CreateConfig  # noqa: N806
+    options = {"sparse_weights": True} if request["sparse"] else {}
     network = trt.NetworkFromOnnxPath(request["onnx"], strongly_typed=True)
-    engine = trt.EngineBytesFromNetwork(network, config=CreateConfig(profiles=[profile]))()
+    engine = trt.EngineBytesFromNetwork(network, config=CreateConfig(profiles=[profile], **options))()
     with open(request["engine"], "wb") as file:  # noqa: PTH123
         file.write(engine)
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+from targets.contract import Graph
 from targets.tensorrt_builder import refusal
 from targets.tensorrt_engine import TensorRt
 
@@ -15,3 +18,11 @@ def test_a_refusal_names_operators_or_the_first_error() -> None:
     assert refusal(log, "Parse") == "the parser refuses these operators: Det, NonZero"
     assert refusal(["[E] out of memory"], "Build") == "Build; out of memory"
     assert refusal([], "Build") == "Build"
+
+
+def test_sparse_weights_are_asked_for_where_a_pass_made_some() -> None:
+    plain, sparse = {"a": {"precision": "int8"}}, {"a": {"precision": "int8"}, "b": {"pattern": "2:4"}}
+    asked = [
+        TensorRt().request(Graph(path=Path("m"), ranges={}, hints=h), Path("f"))["sparse"] for h in (plain, sparse)
+    ]
+    assert asked == [False, True]

@@ -1,0 +1,174 @@
+"""Replace a linear layer by two narrower ones: the best approximation of its weight, or of its output, of lower rank.
+
+Sources: the singular value decomposition (Eckart and Young 1936) for ``method = "weight"``; SVD-LLM, Wang et al. 2024,
+arXiv:2403.07378, section 3.1, for ``method = "activation"``: W S is decomposed, where S S^T is the Cholesky
+factorization of X^T X on calibration data, so that what is cut off is the error of the output. Departures: X^T X gets a
+small multiple of the identity, because few rows leave it singular; no weights are updated afterwards.
+
+The two factors are kept in the plan, so that a replay on another machine has the same bits.
+
+Shapes: K inputs, N outputs, R rows (all leading dimensions together), r rank. K r + r N weights take the place of K N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Pass, Plan
+from passes.pruning.probes import evaluating
+from passes.selection import check_patterns, excluded_by
+from passes.surgery import linear_like, put_at
+from toolchain.errors import ToolchainError
+
+DAMPING = 1e-4
+"""Of the mean of the diagonal of X^T X, added to the diagonal."""
+
+
+class Factorize(Pass):
+    """Give linear layers a lower rank; a layer whose rank would save nothing stays."""
+
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "factorize", "sparsify_2_4")
+
+    method: Literal["weight", "activation"] = Field(
+        "weight", description="what is approximated: the weight, or the layer's output on calibration inputs"
+    )
+    rank: Literal["budget", "energy", "fixed"] = Field(
+        "budget", description="budget spends a share of the parameters; energy keeps a share of the squares"
+    )
+    share: float = Field(0.5, gt=0, lt=1, description="for rank=budget: parameters left of each layer's weight")
+    energy: float = Field(0.95, gt=0, lt=1, description="for rank=energy: share of the squared singular values kept")
+    fixed: int = Field(64, ge=1, description="for rank=fixed: the rank")
+    smallest: int = Field(1024, ge=0, description="layers with fewer weights than this stay as they are")
+    exclude: tuple[str, ...] = Field((), description="glob patterns of layer paths left alone")
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Decompose each layer on its own; the factors are the plan's arrays.
+
+        Raises ``ToolchainError`` for weights without values or that are not finite, for ``activation`` without
+        calibration inputs, and for an ``exclude`` pattern that matches no linear layer.
+        """
+        if self.method == "activation" and not context.calibration:
+            raise ToolchainError(
+                f"{self.name()} with method 'activation' needs calibration inputs and got none",
+                help="give calibration inputs, or take method = 'weight'",
+            )
+        found = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        check_patterns(self.exclude, found, what="linear layer")
+        skipped = {path: reason for path, layer in found.items() if (reason := self.reason_to_skip(path, layer))}
+        layers = {path: layer for path, layer in found.items() if path not in skipped}
+        refuse_meta(layers)
+        squares = squares_of_inputs(model, layers, context) if self.method == "activation" else {}
+        choice: dict[str, dict[str, Any]] = {}
+        arrays: dict[str, Tensor] = {}
+        for number, (path, layer) in enumerate(layers.items()):
+            context.say(number, len(layers), f"decomposing {path}")
+            if self.method == "activation" and path not in squares:
+                skipped[path] = "the calibration inputs never reach it"
+                continue
+            u, s, v = decompose(layer.weight.detach(), squares.get(path), where=path)
+            rank, before, after = self.rank_of(s, layer), layer.weight.numel(), sum(layer.weight.shape)
+            if rank * after >= before:
+                skipped[path] = f"rank {rank} would need {rank * after} weights in place of {before}"
+                continue
+            kept = float((s[:rank].square().sum() / s.square().sum().clamp(min=1e-300)).sqrt())
+            choice[path] = {"rank": rank, "of": min(layer.weight.shape), "kept_norm": float(f"{kept:.6g}")}
+            arrays[f"{path}/out"] = (u[:, :rank] * s[:rank]).to(layer.weight.dtype).contiguous()
+            arrays[f"{path}/in"] = v[:rank].to(layer.weight.dtype).contiguous()
+        facts = {"method": self.method, "rank": self.rank, "calibration_batches": len(context.calibration)}
+        return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Put the two factors in the place of each planned layer.
+
+        Raises ``ToolchainError`` when a layer has not the size that the plan was made for.
+        """
+        for path in plan.choice:
+            layer = model.get_submodule(path)
+            assert isinstance(layer, nn.Linear), f"{path} is no linear layer any more"
+            reads, writes = plan.arrays[f"{path}/in"], plan.arrays[f"{path}/out"]
+            if (writes.shape[0], reads.shape[1]) != tuple(layer.weight.shape):
+                wanted, shape = (writes.shape[0], reads.shape[1]), tuple(layer.weight.shape)
+                raise ToolchainError(f"the plan is for a weight of shape {wanted}; this one has {shape}", where=path)
+            bias = None if layer.bias is None else layer.bias.detach().clone()
+            device = layer.weight.device
+            first = linear_like(layer, reads.to(device), None)
+            put_at(model, path, nn.Sequential(first, linear_like(layer, writes.to(device), bias)).train(layer.training))
+        return model
+
+    def reason_to_skip(self, path: str, layer: nn.Linear) -> str:
+        """Why a layer stays before it is looked into; empty when it does not."""
+        if reason := excluded_by(path, self.exclude):
+            return reason
+        if not path:
+            return "it is the whole model"
+        if type(layer) is not nn.Linear:
+            return f"it is a {type(layer).__name__}, not a plain Linear"
+        if layer.weight.numel() < self.smallest:
+            return f"has {layer.weight.numel()} weights, fewer than {self.smallest}"
+        return ""
+
+    def rank_of(self, s: Tensor, layer: nn.Linear) -> int:
+        """The rank that a layer with these singular values gets, at least 1."""
+        if self.rank == "fixed":
+            return min(self.fixed, len(s))
+        if self.rank == "budget":
+            return max(math.floor(self.share * layer.weight.numel() / sum(layer.weight.shape)), 1)
+        energies = s.square().cumsum(0)
+        return int((energies < self.energy * energies[-1]).sum()) + 1
+
+
+def refuse_meta(layers: Mapping[str, nn.Linear]) -> None:
+    """Raise when weights have no values to decompose."""
+    for path, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ToolchainError(
+                "a decomposition must read the weights, and they are on the meta device, which holds no values",
+                where=path,
+                help="load the model's weights before planning, or replay a plan that was made with them",
+            )
+
+
+def squares_of_inputs(model: nn.Module, layers: Mapping[str, nn.Linear], context: Context) -> dict[str, Tensor]:
+    """X^T X (K, K) of each layer's inputs over all rows of all calls, for layers that ran."""
+    squares: dict[str, Tensor] = {}
+
+    def add(path: str, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()  # (R, K)
+        squares[path] = squares[path].addmm_(x.T, x) if path in squares else x.T @ x
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, path=path: add(path, inputs))
+        for path, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad(), evaluating(model):
+            for done, call in enumerate(context.calibration, start=1):
+                model(**call)
+                context.say(done, len(context.calibration), "reading inputs")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return squares
+
+
+def decompose(weight: Tensor, squares: Tensor | None, *, where: str) -> tuple[Tensor, Tensor, Tensor]:
+    """u (N, m), singular values s (m,), v (m, K) with weight = u diag(s) v; m = min(N, K).
+
+    Given X^T X, s are those of the output X W^T, and v is turned back to read x itself.
+    """
+    w = weight.double()
+    if not w.isfinite().all() or (squares is not None and not squares.isfinite().all()):
+        raise ToolchainError("its weight or inputs are not finite", where=where)
+    if squares is None:
+        u, s, v = torch.linalg.svd(w, full_matrices=False)
+        return u, s, v
+    size = max(float(squares.diagonal().mean()), 1e-12)
+    factor = torch.linalg.cholesky(squares + DAMPING * size * torch.eye(len(squares), dtype=w.dtype))  # (K, K), lower
+    u, s, v = torch.linalg.svd(w @ factor, full_matrices=False)
+    return u, s, torch.linalg.solve_triangular(factor, v, upper=False, left=False)
