@@ -21,10 +21,11 @@ from toolchain.errors import ToolchainError
 from validation.inputs import draw
 
 PARAMETERS: dict[str, dict[str, Any]] = {
+    "distill": {"steps": 2},
     "fix_inputs": {"inputs": {"t": 500.0}},
     "merge_guidance": {"condition": "y", "none": 4, "scale": 3.0},
 }
-"""What passes are tried with where no default could fit every model."""
+"""What passes are tried with where no default could fit every model, or would take too long."""
 
 
 def example_of(name: str) -> Pass:
@@ -34,7 +35,10 @@ def example_of(name: str) -> Pass:
 def model_and_context(step: type[Pass], folder: Path) -> tuple[torch.nn.Module, Context]:
     model = sources.load("dit:tiny" if step.works_on == "module" else f"onnx:{mixed(folder / 'm.onnx')}")
     calls = [{k: torch.from_numpy(v) for k, v in draw(model.inputs, seed=i).items()} for i in range(2)]
-    return model.module, Context(calibration=calls, example=calls[0], score_of=lambda text: smallness)
+    original = sources.load("dit:tiny", seed=1).module  # of other weights, so that there is something to learn
+    return model.module, Context(
+        calibration=calls, example=calls[0], original=original, score_of=lambda text: smallness
+    )
 
 
 def smallness(module: torch.nn.Module) -> float:
