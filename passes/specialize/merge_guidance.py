@@ -96,8 +96,8 @@ def guiding(base: type[Any], fixed: bool) -> type[nn.Module]:
         twice[how["condition"]] = torch.cat([condition, none])
         leaves, form = pytree.tree_flatten(base.forward(self, **twice))
         halves = [leaf.chunk(2) for leaf in leaves]
-        parts = [pytree.tree_unflatten([half[i] for half in halves], form) for i in (0, 1)]
-        return combined(*parts, scale, how["channels"])
+        with_it, without = (pytree.tree_unflatten([half[i] for half in halves], form) for i in (0, 1))
+        return combined(with_it, without, scale, how["channels"])
 
     signature = inspect.signature(base.forward)
     parameters = [
