@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
+from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
 
 Inputs = dict[str, Tensor]
@@ -314,8 +315,12 @@ def graph_cost(model: GraphModule) -> Cost:
 def macs(model: nn.Module, example: Inputs) -> int:
     """Multiply-accumulates of the matrix products, convolutions and attention in one call.
 
-    Counted on shapes alone where the model allows that, so that its weights are not read.
+    Counted on shapes alone where the model allows that, so that its weights are not read. Of networks by timestep, the
+    mean over the schedule.
     """
+    if isinstance(model, ByTimestep):
+        each = [macs(variant, example) for variant in model.variants]
+        return round(sum(each[number] for number in model.table) / len(model.table))
     return counted(model, example).get_total_flops() // 2
 
 

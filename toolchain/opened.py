@@ -18,11 +18,12 @@ from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, catalog, origin, sources
 from toolchain.added import compared_with, completing
 from toolchain.errors import ToolchainError, UnavailableError
-from toolchain.pipeline import Run
+from toolchain.pipeline import Run, runner_of
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
 from toolchain.sources.contract import Model, read_interface
 from toolchain.sources.onnx_source import inputs_of
+from toolchain.switching import names_in
 from validation.inputs import InputSpec
 
 
@@ -127,16 +128,17 @@ def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[
     runners: dict[str, Runner] = {}
     absent: dict[str, str] = {}
     for step in run.recipe.targets:
-        name, place = step.target.name(), folder / "engines" / step.target.name()
+        name = step.target.name()
+        places = [folder / "engines" / f"{name}{part}" for part in names_in(folder)]
         able = step.target.availability()
         if wanted and name != wanted:
             continue
-        if not place.is_dir():
+        if not all(place.is_dir() for place in places):
             absent[name] = "it was not built"
         elif not able.runnable.yes:
             absent[name] = able.why_not("runnable")
         else:
-            runners[name] = step.target.load(place, threads=threads, module=lambda: replay(run, folder))
+            runners[name] = runner_of(step, folder, threads, lambda: replay(run, folder))
     if wanted and not runners and wanted not in absent:
         names = ", ".join(step.target.name() for step in run.recipe.targets) or "no target"
         raise ToolchainError(f"{str(folder)!r} has no engine {wanted!r}; it has {names}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
 from passes.graph.module import GraphModule
 from passes.surgery import share
 from reports import record, rendering
-from targets.contract import Graph, ShapeRange
+from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
@@ -29,6 +29,7 @@ from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
 from toolchain.scratch import Scratch
 from toolchain.sources.contract import Model, write_interface
+from toolchain.switching import Switching, names_in, parts_of, read_table, write_table
 from validation.contract import Runner
 from validation.fidelity import non_finite
 from validation.inputs import Dim, completed, draw
@@ -142,7 +143,9 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
         scratch.rmdir()
         write_plans(run, folder)
         with progress.stage("export to ONNX"):
-            write_graph(run, module, folder / "model.onnx")
+            for name, part in parts_of(module).items():
+                write_graph(run, part, folder / f"model{name}.onnx")
+            write_table(module, folder)
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
@@ -216,36 +219,57 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
     if not able.buildable.yes:
         run.progress.line(f"{name} cannot be built here: {found.reason}")
         return found
-    engine = folder / "engines" / name
+    parts = names_in(folder)
+    engines = [folder / "engines" / f"{name}{part}" for part in parts]
+    with run.progress.stage(f"build {name}"):
+        began = time.perf_counter()
+        try:
+            graphs = [folder / f"model{part}.onnx" for part in parts]
+            built = [build_one(run, step, graph, engine) for graph, engine in zip(graphs, engines, strict=True)]
+        except ToolchainError as error:
+            found.reason = error.message
+            for engine in engines:
+                shutil.rmtree(engine, ignore_errors=True)
+            run.progress.line(f"{name} was not built: {error.message}")
+            return found
+    run.resolved[name] = dict(built[0].resolved)
+    size = sum(each.bytes or 0 for each in built)
+    files = [path for engine in engines for path in engine.rglob("*") if path.is_file()]
+    return found.model_copy(
+        update={
+            "built": True,
+            "parameters": {**found.parameters, **built[0].resolved},
+            "seconds": round(time.perf_counter() - began, 3),
+            "bytes": size or sum(path.stat().st_size for path in files) or None,
+            "notes": list(dict.fromkeys(note for each in built for note in each.notes)),
+        }
+    )
+
+
+def build_one(run: Run, step: TargetStep, path: Path, engine: Path) -> Built:
+    """Build one engine from one graph into a new folder."""
     engine.mkdir(parents=True)
     model = run.exported
     graph = Graph(
-        path=folder / "model.onnx",
+        path=path,
         ranges={spec.name: ShapeRange(*spec.limits()) for spec in model.inputs},
         examples=[completed(call, model.inputs) for call in model.batches(1, run.recipe.head.seed + 1)],
         hints=run.hints(),
         threads=run.threads,
         say=run.progress.say,
     )
-    with run.progress.stage(f"build {name}"):
-        began = time.perf_counter()
-        try:
-            built = target.build(graph, engine)
-        except ToolchainError as error:
-            found.reason = error.message
-            shutil.rmtree(engine)
-            run.progress.line(f"{name} was not built: {error.message}")
-            return found
-    run.resolved[name] = dict(built.resolved)
-    return found.model_copy(
-        update={
-            "built": True,
-            "parameters": {**found.parameters, **built.resolved},
-            "seconds": round(time.perf_counter() - began, 3),
-            "bytes": built.bytes or sum(path.stat().st_size for path in engine.rglob("*") if path.is_file()) or None,
-            "notes": list(built.notes),
-        }
-    )
+    return step.target.build(graph, engine)
+
+
+def runner_of(step: TargetStep, folder: Path, threads: int, module: Callable[[], nn.Module]) -> Runner:
+    """An artifact's engine for one target; of several networks, one that switches between them."""
+
+    def load(name: str) -> Runner:
+        place = folder / "engines" / f"{step.target.name()}{name}"
+        return step.target.load(place, threads=threads, module=lambda: parts_of(module())[name])
+
+    table = read_table(folder)
+    return Switching([load(name) for name in table.names], table) if table else load("")
 
 
 def validate(
@@ -258,8 +282,7 @@ def validate(
     runners: dict[str, Runner] = {}
     for step, found in zip(run.recipe.targets, targets, strict=True):
         if found.built and found.runnable:
-            place = folder / "engines" / found.name
-            runner = step.target.load(place, threads=run.threads, module=lambda: module)
+            runner = runner_of(step, folder, run.threads, lambda: module)
             runners[found.name] = completing(runner, run.exported.inputs)
     if not runners:
         return targets, [], {"skipped": "no target that runs on this machine"}

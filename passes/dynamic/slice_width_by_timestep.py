@@ -1,0 +1,242 @@
+"""Heads and hidden units of a denoiser by timestep: few narrower networks, each for a stretch of the schedule.
+
+Source: DyDiT (Zhao et al. 2024, arXiv:2410.03456), section 3.2, timestep-wise dynamic width, compiled: since its masks
+depend on the timestep alone, they are tabled over the sampler's schedule, the schedule is cut into stretches, and for
+each of these the weights are cut to what any of its timesteps needs; the exact mask of each timestep is applied inside.
+Departures: no trained routers; a unit's mask comes from its importance at that timestep on calibration inputs for the
+multiply-accumulates that it costs, against one bound for all timesteps and layers; ``share`` (lambda in the paper)
+bounds what the cut networks compute, masked units of a stretch included; a layer keeps its most important unit, not its
+first.
+
+Shapes: T timesteps, U units of a layer (heads; groups of neighbouring hidden units).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Inputs, Pass, Plan
+from passes.dynamic.buckets import masks_for, stretches
+from passes.dynamic.masking import mask_units
+from passes.pruning.probes import Call, calls_of, evaluating, probe
+from passes.selection import check_patterns, excluded_by
+from passes.surgery import share
+from passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
+from passes.variants import ByTimestep
+from toolchain.errors import ToolchainError, unknown
+
+Layer = HeadedAttention | FeedForward
+
+
+class SliceWidthByTimestep(Pass):
+    """Cut attention and feed-forwards to what a timestep needs: one network for each stretch of timesteps."""
+
+    needs_calibration: ClassVar[bool] = True
+    by_layer: ClassVar[bool] = False
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "slice_width_by_timestep", "fix_inputs", "perturb_heads")
+
+    share: float = Field(
+        default=0.5, gt=0, le=1, description="multiply-accumulates of heads and hidden units left, mean over a run"
+    )
+    buckets: int = Field(default=3, ge=1, le=16, description="networks, each for a stretch of the schedule")
+    timesteps: tuple[float, ...] = Field(default=(), description="the sampler's schedule; empty: even, from 999 to 0")
+    steps: int = Field(default=25, ge=1, le=1000, description="length of the even schedule")
+    input: str = Field(default="t", description="the input that holds the timestep, one for each row")
+    groups: int = Field(default=8, ge=1, description="groups of neighbouring hidden units in each feed-forward")
+    importance: Literal["taylor", "activation"] = Field(
+        default="taylor", description="first-order change of the output; or activation times weight, without gradients"
+    )
+    rows: int = Field(default=4, ge=1, description="calibration rows for each timestep: those of the nearest timesteps")
+    exclude: tuple[str, ...] = Field(default=(), description="glob patterns of layer paths left alone")
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Score every unit at every timestep, and choose masks, stretches and what each stretch keeps.
+
+        Raises ``ToolchainError`` for an unknown input, one that is no timestep, an ``exclude`` that matches nothing.
+        """
+        layers = self.layers(model)
+        check_patterns(self.exclude, layers, what="attention layer or feed-forward")
+        skipped = {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
+        layers = {path: layer for path, layer in layers.items() if path not in skipped}
+        scores, costs = self.scores(model, layers, context) if layers else ({}, {})
+        skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in scores}
+        if not scores:
+            return Plan(choice={}, skipped=skipped)
+        masks, table, facts = self.decide(scores, costs)
+        choice, arrays = {}, {}
+        for path, mask in masks.items():
+            if mask.all():
+                skipped[path] = "all of it is needed at every timestep"
+                continue
+            kept = [np.flatnonzero(mask[np.array(table) == k].any(axis=0)).tolist() for k in range(max(table) + 1)]
+            choice[path] = {"of": mask.shape[1], "kept": kept}
+            arrays[f"{path}.mask"] = torch.from_numpy(mask.astype(np.uint8))
+        facts |= {"input": self.input, "timesteps": list(self.schedule()), "table": table}
+        return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """One copy of the model for each stretch, cut and masked. Raises ``ToolchainError`` for another model."""
+        if not plan.choice:
+            return model
+        times, table = plan.facts["timesteps"], torch.tensor(plan.facts["table"])
+        variants = []
+        for number in range(int(table.max()) + 1):
+            own = table == number
+            at = [time for time, chosen in zip(times, own.tolist(), strict=True) if chosen]
+            variants.append(self.narrowed(share(model), plan, number, own, at))
+        whole = ByTimestep(variants, input=plan.facts["input"], timesteps=times, table=plan.facts["table"])
+        return whole.train(model.training)
+
+    def narrowed(self, model: nn.Module, plan: Plan, number: int, own: Tensor, at: list[float]) -> nn.Module:
+        """Cut a model, in place, to what one stretch needs; ``own`` (T,) says which timesteps are its."""
+        masks: dict[str, tuple[Layer, Tensor]] = {}
+        for path, entry in plan.choice.items():
+            kept = entry["kept"][number]
+            layer = self.layer(model, path)
+            if isinstance(layer, HeadedAttention):
+                units = layer.heads
+                if units == entry["of"] and len(kept) < units:
+                    layer.keep_heads(kept)
+            else:
+                units, width = entry["of"], layer.hidden // entry["of"]
+                if len(kept) < units:
+                    layer.keep_hidden([unit * width + i for unit in kept for i in range(width)])
+            if units != entry["of"]:
+                raise ToolchainError(
+                    f"the plan is for a layer of {entry['of']} heads; this one has {units}", where=path
+                )
+            masks[path] = (self.layer(model, path), plan.arrays[f"{path}.mask"][own][:, kept])
+        return mask_units(model, masks, plan.facts["input"], at)
+
+    def layers(self, model: nn.Module) -> dict[str, Layer]:
+        """Attention layers and feed-forwards by path, in the model's order."""
+        found: dict[str, Layer] = dict(layers_of(model, HeadedAttention))
+        return found | dict(layers_of(model, FeedForward))
+
+    def layer(self, model: nn.Module, path: str) -> Layer:
+        """The layer at a path."""
+        return trait_of(model.get_submodule(path), HeadedAttention) or layer_at(model, path, FeedForward)
+
+    def reason_to_skip(self, path: str, layer: Layer) -> str:
+        """Why a layer is left alone, if it is."""
+        if reason := excluded_by(path, self.exclude):
+            return reason
+        if isinstance(layer, FeedForward) and layer.hidden % self.groups:
+            return f"its {layer.hidden} hidden units do not fall into {self.groups} groups"
+        return ""
+
+    def units(self, layer: Layer) -> int:
+        """How many units a layer has."""
+        return layer.heads if isinstance(layer, HeadedAttention) else self.groups
+
+    def schedule(self) -> tuple[float, ...]:
+        """The timesteps."""
+        return self.timesteps or tuple(float(t) for t in np.linspace(999, 0, self.steps).round())
+
+    def calls(self, context: Context) -> list[Inputs]:
+        """For each timestep, the calibration rows that were drawn nearest to it, given that timestep."""
+        for call in context.calibration:
+            if self.input not in call:
+                raise unknown("input", self.input, call)
+            if call[self.input].ndim != 1:
+                raise ToolchainError(
+                    f"input {self.input!r} has shape {tuple(call[self.input].shape)}; one a row is needed"
+                )
+        joined = {name: torch.cat([call[name] for call in context.calibration]) for name in context.calibration[0]}
+        calls = []
+        for time in self.schedule():
+            order = (joined[self.input].double() - time).abs().argsort(stable=True)[: self.rows]
+            call = {name: tensor[order] for name, tensor in joined.items()}
+            calls.append({**call, self.input: torch.full_like(call[self.input], time)})
+        return calls
+
+    def scores(
+        self, model: nn.Module, layers: Mapping[str, Layer], context: Context
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """By layer that ran: importance (T, U) of its units, and what one of them costs."""
+        linears = {path: layer.output for path, layer in layers.items()}
+        rows: dict[str, list[Tensor]] = {path: [] for path in layers}
+        costs: dict[str, float] = {}
+        calls = self.calls(context)
+        for done, call in enumerate(calls, start=1):
+            totals: dict[str, Tensor] = {}
+            use = partial(self.add, layers, totals, costs)
+            if self.importance == "taylor":
+                probe(model, linears, replace(context, calibration=[call], say=silent), use, at="input", what="units")
+            else:
+                with torch.no_grad(), evaluating(model), calls_of(linears, at="output") as seen:
+                    model(**call)
+                use(seen, [entry.input for entry in seen])
+            for path, total in totals.items():
+                rows[path].append(total)
+            context.say(done, len(calls), "scoring heads and hidden units")
+        return {path: torch.stack(found) for path, found in rows.items() if found}, costs
+
+    def add(
+        self,
+        layers: Mapping[str, Layer],
+        totals: dict[str, Tensor],
+        costs: dict[str, float],
+        calls: list[Call],
+        gradients: list[Tensor],
+    ) -> None:
+        """Add what one run says about the units of each layer (U,); without gradients these are the inputs again."""
+        for call, gradient in zip(calls, gradients, strict=True):
+            path, layer = call.key, layers[call.key]
+            units = self.units(layer)
+            first = layer.first_column if isinstance(layer, FeedForward) else 0
+            parts = [x.detach()[..., first:].double().unflatten(-1, (units, -1)) for x in (call.input, gradient)]
+            products = (parts[0] * parts[1]).sum(dim=-1).reshape(len(call.input), -1, units).sum(dim=1)  # (B, U)
+            if self.importance == "taylor":
+                score = products.abs().sum(dim=0)
+            else:
+                weights = layer.output.weight.detach()[:, first:].double().unflatten(1, (units, -1))
+                score = products.sum(dim=0).sqrt() * torch.linalg.vector_norm(weights, dim=(0, 2))
+            totals[path] = totals[path] + score if path in totals else score
+            costs[path] = cost_of_unit(layer, units, tokens=call.input[0].numel() // call.input.shape[-1])
+
+    def decide(
+        self, scores: Mapping[str, Tensor], costs: Mapping[str, float]
+    ) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
+        """Masks (T, U) by layer, the stretch of each timestep, and what they amount to."""
+        widths = [score.shape[1] for score in scores.values()]
+        price = np.repeat([costs[path] for path in scores], widths)
+        worth = np.concatenate([score.numpy() for score in scores.values()], axis=1) / price
+        if not np.isfinite(worth).all():
+            raise ToolchainError("the importance of heads or hidden units is not finite")
+        worth = np.array([[float(f"{value:.6g}") for value in row] for row in worth])
+        layers = np.repeat(np.arange(len(scores)), widths)
+        masks = masks_for(worth, price, layers, self.buckets, self.share)
+        table, total = stretches(masks, price, self.buckets)
+        everything = len(worth) * price.sum()
+        facts = {
+            "importance": self.importance,
+            "share_computed": float(f"{total / everything:.6g}"),
+            "share_needed": float(f"{(masks @ price).sum() / everything:.6g}"),
+        }
+        split = np.split(masks, np.cumsum(widths)[:-1], axis=1)
+        return dict(zip(scores, split, strict=True)), table, facts
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """Say nothing."""
+
+
+def cost_of_unit(layer: Layer, units: int, *, tokens: int) -> float:
+    """Multiply-accumulates of one unit for one row: its share of the projections, and of the attention itself.
+
+    Of an attention layer four projections of the output's size are counted, and as many keys as queries.
+    """
+    if isinstance(layer, HeadedAttention):
+        return tokens * (4 * layer.output.weight.numel() / units + 2 * tokens * layer.head_dim)
+    weights = sum(linear.weight.numel() for linear in layer.inputs)
+    read = layer.output.weight.shape[0] * layer.hidden
+    return tokens * (weights + read) / units

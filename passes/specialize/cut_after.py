@@ -1,0 +1,122 @@
+"""End a model's stack of blocks early: an encoder whose hidden states are read before its last block needs no more.
+
+Ours. ``layer`` counts as ``hidden_states`` of transformers does: entry k is what block k gives, counted from 1, and
+entry 0 what goes into the first; the norm after the last block is not in them. Heads after the stack (a pooler) stay
+and read the earlier state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from passes.contract import Context, Pass, Plan
+from passes.surgery import share
+from passes.traits import BlockStack, layer_at, layers_of
+from toolchain.errors import ToolchainError, unknown
+
+
+class CutAfter(Pass):
+    """Leave out every block after the one whose result is used."""
+
+    by_layer: ClassVar[bool] = False
+
+    layer: int = Field(default=-2, description="last state used, as an index of hidden_states; -2 is one block early")
+    final_norm: Literal["keep", "drop"] = Field(
+        default="drop", description="the norm after the stack; hidden_states[layer] is before it"
+    )
+    stack: str = Field(default="", description="module path of the stack; needed where there are several")
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Find the stack, the blocks to leave out, and the norm after it.
+
+        Raises ``ToolchainError`` for no stack or several without a name, a layer that the stack has not or that needs
+        no block at all, and where there is no call to find the norm with.
+        """
+        path, found = self.find(model)
+        count = len(found.blocks)
+        kept = self.layer if self.layer >= 0 else count + 1 + self.layer
+        if not 1 <= kept <= count:
+            raise ToolchainError(f"layer is {self.layer}; the stack has blocks 1 to {count}", where=path)
+        if needed := [i for i in found.fixed if i >= kept]:
+            raise ToolchainError(f"block {needed[0] + 1} must stay: {found.fixed[needed[0]]}", where=path)
+        if kept == count and self.final_norm == "keep":
+            return Plan(choice={}, skipped={path: f"state {self.layer} is what its last block gives"})
+        choice: dict[str, object] = {path: {"kept": kept, "of": count}}
+        if self.final_norm == "drop" and (norm := norm_after(model, found, context)):
+            choice[norm] = {"dropped": True}
+        return Plan(choice=choice, facts={"final_norm": self.final_norm})
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Cut, in place. Raises ``ToolchainError`` when the stack has not the blocks of the plan."""
+        for path, entry in plan.choice.items():
+            if "dropped" in entry:
+                model.set_submodule(path, nn.Identity())
+                continue
+            found = layer_at(model, path, BlockStack)
+            if len(found.blocks) != entry["of"]:
+                raise ToolchainError(
+                    f"the plan is for a stack of {entry['of']} blocks; this one has {len(found.blocks)}", where=path
+                )
+            found.keep_blocks(range(entry["kept"]))
+        return model
+
+    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+        """The original, cut: what is compared is what other steps and engines add to that."""
+        return self.rewrite(share(original), plan)
+
+    def find(self, model: nn.Module) -> tuple[str, BlockStack]:
+        """The stack that is meant, and its path."""
+        stacks = dict(layers_of(model, BlockStack))
+        if self.stack:
+            if self.stack not in stacks:
+                raise unknown("stack of blocks", self.stack, stacks)
+            return self.stack, stacks[self.stack]
+        if len(stacks) != 1:
+            listed = ", ".join(stacks) or "none that a family knows"
+            raise ToolchainError(f"which stack is to be cut? There are {len(stacks)}: {listed}", help="name it: stack")
+        return next(iter(stacks.items()))
+
+
+def norm_after(model: nn.Module, stack: BlockStack, context: Context) -> str:
+    """Path of the norm that reads what the last block gives, seen from one call; empty where none does."""
+    example = next(iter(context.calibration), context.example)
+    if not example:
+        raise ToolchainError("final_norm = 'drop' follows one call of the model and got none")
+    with torch.no_grad(), watching(model, stack) as norms:
+        model(**example)
+    return norms[0] if norms else ""
+
+
+@contextmanager
+def watching(model: nn.Module, stack: BlockStack) -> Iterator[list[str]]:
+    """Paths of norms outside the stack, in the order in which they read the last block's result."""
+    given: list[Tensor] = []
+    norms: list[str] = []
+
+    def last(module: nn.Module, args: Any, result: Any) -> None:
+        del module, args
+        given[:] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+    def look(path: str, args: tuple[Any, ...]) -> None:
+        if any(arg is tensor for arg in args for tensor in given):
+            norms.append(path)
+
+    inside = {module for block in stack.blocks for module in block.modules()}
+    hooks = [stack.blocks[-1].register_forward_hook(last)]
+    hooks += [
+        module.register_forward_pre_hook(lambda _, args, path=path: look(path, args))
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and module not in inside
+    ]
+    try:
+        yield norms
+    finally:
+        for hook in hooks:
+            hook.remove()

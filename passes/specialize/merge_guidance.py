@@ -1,0 +1,125 @@
+"""Classifier-free guidance in one call: both rows of each sample run in one batch, and are combined inside.
+
+Source: Ho and Salimans 2022, arXiv:2207.12598, equation 6, written as e = e_u + w (e_c - e_u) with w = 1 + their w.
+Departures: none for one output; where a model predicts a variance too, ``channels`` says how many leading channels are
+guided, and the rest is that of the row with the condition.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from passes.contract import Context, Json, NewInput, Pass, Plan
+from passes.surgery import share
+from toolchain.errors import ToolchainError, unknown
+
+SCALE = "guidance_scale"
+
+
+class MergeGuidance(Pass):
+    """Double the batch inside, with the condition and without, and give e_u + w (e_c - e_u)."""
+
+    by_layer: ClassVar[bool] = False
+    not_after: ClassVar[tuple[str, ...]] = ("merge_guidance", "perturb_heads")
+
+    condition: str = Field(default="y", description="input that carries the condition")
+    none: Any = Field(default=None, description="its value for no condition: a number, or lists of what a row has")
+    scale: float = Field(default=4.0, description="w; what the input guidance_scale is where a call leaves it out")
+    fixed: bool = Field(default=False, description="bake the scale in, instead of an input guidance_scale (batch)")
+    channels: int | None = Field(
+        default=None, ge=1, description="leading channels of the output that are guided; left out: all"
+    )
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Check what was asked. Raises ``ToolchainError`` for an unknown condition or a value that does not fit it."""
+        del model
+        example = next(iter(context.calibration), context.example)
+        if not example:
+            raise ToolchainError(f"{self.name()} looks at one call of the model and got none")
+        if self.condition not in example:
+            raise unknown("input", self.condition, example)
+        if self.none is None:
+            raise ToolchainError(
+                f"{self.name()} needs none: what {self.condition} is when there is no condition",
+                help="for class labels often the number of classes",
+            )
+        try:
+            torch.tensor(self.none, dtype=torch.float64).expand(example[self.condition].shape[1:])
+        except (RuntimeError, TypeError, ValueError) as cause:
+            shape = tuple(example[self.condition].shape[1:])
+            raise ToolchainError(f"none is {self.none!r}, which is no row of {self.condition}, {shape}") from cause
+        return Plan(choice={"": {"condition": self.condition, "none": self.none, "channels": self.channels}})
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Let each call run both rows at once; paths of modules stay as they were."""
+        return guided(model, plan.choice[""], self.scale, fixed=self.fixed, at_once=True)
+
+    def new_inputs(self, plan: Plan) -> tuple[NewInput, ...]:
+        """The scale, if it is not baked in."""
+        return () if self.fixed else (NewInput(name=SCALE, default=self.scale),)
+
+    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+        """Two calls of the original."""
+        return guided(share(original), plan.choice[""], self.scale, fixed=self.fixed, at_once=False)
+
+
+def guided(model: nn.Module, how: Json, scale: float, *, fixed: bool, at_once: bool) -> nn.Module:
+    """Let a model guide its own output, in place."""
+    object.__setattr__(model, "guidance", {**how, "scale": scale, "at_once": at_once})
+    own: Any = type(model)
+    model.__class__ = guiding(own, fixed)
+    return model
+
+
+@cache
+def guiding(base: type[Any], fixed: bool) -> type[nn.Module]:
+    """A class like ``base`` that is called with a scale too, and all by name."""
+
+    def forward(self: Any, **inputs: Any) -> Any:
+        given = inputs.pop(SCALE, None)
+        how = self.guidance
+        scale = how["scale"] if given is None else given
+        condition: Tensor = inputs[how["condition"]]
+        none = torch.tensor(how["none"], dtype=condition.dtype, device=condition.device).expand_as(condition)
+        if not how["at_once"]:
+            with_it = base.forward(self, **inputs)
+            without = base.forward(self, **{**inputs, how["condition"]: none})
+            return combined(with_it, without, scale, how["channels"])
+        twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        twice[how["condition"]] = torch.cat([condition, none])
+        leaves, form = pytree.tree_flatten(base.forward(self, **twice))
+        halves = [leaf.chunk(2) for leaf in leaves]
+        with_it, without = (pytree.tree_unflatten([half[i] for half in halves], form) for i in (0, 1))
+        return combined(with_it, without, scale, how["channels"])
+
+    signature = inspect.signature(base.forward)
+    parameters = [
+        each.replace(kind=each.KEYWORD_ONLY) if each.kind is each.POSITIONAL_OR_KEYWORD and i else each
+        for i, each in enumerate(signature.parameters.values())
+    ]
+    if not fixed:
+        end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        new = inspect.Parameter(SCALE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
+        parameters.insert(end, new)
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+
+
+def combined(with_it: Any, without: Any, scale: Tensor | float, channels: int | None) -> Any:
+    """e_u + w (e_c - e_u) of the first tensor that a model gives, or of its leading channels; the rest is e_c's."""
+    leaves, form = pytree.tree_flatten(with_it)
+    e, none = leaves[0], pytree.tree_flatten(without)[0][0]
+    w = scale.to(e.dtype).view(-1, *[1] * (e.ndim - 1)) if isinstance(scale, Tensor) else scale
+    if channels is None or channels >= e.shape[1]:
+        moved = none + w * (e - none)
+    else:
+        head, plain = e[:, :channels], none[:, :channels]
+        moved = torch.cat([plain + w * (head - plain), e[:, channels:]], dim=1)
+    return pytree.tree_unflatten([moved, *leaves[1:]], form)

@@ -1,0 +1,149 @@
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from passes.contract import Context
+from passes.dynamic.buckets import masks_for, stretches
+from passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
+from tests.engines import built, exported, in_onnxruntime
+from tests.passes.conftest import SUBJECTS
+from toolchain.errors import ToolchainError
+
+TIMES = {"reference_dit": "t", "diffusers_dit_sdpa": "timestep"}
+
+
+def sliced(subject, input="t", **parameters):
+    step = SliceWidthByTimestep(**{"input": input, "steps": 8, "importance": "activation", **parameters})
+    return step, step.apply(subject.copy(), Context(calibration=[subject.inputs], example=subject.inputs))
+
+
+def masked(step, subject, plan):
+    """The form that saves nothing: one network with all units, silent where the masks say so."""
+    choice = {path: {"of": entry["of"], "kept": [list(range(entry["of"]))]} for path, entry in plan.choice.items()}
+    whole = replace(plan, choice=choice, facts={**plan.facts, "table": [0] * len(plan.facts["table"])})
+    return step.rewrite(subject.copy(), whole)
+
+
+@pytest.mark.parametrize("importance", ["activation", "taylor"])
+@pytest.mark.parametrize("name", TIMES)
+def test_cut_networks_are_the_masked_one_at_every_timestep(name, importance):
+    subject, time = SUBJECTS[name](), TIMES[name]
+    step, result = sliced(subject, time, importance=importance)
+    reference = masked(step, subject, result.plan)
+    full = 0
+    for t in result.plan.facts["timesteps"]:
+        subject.inputs[time] = torch.full((2,), t)
+        wanted = subject.output(reference)
+        torch.testing.assert_close(subject.output(result.model), wanted, atol=1e-5, rtol=0)
+        full = max(full, (wanted - subject.output(subject.model)).abs().max())
+    assert full > 1e-2
+    subject.inputs[time] = torch.tensor([999.0, 0.0])  # rows of two networks
+    torch.testing.assert_close(subject.output(result.model), subject.output(reference), atol=1e-5, rtol=0)
+    assert len({*result.plan.facts["table"]}) == 3
+
+
+def test_a_mask_is_silence_before_the_projection(dit):
+    """By hand: zero columns of the untouched model at one timestep."""
+    _, result = sliced(dit)
+    number = 3
+    dit.inputs["t"] = torch.full((2,), result.plan.facts["timesteps"][number])
+    model = dit.copy()
+    for path in result.plan.choice:
+        mask = result.plan.arrays[f"{path}.mask"][number].bool()
+        layer = model.get_submodule(path)
+        output = layer.proj if path.endswith("attn") else layer.fc2
+        with torch.no_grad():
+            output.weight.unflatten(1, (len(mask), -1))[:, ~mask] = 0
+    torch.testing.assert_close(dit.output(result.model), dit.output(model), atol=1e-5, rtol=0)
+
+
+def test_what_is_computed_keeps_to_the_share(dit):
+    for share in (0.9, 0.5):
+        _, result = sliced(dit, share=share)
+        assert result.plan.facts["share_needed"] <= result.plan.facts["share_computed"] <= share
+    table = torch.tensor(result.plan.facts["table"])
+    for path, entry in result.plan.choice.items():
+        mask = result.plan.arrays[f"{path}.mask"].bool()
+        assert mask.any(dim=1).all()
+        for number, kept in enumerate(entry["kept"]):
+            assert kept == mask[table == number].any(dim=0).nonzero().flatten().tolist()
+    blocks = 2 * 2 * 16 * (12 * 32 * 32 + 2 * 16 * 32)  # rows, layers, tokens
+    assert result.before.macs - result.after.macs == pytest.approx(
+        blocks * (1 - result.plan.facts["share_computed"]), rel=1e-3
+    )
+
+
+def test_a_share_of_all_changes_nothing_and_says_so(dit):
+    _, result = sliced(dit, share=1.0)
+    assert result.changed == ()
+    assert set(result.plan.skipped.values()) == {"all of it is needed at every timestep"}
+    assert result.before == result.after
+
+
+def test_a_cut_network_exports_runs_and_builds(dit, tmp_path):
+    _, result = sliced(dit)
+    variant = result.model.variants[0]
+    inputs = {**dit.inputs, "t": torch.tensor([999.0, 990.0])}
+    path = exported(variant, inputs, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(in_onnxruntime(path, inputs), variant(**inputs), atol=1e-4, rtol=0)
+    assert list(built(path, inputs).iterdir())
+
+
+def test_the_cut_of_the_schedule_is_the_cheapest():
+    rng = np.random.default_rng(0)
+    masks, costs = rng.random((7, 5)) < 0.5, rng.random(5)
+
+    def price(cuts):
+        edges = [0, *cuts, 7]
+        parts = [masks[a:b] for a, b in pairwise(edges)]
+        return sum(len(part) * (part.any(axis=0) @ costs) for part in parts)
+
+    table, total = stretches(masks, costs, 3)
+    assert total == pytest.approx(min(price(cuts) for cuts in combinations(range(1, 7), 2)))
+    assert total == pytest.approx(price([table.index(1), table.index(2)]))
+
+
+def test_each_layer_keeps_its_worthiest_unit_whatever_the_share():
+    worth = np.array([[1.0, 2.0, 9.0, 8.0], [3.0, 2.0, 9.0, 8.0]])
+    masks = masks_for(worth, np.ones(4), np.array([0, 0, 1, 1]), 1, 0.01)
+    assert masks.tolist() == [[False, True, True, False], [True, False, True, False]]
+
+
+# What is left alone, and what a user can mend
+
+
+def test_layers_left_alone_say_why(dit):
+    _, result = sliced(dit, groups=3, exclude=("blocks.0.attn",))
+    assert result.plan.skipped["blocks.0.attn"] == "excluded by 'blocks.0.attn'"
+    assert result.plan.skipped["blocks.0.mlp"] == "its 128 hidden units do not fall into 3 groups"
+    assert result.changed == ("blocks.1.attn",)
+
+
+def test_a_model_without_layers_is_left_alone():
+    plan = SliceWidthByTimestep().plan(nn.Linear(2, 2), Context(calibration=[{"t": torch.zeros(1)}]))
+    assert (plan.choice, plan.skipped) == ({}, {})
+
+
+def test_an_input_that_is_no_timestep_is_quoted(dit):
+    with pytest.raises(ToolchainError, match="no input named 'time'"):
+        sliced(dit, "time")
+    with pytest.raises(ToolchainError, match=r"input 'x' has shape \(2, 4, 8, 8\); one a row is needed"):
+        sliced(dit, "x")
+
+
+def test_a_plan_for_another_model_is_refused(dit):
+    step, result = sliced(dit)
+    cut = result.model.variants[0]
+    with pytest.raises(ToolchainError, match="the plan is for a layer of"):
+        step.rewrite(cut, result.plan)
+
+
+def test_scores_that_are_no_numbers_are_refused(dit):
+    dit.model.blocks[0].attn.proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ToolchainError, match="is not finite"):
+        sliced(dit)

@@ -1,0 +1,88 @@
+"""Artifacts of several engines: a network for each stretch of timesteps, all the way into engines and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import toolchain
+from passes.variants import ByTimestep
+from reports import record
+from toolchain import pipeline
+from toolchain.opened import open_subject
+from toolchain.progress import Progress
+from toolchain.recipe import make
+from toolchain.switching import Switching, Table, table_of
+from validation.inputs import Arrays, draw
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sliced") / "out"
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "steps": [{"pass": "slice_width_by_timestep", "importance": "activation", "steps": 6, "buckets": 2}],
+            "targets": [{"target": "onnxruntime"}, {"target": "pytorch"}],
+            "validation": {"rounds": 3, "calls": 2},
+            "calibration": {"calls": 2},
+        }
+    )
+    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    assert code == 0
+    return out
+
+
+def test_the_artifact_holds_an_engine_for_each_stretch(sliced: Path) -> None:
+    table = json.loads((sliced / "engines.json").read_text())
+    assert table["input"] == "t"
+    assert table["timesteps"] == [999, 799, 599, 400, 200, 0]
+    assert set(table["table"]) == {0, 1}
+    files = json.loads((sliced / "manifest.json").read_text())["files"]
+    assert {"engines.json", "model-0.onnx", "model-1.onnx"} <= files.keys()
+    names = {f"{target}-{number}" for target in ("onnxruntime", "pytorch") for number in (0, 1)}
+    assert {path.name for path in (sliced / "engines").iterdir()} == names
+    step = record.read(sliced / "report.json").steps[0]
+    assert step.macs.after < 0.75 * step.macs.before
+
+
+def test_engines_and_module_agree_for_rows_of_any_timestep(sliced: Path) -> None:
+    opened = open_subject(str(sliced))
+    call = draw(opened.inputs, seed=5, sizes={"batch": 4})
+    call["t"] = np.asarray([0, 999, 250, 700], np.float32)
+    module = toolchain.load_module(sliced)
+    assert isinstance(module, ByTimestep)
+    with torch.no_grad():
+        wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()}).numpy()
+    for name in ("onnxruntime", "pytorch"):
+        found = opened.runners[name](call)["prediction_and_variance"]
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    engine = toolchain.load(sliced, "onnxruntime")
+    np.testing.assert_allclose(engine(**call), wanted, atol=1e-5)
+
+
+def test_rows_go_where_the_table_sends_them_and_come_back_in_order() -> None:
+    table = Table(input="t", timesteps=(10.0, 5.0, 0.0), table=(0, 0, 1))
+    seen: list[list[float]] = []
+
+    def runner(sign: int) -> object:
+        def run(inputs: Arrays) -> Arrays:
+            seen.append(inputs["t"].tolist())
+            return {"y": sign * inputs["x"]}
+
+        return run
+
+    both = Switching([runner(1), runner(-1)], table)  # type: ignore[list-item]
+    found = both({"x": np.arange(4.0), "t": np.asarray([0.0, 9.0, 2.4, 2.6])})
+    assert found["y"].tolist() == [0, 1, -2, 3]
+    assert seen == [[9.0, 2.6], [0.0, 2.4]]
+    assert both({"x": np.ones(1), "t": np.zeros(1)})["y"].tolist() == [-1]
+    assert both.first_non_finite({}) == ""
+
+
+def test_a_single_network_has_no_table() -> None:
+    assert table_of(torch.nn.Linear(1, 1)) is None
