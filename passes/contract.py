@@ -295,7 +295,10 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
     bits: dict[int, Any] = {
         id(part.weight): part.weight_bits for part in model.modules() if hasattr(part, "weight_bits")
     }
-    weights = [*model.parameters(), *(b for b in model.buffers() if b.dtype.itemsize == 1 and b.ndim > 1)]
+    held = [
+        b for name, b in model.named_buffers() if b.dtype.itemsize == 1 and b.ndim > 1 and not name.endswith("scales")
+    ]
+    weights = [*model.parameters(), *held]
     return Cost(
         parameter_count=sum(t.numel() for t in weights),
         macs=None if example is None else macs(model, example),

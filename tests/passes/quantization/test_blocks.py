@@ -67,3 +67,7 @@ def test_a_4_bit_weight_counts_half_a_byte() -> None:
     found = cost(BlockLinear(blocks, "int4", None), None)
     assert found.parameter_count == 64 * 32
     assert found.bytes == 64 * 32 // 2 + 2 * 32 * 4
+    blocks = in_blocks(torch.randn(64, 32), "nvfp4", 16)
+    found = cost(BlockLinear(blocks, "nvfp4", None), None)
+    assert found.parameter_count == 64 * 32, "scales in 8 bits are no weights"
+    assert found.bytes == 64 * 32 // 2 + 4 * 32 + 4
