@@ -1,11 +1,11 @@
-"""Remove the attention heads that matter least, the same share in every layer.
+"""Remove the attention heads that matter least, the same share in every layer or the weakest of all.
 
 Source: Michel et al. 2019, arXiv:1905.10650, section 4.1 and equation 2: a head's importance is the expected size of
 the loss's first-order change when the head is gated off. Departures: ``weight_norm`` scores a head by its columns of
 the output projection, so that no data is needed; ``taylor`` has no labels and takes sums of the model's first output
 under random signs for the loss, whose squared gradient is on average the output's own squared change (a mean square
-of the output would be blind where a layer norm comes last, which fixes it); heads compete within their layer only, so
-the paper's normalization by layer falls away.
+of the output would be blind where a layer norm comes last, which fixes it). With ``scope = "global"`` scores
+are divided by the L2 norm of their layer first, as the paper does.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
+from passes.pruning.probes import PROBES, evaluating, first_floating
 from passes.selection import check_patterns, excluded_by
 from passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
 from toolchain.errors import ToolchainError
 
 Heads = Mapping[str, HeadedAttention]
 Scores = dict[str, list[float]]
-
-PROBES = 4
-"""Random signs drawn for each calibration batch; each costs one backward pass."""
 
 
 class PruneHeads(Pass):
@@ -41,6 +39,9 @@ class PruneHeads(Pass):
         ge=0,
         lt=1,
         description="fraction of heads removed in each layer, rounded to whole heads; one always stays",
+    )
+    scope: Literal["layer", "global"] = Field(
+        default="layer", description="layer takes the share from each; global from all together, the weakest first"
     )
     importance: Literal["weight_norm", "taylor"] = Field(
         default="weight_norm",
@@ -66,7 +67,10 @@ class PruneHeads(Pass):
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
         scores = self.scores(model, layers, context)
         skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in scores}
-        choice = {path: choose(score, self.number_removed(len(score))) for path, score in scores.items()}
+        numbers = self.numbers_removed(scores)
+        choice = {path: choose(score, numbers[path]) for path, score in scores.items() if numbers[path]}
+        stronger = f"its heads are all stronger than those that a share of {self.share} takes elsewhere"
+        skipped |= {path: stronger for path in scores if path not in choice}
         facts: dict[str, object] = {"importance": self.importance, "scores": scores}
         if self.importance == "taylor":
             facts["calibration_batches"] = len(context.calibration)
@@ -87,13 +91,25 @@ class PruneHeads(Pass):
         """Heads to remove of so many: the nearest whole number, halves up, and never all."""
         return min(math.floor(self.share * heads + 0.5), heads - 1)
 
+    def numbers_removed(self, scores: Scores) -> dict[str, int]:
+        """Heads to remove of each layer, whose strongest always stays."""
+        if self.scope == "layer":
+            return {path: self.number_removed(len(score)) for path, score in scores.items()}
+        rivals: list[tuple[float, int, str]] = []
+        for place, (path, score) in enumerate(scores.items()):
+            norm = math.hypot(*score) or 1.0
+            rivals += [(float(f"{value / norm:.6g}"), place, path) for value in sorted(score)[:-1]]
+        total = math.floor(self.share * sum(map(len, scores.values())) + 0.5)
+        losers = [path for _, _, path in sorted(rivals)[:total]]
+        return {path: losers.count(path) for path in scores}
+
     def reason_to_skip(self, path: str, layer: HeadedAttention) -> str | None:
         """Why a layer that can be cut is left alone, if it is."""
         if reason := excluded_by(path, self.exclude):
             return reason
         if layer.heads == 1:
             return "has one head only"
-        if self.number_removed(layer.heads) == 0:
+        if self.share == 0 or (self.scope == "layer" and self.number_removed(layer.heads) == 0):
             return f"a share of {self.share} of its {layer.heads} heads rounds to none"
         return None
 
@@ -213,34 +229,3 @@ def results_of(layers: Heads) -> Iterator[list[tuple[str, Tensor]]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def first_floating(output: object) -> Tensor:
-    """A model's first floating-point output."""
-    tensor = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
-    if tensor is None:
-        raise ToolchainError(f"taylor needs a floating-point output; this model gives a {type(output).__name__}")
-    return tensor
-
-
-def tensors_in(output: object) -> Iterator[Tensor]:
-    """The tensors of an output: itself, or those of a tuple, list or mapping, in order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from tensors_in(tuple(output.values()))
-    elif isinstance(output, (tuple, list)):
-        for part in output:
-            yield from tensors_in(part)

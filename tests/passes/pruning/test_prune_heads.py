@@ -170,6 +170,34 @@ def test_a_share_is_rounded_to_heads_and_one_stays(share, heads, gone):
     assert plan.choice[""]["kept"] == sorted(plan.choice[""]["kept"])
 
 
+def test_global_takes_the_weakest_wherever_they_are():
+    """Two heads of one layer are faint; the other layer is ten times as loud, which counts for nothing."""
+    model = nn.Sequential(SelfAttention(8, 4), SelfAttention(8, 4))
+    for head in (1, 3):
+        scale_head(model[1], head, columns=1e-3)
+    with torch.no_grad():
+        model[1].proj.weight.mul_(10)
+
+    plan = PruneHeads(share=0.25, scope="global").plan(model, Context())
+
+    assert removed(plan) == {"1": [1, 3]}
+    assert plan.skipped == {"0": "its heads are all stronger than those that a share of 0.25 takes elsewhere"}
+
+
+def test_global_leaves_each_layer_its_strongest_head():
+    model = nn.Sequential(SelfAttention(8, 4), SelfAttention(8, 2))
+    plan = PruneHeads(share=0.99, scope="global").plan(model, Context())
+    assert [len(entry["kept"]) for entry in plan.choice.values()] == [1, 1]
+
+
+def test_globally_removed_heads_are_masked_heads(subject):
+    result = PruneHeads(share=0.5, scope="global").apply(subject.copy(), Context())
+    assert sum(len(entry["removed"]) for entry in result.plan.choice.values()) == 4
+    wanted = subject.output(masked(subject, result.plan))
+    torch.testing.assert_close(subject.output(result.model), wanted, atol=1e-5, rtol=0)
+    assert PruneHeads(share=0, scope="global").plan(subject.model, Context()).choice == {}
+
+
 # What a plan says
 
 
