@@ -16,9 +16,6 @@ from passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttenti
 PROCESSORS = {"AttnProcessor", "AttnProcessor2_0"}
 """What computes the attention is not a module: only these two are known to read the layer's own counts."""
 
-PLAIN = ("AttnProcessor", "AttnProcessor2_0")
-"""Processors that answer one tensor of the shape of their first input."""
-
 NORMS = {"group_norm", "spatial_norm", "norm_cross"}
 """Norms of what comes in; they stand before the projections and never see a head."""
 
@@ -55,7 +52,7 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
             head_dim=head_dim,
             counts={"heads": 1, "sliceable_head_dim": 1, "inner_dim": head_dim, "inner_kv_dim": head_dim},
             crossed=bool(layer.is_cross_attention),
-            gives="tensor" if processor in PLAIN and not getattr(layer, "residual_connection", False) else None,
+            gives=None if getattr(layer, "residual_connection", False) else "tensor",
         ),
         whole={"to_out", *NORMS},
     )
