@@ -1,7 +1,7 @@
 """Train what other passes changed until it answers like the original again.
 
 Sources: Dense2MoE, ICCV 2025 (output and feature distillation, weights of features); HASTE, arXiv:2505.16792
-(attention maps, alignment that stops); Hybrid Distillation, arXiv:2306.15876 (several teachers, token relations);
+(attention maps, alignment that stops); Hybrid Distillation, ICLR 2024 (several teachers, token relations);
 Hu et al. 2021, arXiv:2106.09685 (adapters of low rank). Departures: no labels are used, so the output loss stands
 where those papers have their task's; no projectors between student and teacher, so features need a common width;
 the student runs in evaluation mode, so that dropout and batch statistics do not blur what it is compared by.

@@ -75,7 +75,11 @@ class Guide:
         """
         with torch.no_grad(), self.watch() as theirs:
             wanted = floating(self.module(**inputs))
-        bare = output_loss(result, wanted) if scale is None or self.teacher.output else torch.zeros(())
+        bare = (
+            output_loss(result, wanted)
+            if scale is None or self.teacher.output
+            else torch.zeros((), device=result[0].device)
+        )
         if not (align and self.aligns):
             return self.teacher.output * bare, None, bare
         parts: list[Tensor] = []

@@ -1,7 +1,7 @@
 """What a student is trained by: its outputs, features, attention maps and token relations beside a teacher's.
 
 Every loss is zero for a student that equals its teacher. Sources: Dense2MoE, ICCV 2025 (weights of feature losses);
-HASTE, arXiv:2505.16792 (attention maps); Hybrid Distillation, arXiv:2306.15876 (relations, several teachers).
+HASTE, arXiv:2505.16792 (attention maps); Hybrid Distillation, ICLR 2024 (relations, several teachers).
 
 Shapes: B batch, H heads, N tokens, M tokens looked at, D width.
 """

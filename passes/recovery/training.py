@@ -98,7 +98,7 @@ class Training:
         return loss
 
     def stop_when_due(self) -> None:
-        """End the alignment of all but outputs at the step or the angle that was asked for (HASTE, section 3.3)."""
+        """End the alignment of all but outputs at the step or the angle that was asked for (HASTE)."""
         settings, state = self.settings, self.state
         if not self.aligns or state.stopped is not None:
             return
