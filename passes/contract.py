@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,6 +35,16 @@ Json = Any
 Score = Callable[[nn.Module], float]
 
 
+def no_teacher(text: str) -> nn.Module:
+    """Refuse: teachers are loaded by the pipeline."""
+    raise ToolchainError(f"teacher {text!r} cannot be loaded here")
+
+
+def no_calls(text: str) -> list[Inputs]:
+    """Refuse: files are read by a model's input contract, which is not known here."""
+    raise ToolchainError(f"calls of {text!r} cannot be read here")
+
+
 def no_score(text: str) -> Score:
     """Refuse: scores are made from a model's source, which is not known here."""
     raise ToolchainError(f"there is no score {text!r} here")
@@ -52,6 +62,11 @@ class Context:
         score_of: what a parameter ``score`` names, as a function of a model; higher is better.
         say: called with (done, total, text) for progress.
         put: called with each layer that was rewritten; may move its new tensors to disk.
+        draw: (count, seed) -> new calls like those of calibration, which meet neither them nor validation's; None
+            where the model's source cannot make any.
+        calls_in: the calls of a safetensors file with an array for each input.
+        teacher_of: the model that a model string names.
+        folder: where relative paths start.
     """
 
     calibration: Sequence[Inputs] = ()
@@ -61,6 +76,10 @@ class Context:
     score_of: Callable[[str], Score] = lambda text: no_score(text)
     say: Callable[[int, int, str], None] = lambda done, total, text: None
     put: Callable[[nn.Module], None] = lambda layer: None
+    draw: Callable[[int, int], list[Inputs]] | None = None
+    calls_in: Callable[[str], list[Inputs]] = lambda text: no_calls(text)
+    teacher_of: Callable[[str], nn.Module] = lambda text: no_teacher(text)
+    folder: Path = Path()
 
 
 def without(context: Context, names: Sequence[str]) -> Context:
@@ -199,6 +218,10 @@ class Pass(BaseModel, ABC):
     def name(cls) -> str:
         """The file's name."""
         return cls.__module__.rpartition(".")[2]
+
+    def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> Self:
+        """The same pass for a recipe in another folder: its paths and model strings, where it has any, changed."""
+        return self
 
     @abstractmethod
     def plan(self, model: nn.Module, context: Context) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,17 +13,32 @@ from toolchain.recipe import Recipe
 from toolchain.sources.contract import Model
 from validation.inputs import Arrays, Dim, InputSpec
 
-CALIBRATION_SEED, VALIDATION_SEED = 1_000, 2_000
-"""Added to the recipe's seed, so that the two kinds of inputs never meet."""
+CALIBRATION_SEED, VALIDATION_SEED, TRAINING_SEED = 1_000, 2_000, 1_000_000
+"""Added to the recipe's seed, so that the kinds of inputs never meet; training takes one seed after another."""
 
 
 def inputs(recipe: Recipe, model: Model) -> list[Inputs]:
     """Calibration calls as the recipe asks for them."""
     settings = recipe.head.calibration
     if settings.file is not None:
-        calls = from_file(recipe.path(settings.file), model.inputs)[: settings.calls]
-    else:
-        calls = model.batches(settings.calls, recipe.head.seed + CALIBRATION_SEED)
+        return calls_in(recipe.path(settings.file), model.inputs)[: settings.calls]
+    return tensors(model.batches(settings.calls, recipe.head.seed + CALIBRATION_SEED))
+
+
+def drawn_by(recipe: Recipe, model: Model) -> Callable[[int, int], list[Inputs]] | None:
+    """(count, seed) -> new calls like those of calibration; None where those are from a file."""
+    if recipe.head.calibration.file is not None and model.realistic is None:
+        return None
+    return lambda count, seed: tensors(model.batches(count, recipe.head.seed + TRAINING_SEED + seed))
+
+
+def calls_in(path: Path, specs: tuple[InputSpec, ...]) -> list[Inputs]:
+    """The calls of a safetensors file; see ``from_file``."""
+    return tensors(from_file(path, specs))
+
+
+def tensors(calls: list[Arrays]) -> list[Inputs]:
+    """The same calls for PyTorch."""
     return [{name: torch.from_numpy(array) for name, array in call.items()} for call in calls]
 
 

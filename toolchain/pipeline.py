@@ -21,7 +21,7 @@ from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, scoring, sources
+from toolchain import artifact, calibration, environment, scoring, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.measure import judge_gates, measure
@@ -84,6 +84,10 @@ class Run:
             original=self.model.module,
             score_of=lambda text: scoring.score_of(text, self.model, self.recipe),
             say=self.progress.count,
+            draw=calibration.drawn_by(self.recipe, self.model),
+            calls_in=lambda text: calibration.calls_in(self.recipe.path(text), self.model.inputs),
+            teacher_of=lambda text: teachers.teacher_of(text, self.recipe),
+            folder=self.recipe.folder,
             **keep,
         )
 

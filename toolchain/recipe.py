@@ -125,13 +125,17 @@ class Recipe:
                 return path
             return Path(os.path.relpath(self.folder.resolve() / path, folder.resolve())).as_posix()
 
+        def move_model(text: str) -> str:
+            return move(text) if self.path(text).is_dir() else sources.with_path(text, self.folder, move)
+
         changes: dict[str, Any] = {"model": sources.with_path(self.head.model, self.folder, move)}
         if self.head.weights:
             changes["weights"] = move(self.head.weights)
         if self.head.calibration.file:
             file = move(self.head.calibration.file)
             changes["calibration"] = self.head.calibration.model_copy(update={"file": file})
-        return replace(self, head=self.head.model_copy(update=changes), folder=folder)
+        steps = tuple(step.moved(move, move_model) for step in self.steps)
+        return replace(self, head=self.head.model_copy(update=changes), steps=steps, folder=folder)
 
     def as_toml(self, resolved: Mapping[str, Mapping[str, Any]] | None = None) -> str:
         """The recipe with every default spelled out.

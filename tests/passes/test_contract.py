@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
 from passes.graph.module import GraphModule
@@ -20,21 +21,24 @@ from toolchain import catalog, sources
 from toolchain.errors import ToolchainError
 from validation.inputs import draw
 
-PARAMETERS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
+    "distill": {"steps": 2},
     "fix_inputs": {"inputs": {"t": 500.0}},
+    "fold_adapters": {"file": "adapter.safetensors"},
     "merge_guidance": {"condition": "y", "none": 4, "scale": 3.0},
 }
-"""What passes are tried with where no default could fit every model."""
+"""For passes that take too long as they are, or where no default could fit every model."""
 
 
-def example_of(name: str) -> Pass:
-    return catalog.pass_class(name)(**PARAMETERS.get(name, {}))
+def step_of(name: str) -> Pass:
+    return catalog.pass_class(name)(**SETTINGS.get(name, {}))
 
 
 def model_and_context(step: type[Pass], folder: Path) -> tuple[torch.nn.Module, Context]:
     model = sources.load("dit:tiny" if step.works_on == "module" else f"onnx:{mixed(folder / 'm.onnx')}")
     calls = [{k: torch.from_numpy(v) for k, v in draw(model.inputs, seed=i).items()} for i in range(2)]
-    return model.module, Context(calibration=calls, example=calls[0])
+    original = sources.load("dit:tiny", seed=1).module  # of other weights, so that there is something to learn
+    return model.module, Context(calibration=calls, example=calls[0], original=original)
 
 
 def content(module: torch.nn.Module) -> object:
@@ -54,7 +58,7 @@ def places(module: torch.nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp_path: Path) -> None:
-    step = example_of(name)
+    step = step_of(name)
     module, context = model_and_context(type(step), tmp_path)
     before = content(module)
     plan = step.plan(module, context)
@@ -83,7 +87,7 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_a_changed_interface_gives_what_its_reference_gives(name: str, tmp_path: Path) -> None:
-    step = example_of(name)
+    step = step_of(name)
     module, context = model_and_context(type(step), tmp_path)
     plan = step.plan(module, context)
     if step.new_inputs(plan) or step.removed_inputs(plan):
@@ -98,7 +102,7 @@ def test_a_changed_interface_gives_what_its_reference_gives(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_a_rewrite_never_writes_into_the_tensors_it_was_handed(name: str, tmp_path: Path) -> None:
-    step = example_of(name)
+    step = step_of(name)
     module, context = model_and_context(type(step), tmp_path)
     if isinstance(module, GraphModule):
         before = content(module)
@@ -112,7 +116,7 @@ def test_a_rewrite_never_writes_into_the_tensors_it_was_handed(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_layer_by_layer_is_the_same_as_all_at_once_where_a_pass_says_so(name: str, tmp_path: Path) -> None:
-    step = example_of(name)
+    step = step_of(name)
     module, context = model_and_context(type(step), tmp_path)
     if step.works_on == "graph" or not step.by_layer:
         return
@@ -125,7 +129,7 @@ def test_layer_by_layer_is_the_same_as_all_at_once_where_a_pass_says_so(name: st
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_a_pass_refuses_what_it_does_not_work_on(name: str, tmp_path: Path) -> None:
-    step = example_of(name)
+    step = step_of(name)
     kinds = {"module": torch.nn.Linear(2, 2), "graph": sources.load(f"onnx:{mixed(tmp_path / 'm.onnx')}").module}
     del kinds[step.works_on]
     for other in kinds.values():

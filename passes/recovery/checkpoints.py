@@ -1,0 +1,106 @@
+"""How far a training run has come, in one file: a run that was killed goes on and ends where it would have ended.
+
+A safetensors file whose metadata say the step and what the run was started with; it is written under another name
+and then renamed, so that what lies there is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from toolchain.errors import ToolchainError
+
+FILE = "distill.safetensors"
+
+
+@dataclass
+class State:
+    """Where a run is, beside its weights.
+
+    Args:
+        step: steps done.
+        losses: loss of the first step and of the last.
+        cosines: of the gradients of output and alignment, where they were looked at.
+        stopped: the step at which alignment stopped.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    cosines: list[float] = field(default_factory=list)
+    stopped: int | None = None
+
+
+def save(
+    folder: Path,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    settings: str,
+) -> None:
+    """Write weights, the optimizer's state, the random state and ``state``, in place of what was there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+    for number, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
+    tensors["random"] = torch.get_rng_state()
+    partial = folder / f".{FILE}.{os.getpid()}"
+    whole = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, partial, metadata={"state": json.dumps(asdict(state)), "settings": settings})
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(folder / FILE)
+
+
+def load(folder: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: str) -> State:
+    """Go on where ``save`` was last called, or at the beginning where it never was.
+
+    Raises:
+        ToolchainError: what is there was not written by ``save``, or by a run with other settings, model or teacher.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return State()
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as cause:
+        raise ToolchainError(f"{FILE} is not a whole checkpoint: {cause}", where=str(path)) from cause
+    if metadata.get("settings") != settings:
+        raise ToolchainError(
+            f"{FILE} is of another run: {difference(metadata.get('settings', '{}'), settings)}",
+            where=str(path),
+            help="give this run a folder of its own, or delete the file",
+        )
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[f"weight.{name}"])
+    fresh = optimizer.state_dict()
+    optimizer.load_state_dict({"param_groups": fresh["param_groups"], "state": optimizer_state(tensors)})
+    torch.set_rng_state(tensors["random"])
+    return State(**json.loads(metadata["state"]))
+
+
+def difference(old: str, new: str) -> str:
+    """Which settings are not the same, both as JSON."""
+    before, after = json.loads(old), json.loads(new)
+    return ", ".join(key for key in sorted({*before, *after}) if before.get(key) != after.get(key))
+
+
+def optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """What ``save`` kept of the optimizer, by parameter number."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".")
+            state.setdefault(int(number), {})[key] = tensor
+    return state

@@ -1,0 +1,56 @@
+"""The calls that a student is trained on, the same for the same step whenever that step is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from passes.contract import Inputs
+
+AT_ONCE = 16
+"""Steps whose calls are drawn together, because a whole sampling run gives many."""
+
+
+@dataclass
+class Cycled:
+    """Given calls, one after the other and again from the first."""
+
+    calls: Sequence[Inputs]
+    batch: int
+
+    def __call__(self, step: int) -> list[Inputs]:
+        """Calls of a step."""
+        first = step * self.batch
+        return [self.calls[i % len(self.calls)] for i in range(first, first + self.batch)]
+
+
+@dataclass
+class Generated:
+    """Calls drawn anew for each step."""
+
+    draw: Callable[[int, int], list[Inputs]]
+    batch: int
+    held: dict[int, list[Inputs]] = field(default_factory=dict)
+
+    def __call__(self, step: int) -> list[Inputs]:
+        """Calls of a step."""
+        pool, place = divmod(step, AT_ONCE)
+        if pool not in self.held:
+            count = AT_ONCE * self.batch
+            self.held = {pool: self.draw(count, pool * count)}
+        return self.held[pool][place * self.batch : (place + 1) * self.batch]
+
+
+def joined(calls: Sequence[Inputs]) -> list[Inputs]:
+    """As few calls as will do: those whose inputs all have as many rows, and rows of the same shapes, become one."""
+    groups: dict[object, list[Inputs]] = {}
+    for number, call in enumerate(calls):
+        rows = {tensor.shape[0] if tensor.ndim else None for tensor in call.values()}
+        shape = tuple((name, tensor.shape[1:]) for name, tensor in call.items())
+        groups.setdefault(shape if len(rows) == 1 and None not in rows else number, []).append(call)
+    return [
+        {name: torch.cat([call[name] for call in group]) for name in group[0]} if len(group) > 1 else group[0]
+        for group in groups.values()
+    ]

@@ -1,0 +1,52 @@
+"""One device, or several processes that share a step's calls."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from passes.contract import Context
+from passes.recovery.devices import Accelerated, Devices
+from passes.recovery.distill import Distill
+from toolchain.errors import ToolchainError, UnavailableError
+
+CALLS = [{"x": torch.tensor([float(i)])} for i in range(5)]
+
+
+def test_one_device_has_all_calls_and_its_own_gradients() -> None:
+    devices = Devices("cpu")
+    assert [float(call["x"]) for call in devices.own(CALLS)] == [0, 1, 2, 3, 4]
+    assert float(devices.mean([torch.tensor(3.0)])[0]) == 3
+
+
+def test_processes_share_calls_and_average_gradients(monkeypatch) -> None:
+    class Accelerator:
+        """The second of two processes; the first has gradients of 1."""
+
+        device, process_index, num_processes = torch.device("cpu"), 1, 2
+
+        def __init__(self, *, cpu: bool) -> None:
+            assert cpu
+
+        def reduce(self, tensor: torch.Tensor, *, reduction: str) -> torch.Tensor:
+            assert reduction == "mean"
+            return (tensor + 1) / 2
+
+    monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(Accelerator=Accelerator))
+    devices = Accelerated("cpu")
+    assert [float(call["x"]) for call in devices.own(CALLS)] == [1, 3]
+    assert float(devices.mean([torch.tensor(3.0)])[0]) == 2
+    assert devices.number == 1
+
+    context = Context(calibration=[{"input": torch.ones(1, 2)}], original=nn.Linear(2, 2))
+    with pytest.raises(ToolchainError, match="batch is 1; 2 processes need a call each"):
+        Distill(accelerate=True, batch=1).plan(nn.Linear(2, 2), context)
+
+
+def test_accelerate_is_asked_for_by_name_where_it_is_not_installed(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(UnavailableError, match="'accelerate', which could not be imported") as caught:
+        Accelerated("cpu")
+    assert "enginewright[accelerate]" in caught.value.help
