@@ -25,11 +25,12 @@ from torch import nn
 
 from passes.contract import Context, Inputs, cost
 from passes.recovery.distill import Distill
+from passes.surgery import share
 from passes.traits import FeedForward, layers_of
 from targets.pytorch_engine import EagerRunner
 from toolchain import environment
 from toolchain.calibration import VALIDATION_SEED, tensors
-from toolchain.pipeline import Run, share
+from toolchain.pipeline import Run
 from toolchain.progress import Progress
 from toolchain.recipe import make
 from validation.contract import Drawn

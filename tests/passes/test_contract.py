@@ -38,7 +38,10 @@ def model_and_context(step: type[Pass], folder: Path) -> tuple[torch.nn.Module, 
     model = sources.load("dit:tiny" if step.works_on == "module" else f"onnx:{mixed(folder / 'm.onnx')}")
     calls = [{k: torch.from_numpy(v) for k, v in draw(model.inputs, seed=i).items()} for i in range(2)]
     original = sources.load("dit:tiny", seed=1).module  # of other weights, so that there is something to learn
-    return model.module, Context(calibration=calls, example=calls[0], original=original)
+    factors = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(32, 2)}
+    adapter = {f"blocks.0.attn.proj.{half}.weight": tensor for half, tensor in factors.items()}
+    save_file(adapter, folder / "adapter.safetensors")
+    return model.module, Context(calibration=calls, example=calls[0], original=original, folder=folder)
 
 
 def content(module: torch.nn.Module) -> object:
