@@ -214,7 +214,7 @@ class Pass(BaseModel, ABC):
     by_layer: ClassVar[bool] = True
     """Whether rewriting one layer of the plan after the other gives what rewriting all at once gives."""
     not_after: ClassVar[tuple[str, ...]] = ()
-    """Passes that may not stand before this one in a recipe."""
+    """Passes that may not stand before this one in a recipe, as glob patterns of names."""
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -293,7 +294,7 @@ def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
     faults = []
     for i, step in enumerate(steps):
         for earlier in steps[:i]:
-            if earlier.name() in step.not_after:
+            if any(fnmatchcase(earlier.name(), pattern) for pattern in step.not_after):
                 message = f"{step.name()} cannot come after {earlier.name()}"
                 faults.append(ToolchainError(message, where=at(where, f"steps[{i}]"), help="change their order"))
     return faults

@@ -41,7 +41,13 @@ class SliceWidthByTimestep(Pass):
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "slice_width_by_timestep", "fix_inputs", "perturb_heads")
+    not_after: ClassVar[tuple[str, ...]] = (
+        "quantize_*",
+        "search_precision",
+        "slice_width_by_timestep",
+        "fix_inputs",
+        "perturb_heads",
+    )
 
     share: float = Field(
         default=0.5, gt=0, le=1, description="multiply-accumulates of heads and hidden units left, mean over a run"

@@ -38,7 +38,7 @@ class SelectHeads(Pass):
     """Perturb or remove the heads that a score is best with, found by greedy search."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "perturb_heads", "select_heads")
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "perturb_heads", "select_heads")
 
     score: str = Field(default="fidelity", description="what to raise: fidelity, a metric of samples, FILE.py:FUNCTION")
     mode: Literal["perturb", "prune"] = Field(default="perturb", description="what is done to the chosen heads")

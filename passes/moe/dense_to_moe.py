@@ -47,7 +47,7 @@ class DenseToMoe(Pass):
     """Put a mixture of experts, made of its own hidden units, in the place of every feed-forward."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "dense_to_moe")
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "dense_to_moe")
 
     shared: float = Field(
         0.25, gt=0, lt=1, description="share of the hidden units that every token uses; takes the remainder too"

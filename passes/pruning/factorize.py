@@ -33,7 +33,7 @@ DAMPING = 1e-4
 class Factorize(Pass):
     """Give linear layers a lower rank; a layer whose rank would save nothing stays."""
 
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "factorize", "sparsify_2_4")
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "factorize", "sparsify_2_4")
 
     method: Literal["weight", "activation"] = Field(
         "weight", description="what is approximated: the weight, or the layer's output on calibration inputs"

@@ -34,7 +34,10 @@ Gone = dict[str, list[int]]
 class PruneDepth(Pass):
     """Remove the blocks of each stack that matter least; one always stays."""
 
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8",)
+    not_after: ClassVar[tuple[str, ...]] = (
+        "quantize_*",
+        "search_precision",
+    )
 
     share: float = Field(0.25, ge=0, lt=1, description="fraction of each stack's blocks removed, rounded, halves up")
     count: int | None = Field(None, ge=0, description="number of blocks removed from each stack, instead of a share")

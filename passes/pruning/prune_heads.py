@@ -32,7 +32,10 @@ Scores = dict[str, list[float]]
 class PruneHeads(Pass):
     """Remove the weakest heads of every attention layer; the model's own width stays."""
 
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8",)
+    not_after: ClassVar[tuple[str, ...]] = (
+        "quantize_*",
+        "search_precision",
+    )
 
     share: float = Field(
         default=0.25,

@@ -32,7 +32,7 @@ class ConvertDtype(Pass):
     """Convert weights and computation to 16 bits, with a list of layers that stay in fp32."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("convert_dtype",)
+    not_after: ClassVar[tuple[str, ...]] = ("convert_dtype", "quantize_*", "search_precision")
 
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="floating type to compute in")
     headroom: float = Field(2, ge=1, description="a layer stays in fp32 when its values times this would overflow")

@@ -26,7 +26,7 @@ class QuantizeFp8(Pass):
     """Replace linear layers by their 8-bit float form: weights per output channel, activations per tensor."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_fp8",)
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
 
     observer: Literal["max", "percentile"] = Field(
         "max", description="how an activation's scale is chosen: largest value, or a percentile"

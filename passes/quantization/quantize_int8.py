@@ -27,7 +27,7 @@ class QuantizeInt8(Pass):
     """Replace linear layers by their 8-bit form: symmetric, weights per output channel, activations per tensor."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8",)
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
 
     observer: Literal["max", "percentile", "mse"] = Field(
         "max", description="how an activation's scale is chosen: largest value, a percentile, or least squared error"

@@ -31,7 +31,7 @@ class QuantizeSvd(Pass):
     """Split each linear layer into a low-rank branch in floats and a rounded residual."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_svd",)
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
 
     rank: int = Field(32, ge=1, description="singular directions that stay in floats, at most a quarter of all")
     residual: Literal["int4", "int8"] = Field(

@@ -28,7 +28,7 @@ from toolchain.errors import ToolchainError
 class QuantizeWeights(Pass):
     """Replace linear layers by ones whose weights are rounded in blocks."""
 
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_weights",)
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
 
     weights: Weights = Field("int4", description="format of the weights")
     algorithm: Literal["rtn", "awq", "gptq"] = Field(

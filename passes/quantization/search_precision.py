@@ -36,7 +36,7 @@ class SearchPrecision(Pass):
     """Mix precisions layer by layer: least error within a budget, or least cost within an error."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8", "search_precision")
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
 
     candidates: tuple[dict[str, Any], ...] = Field(
         ({"pass": "quantize_int8"},),

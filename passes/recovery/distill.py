@@ -35,7 +35,10 @@ KINDS = ("auto", "generated", "calibration")
 class Distill(Pass):
     """Recover a changed model by distillation from the original; weights change, structure never does."""
 
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_int8",)
+    not_after: ClassVar[tuple[str, ...]] = (
+        "quantize_*",
+        "search_precision",
+    )
 
     steps: int = Field(1000, ge=1, description="updates of the weights")
     batch: int = Field(8, ge=1, description="calls of the model in each step; run as one where the inputs allow")

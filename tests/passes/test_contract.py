@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
 from passes.graph.module import GraphModule
@@ -23,6 +24,7 @@ from validation.inputs import draw
 PARAMETERS: dict[str, dict[str, Any]] = {
     "distill": {"steps": 2},
     "fix_inputs": {"inputs": {"t": 500.0}},
+    "fold_adapters": {"file": "adapter.safetensors"},
     "merge_guidance": {"condition": "y", "none": 4, "scale": 3.0},
 }
 """What passes are tried with where no default could fit every model, or would take too long."""
@@ -36,8 +38,15 @@ def model_and_context(step: type[Pass], folder: Path) -> tuple[torch.nn.Module, 
     model = sources.load("dit:tiny" if step.works_on == "module" else f"onnx:{mixed(folder / 'm.onnx')}")
     calls = [{k: torch.from_numpy(v) for k, v in draw(model.inputs, seed=i).items()} for i in range(2)]
     original = sources.load("dit:tiny", seed=1).module  # of other weights, so that there is something to learn
+    factors = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(32, 2)}
+    adapter = {f"blocks.0.attn.proj.{half}.weight": tensor for half, tensor in factors.items()}
+    save_file(adapter, folder / "adapter.safetensors")
     return model.module, Context(
-        calibration=calls, example=calls[0], original=original, score_of=lambda text: smallness
+        calibration=calls,
+        example=calls[0],
+        original=original,
+        score_of=lambda text: smallness,
+        folder=folder,
     )
 
 
@@ -92,7 +101,7 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_a_changed_interface_gives_what_its_reference_gives(name: str, tmp_path: Path) -> None:
-    step = example_of(name)
+    step = step_of(name)
     module, context = model_and_context(type(step), tmp_path)
     plan = step.plan(module, context)
     if step.new_inputs(plan) or step.removed_inputs(plan):
