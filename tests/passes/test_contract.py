@@ -101,7 +101,7 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_a_changed_interface_gives_what_its_reference_gives(name: str, tmp_path: Path) -> None:
-    step = step_of(name)
+    step = example_of(name)
     module, context = model_and_context(type(step), tmp_path)
     plan = step.plan(module, context)
     if step.new_inputs(plan) or step.removed_inputs(plan):
