@@ -23,6 +23,7 @@ import torch
 FOLDER = Path(__file__).resolve().parent.parent / "results"
 RESULTS, TABLE = FOLDER / "pareto.json", FOLDER / "pareto.md"
 
+AXFORMER = "approximate_by_accuracy:score=reports/benchmarks/keep_forty_percent.py:score"
 COMMON: dict[str, list[str]] = {
     "fp32": [],
     "int8": ["quantize_int8"],
@@ -42,7 +43,11 @@ RECIPES: dict[str, dict[str, list[str]]] = {
         "tokens merged, r = 8, int8": ["merge_tokens:r=8", "quantize_int8"],
         "tokens merged, r = 16": ["merge_tokens:r=16"],
     },
-    "BERT-base": COMMON,
+    "BERT-base": {
+        **COMMON,
+        "AxFormer to 40 %": [AXFORMER],
+        "AxFormer to 40 %, int8": [AXFORMER, "quantize_int8"],
+    },
     "dit:digits": {
         **COMMON,
         "8-bit floats": ["quantize_fp8"],
