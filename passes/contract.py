@@ -94,9 +94,18 @@ def without(context: Context, names: Sequence[str]) -> Context:
     """The same context for a model that lacks these inputs."""
     if not names:
         return context
-    calls = [{k: v for k, v in call.items() if k not in names} for call in context.calibration]
-    example = context.example and {k: v for k, v in context.example.items() if k not in names}
-    return replace(context, calibration=calls, example=example)
+
+    def narrowed(calls: Sequence[Inputs]) -> list[Inputs]:
+        return [{name: tensor for name, tensor in call.items() if name not in names} for call in calls]
+
+    draw, calls_in = context.draw, context.calls_in
+    return replace(
+        context,
+        calibration=narrowed(context.calibration),
+        example=context.example and narrowed([context.example])[0],
+        draw=draw and (lambda count, seed: narrowed(draw(count, seed))),
+        calls_in=lambda text: narrowed(calls_in(text)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

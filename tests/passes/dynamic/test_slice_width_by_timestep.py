@@ -46,10 +46,10 @@ def test_cut_networks_are_the_masked_one_at_every_timestep(name, importance):
     assert len({*result.plan.facts["table"]}) == 3
 
 
-def test_a_mask_is_silence_before_the_projection(dit):
+@pytest.mark.parametrize("number", range(8))
+def test_a_mask_is_silence_before_the_projection(dit, number):
     """By hand: zero columns of the untouched model at one timestep."""
     _, result = sliced(dit)
-    number = 3
     dit.inputs["t"] = torch.full((2,), result.plan.facts["timesteps"][number])
     model = dit.copy()
     for path in result.plan.choice:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context, Plan
+from passes.contract import Context, Plan, without
 from passes.specialize.fix_inputs import FixInputs
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import Subject, bert, diffusers_dit, reference_dit
@@ -150,3 +150,13 @@ def test_what_cannot_be_bound_is_quoted(dit, values, message):
 def test_without_a_call_nothing_can_be_followed(dit):
     with pytest.raises(ToolchainError, match="follows one call of the model and got none"):
         FixInputs(inputs={"t": 1}).plan(dit.model, Context())
+
+
+def test_whatever_makes_calls_leaves_the_fixed_inputs_out(dit):
+    calls = [dit.inputs]
+    makers = {"draw": lambda count, seed: calls, "calls_in": lambda text: calls}
+    context = Context(calibration=calls, example=dit.inputs, **makers)
+    left = without(context, ("t",))
+    for call in (left.calibration[0], left.example, left.draw(1, 0)[0], left.calls_in("file")[0]):
+        assert set(call) == {"x", "y"}
+    assert without(Context(), ("t",)).draw is None
