@@ -72,7 +72,7 @@ class ApproximateByAccuracy(Pass):
             )
         search = Search(model, self.judge(context), context)
         self.search(search, elements)
-        skipped |= {e.path: "the model does worse without any of it" for e in elements if e.path not in search.choice}
+        skipped |= {e.key: "the model does worse without any of it" for e in elements if e.key not in search.choice}
         facts = {"start": search.judge.start, "best": search.judge.best, "trials": search.trials}
         return Plan(choice=search.choice, skipped=skipped, facts=facts)
 
@@ -193,14 +193,14 @@ class Search:
 
     def entry(self, element: Element) -> Entry:
         """What happens to an element so far."""
-        return self.choice.get(element.path, element.entry())
+        return self.choice.get(element.key, element.entry())
 
     def attempt(self, element: Element, change: Mapping[str, Any], what: str) -> str:
         """Judge the model with one more change, and keep it if that is no loss; the verdict.
 
         A layer that cannot be taken out whole is tried in parts.
         """
-        choice = {**self.choice, element.path: {**self.entry(element), **change}}
+        choice = {**self.choice, element.key: {**self.entry(element), **change}}
         log: dict[str, Any] = {"path": element.path, "what": what}
         try:
             candidate = carry_out(share(self.model), choice)

@@ -25,11 +25,18 @@ class Element:
         path: where the model has it.
         kind: a feed-forward, or an attention.
         of: its hidden units, or heads.
+        shares_path: one module is both feed-forward and attention, as Flux's single blocks are.
     """
 
     path: str
     kind: Literal["ffn", "attention"]
     of: int
+    shares_path: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in a plan: the path, and where two layers have the same one, the kind after a colon."""
+        return f"{self.path}:{self.kind}" if self.shares_path else self.path
 
     def entry(self) -> Entry:
         """Nothing happens."""
@@ -44,8 +51,9 @@ class Element:
 def elements_of(model: nn.Module) -> list[Element]:
     """Every element from the last block to the first; in each, feed-forwards before attention layers."""
     blocks = [f"{path}.{i}" for path, stack in layers_of(model, BlockStack) for i in range(len(stack.blocks))]
-    found = [Element(path, "ffn", layer.hidden) for path, layer in layers_of(model, FeedForward)]
-    found += [Element(path, "attention", layer.heads) for path, layer in layers_of(model, HeadedAttention)]
+    ffn, attention = dict(layers_of(model, FeedForward)), dict(layers_of(model, HeadedAttention))
+    found = [Element(path, "ffn", layer.hidden, path in attention) for path, layer in ffn.items()]
+    found += [Element(path, "attention", layer.heads, path in ffn) for path, layer in attention.items()]
     place = {path: number for number, (path, _) in enumerate(model.named_modules())}
 
     def order(element: Element) -> tuple[int, bool, int]:
@@ -58,10 +66,15 @@ def elements_of(model: nn.Module) -> list[Element]:
 def carry_out(model: nn.Module, choice: Mapping[str, Entry]) -> nn.Module:
     """Cut layers, take whole ones out and make attention hard, in place.
 
+    Args:
+        model: changed.
+        choice: by the keys of elements, what happens to each.
+
     Raises:
         ToolchainError: a layer has not the parts that the choice was made for, or cannot be taken out whole.
     """
-    for path, entry in choice.items():
+    for key, entry in choice.items():
+        path = key.partition(":")[0]
         found = layer_of(model, path, entry["kind"])
         of = found.hidden if isinstance(found, FeedForward) else found.heads
         if of != entry["of"]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from passes.contract import Context, Plan
 from passes.quantization.reading import read
-from passes.quantization.scales import unusable
+from passes.quantization.scales import calibration_facts, unusable
 from passes.quantization.smoothing import divided, multiplied
 
 NEVER = "never called on the calibration inputs"
@@ -68,7 +68,7 @@ def plan_groups(
             if norm is not None:
                 choice[norm] = {"divided_by": name}
     order = {path: number for number, (path, _) in enumerate(model.named_modules())}
-    facts = {"calibration_calls": len(context.calibration)}
+    facts = calibration_facts(context)
     return Plan(
         choice={path: choice[path] for path in sorted(choice, key=order.__getitem__)},
         skipped=reasons,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from passes.contract import Context
 from passes.quantization.linear import QMAX, QMIN, weight_scales
 
 ROWS = 256
@@ -24,6 +25,21 @@ ROWS_ABOVE, ROWS_GAIN = 0.01, 0.7
 first, and with one for each row below the second times that."""
 
 Observer = Literal["max", "percentile", "mse"]
+
+
+def calibration_facts(context: Context) -> dict[str, Any]:
+    """What calibration was on: calls, and for every input that is one number a sample, such as a timestep, its mix.
+
+    The mix is the number of samples and their 0, 25, 50, 75 and 100 % quantiles.
+    """
+    mixes = {}
+    for name in context.calibration[0] if context.calibration else ():
+        values = [call[name] for call in context.calibration if call[name].ndim == 1]
+        if len(values) == len(context.calibration):
+            every = torch.cat(values).double()
+            quantiles = torch.quantile(every, torch.linspace(0, 1, 5, dtype=torch.float64))
+            mixes[name] = {"samples": len(every), "quantiles": [float(f"{q:.6g}") for q in quantiles]}
+    return {"calibration_calls": len(context.calibration), "calibration_mix": mixes}
 
 
 def some_rows(rows: Tensor) -> Tensor:

@@ -12,7 +12,17 @@ from passes.contract import Context
 from toolchain import catalog
 from toolchain.errors import ToolchainError
 
-REASONS = r"^planned$|meta device|calibration|there is no score|no score '|needs inputs|needs condition|needs adapters"
+REASONS = "|".join(
+    (
+        "^planned$",
+        "meta device",
+        "calibration",
+        "there is no score|no score '",
+        "needs (inputs|condition|adapters|file)",
+        "which stack is to be cut",
+        "one call of the model and got none",
+    )
+)
 """A pass that cannot plan says what it lacks: weights, calibration, a score, or parameters that have no default."""
 
 

@@ -200,11 +200,18 @@ def test_a_layer_that_cannot_go_whole_is_tried_in_parts_and_keeps_the_last():
     model = nn.ModuleDict({"block": FluxSingleTransformerBlock(8, 2, 4, mlp_ratio=4.0)})
     context = scored(lambda model: -float(sum(p.numel() for p in model.parameters())))
     plan = ApproximateByAccuracy(group=16).plan(model, context)
-    whole, *parts = (t for t in plan.facts["trials"] if t["path"] == "block")
-    assert whole["verdict"] == "cannot"
-    assert "shares a projection" in whole["refused"]
-    assert [part["verdict"] for part in parts] == ["kept"]
-    assert plan.choice["block"]["removed"] == list(range(16))
+    trials = [t for t in plan.facts["trials"] if t["path"] == "block"]
+    assert [(t["what"], t["verdict"]) for t in trials] == [
+        ("whole", "cannot"),
+        ("0-15", "kept"),
+        ("whole", "cannot"),
+        ("0-0", "kept"),
+    ]
+    assert "shares a projection" in trials[0]["refused"]
+    assert plan.choice["block:ffn"]["removed"] == list(range(16))
+    assert plan.choice["block:attention"]["removed"] == [0]
+    cut = ApproximateByAccuracy(group=16).rewrite(model, plan)["block"]
+    assert (cut.proj_mlp.out_features, cut.proj_out.in_features) == (16, 4 + 16)
 
 
 # What a plan says

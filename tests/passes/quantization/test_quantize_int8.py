@@ -177,3 +177,12 @@ def test_bytes_with_one_scale_are_those_of_the_operator_and_rows_use_their_whole
     q, step, zero = as_bytes(x, by_row=True)
     assert q.tolist() == [[0, 96, 255], [0, 102, 255]]
     torch.testing.assert_close((q - zero) * step, x, atol=0.01, rtol=0)
+
+
+def test_the_plan_tells_the_mix_of_timesteps_that_it_was_calibrated_on(dit):
+    calls = [{**dit.inputs, "t": torch.tensor([10, 20])}, {**dit.inputs, "t": torch.tensor([30, 900])}]
+    plan = QuantizeInt8(smallest=0).plan(dit.model, Context(calibration=calls, example=calls[0]))
+
+    assert plan.facts["calibration_calls"] == 2
+    assert plan.facts["calibration_mix"]["t"] == {"samples": 4, "quantiles": [10.0, 17.5, 25.0, 247.5, 900.0]}
+    assert "x" not in plan.facts["calibration_mix"]
