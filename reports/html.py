@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reports import curve_plot, latency_plot, summary, words
+from reports import curve_plot, latency_plot, pictures, summary, words
 from reports.record import Report
 
 
@@ -19,6 +19,6 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(words=words, summary=summary, curve_plot=curve_plot)
+    environment.globals.update(words=words, summary=summary, curve_plot=curve_plot, token_map=pictures.token_map_png)
     template = environment.get_template("report.html.j2")
     return template.render(report=report, plot=latency_plot.plot(report.targets))

@@ -9,6 +9,8 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
+from reports.record import TokenMap
+
 
 def png_grid(pictures: npt.NDArray[np.generic], *, columns: int = 10) -> str:
     """Pictures (n, C, H, W) in [-1, 1], C 1 or 3, side by side in rows -> PNG as base64."""
@@ -20,6 +22,19 @@ def png_grid(pictures: npt.NDArray[np.generic], *, columns: int = 10) -> str:
     sheet[:n] = pixels
     grid = sheet.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     return base64.b64encode(png(grid.reshape(rows * height, columns * width, channels))).decode()
+
+
+def token_map_png(tokens: TokenMap) -> str:
+    """Which tokens stayed, a pixel each, as base64: the input's picture on the left if there is one.
+
+    On the right, white passed every border and black none.
+    """
+    left = np.array(tokens.left)[..., None].repeat(3, axis=-1)
+    parts = [(left * 255 / tokens.borders).round().astype(np.uint8)]
+    if tokens.picture:
+        gap = np.full((len(left), 1, 3), 127, np.uint8)
+        parts = [np.array(tokens.picture, np.uint8), gap, *parts]
+    return base64.b64encode(png(np.concatenate(parts, axis=1))).decode()
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:

@@ -46,6 +46,14 @@ class Curve(Part):
     chosen: tuple[float, float]
 
 
+class TokenMap(Part):
+    """Which tokens of one input stayed: for each, how many of the borders it passed, and the input's picture."""
+
+    left: list[list[int]]
+    borders: int
+    picture: list[list[tuple[int, int, int]]] = []
+
+
 class Step(Part):
     """What one step of the recipe did."""
 
@@ -60,6 +68,7 @@ class Step(Part):
     seconds: float
     notes: list[str] = []
     curve: Curve | None = None
+    maps: list[TokenMap] = []
 
 
 class Fidelity(Part):

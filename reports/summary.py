@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from reports import words
-from reports.record import Report, Step, TargetRecord
+from reports.record import Report, Step, TargetRecord, TokenMap
 
 
 def headline(report: Report) -> str:
@@ -83,6 +83,12 @@ def why_not_measured(report: Report, target: TargetRecord) -> str:
 def skip_reasons(step: Step) -> list[tuple[str, int]]:
     """Each reason for leaving a layer alone and how many layers it held for, the most common first."""
     return Counter(skip.reason for skip in step.skipped).most_common()
+
+
+def tokens_left(tokens: TokenMap) -> str:
+    """How many tokens of an input passed every border."""
+    left = [passed for row in tokens.left for passed in row]
+    return f"{sum(passed == tokens.borders for passed in left)} of {len(left)} stay"
 
 
 def warnings(report: Report) -> list[tuple[str, str]]:

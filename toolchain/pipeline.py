@@ -348,6 +348,7 @@ def step_record(step: Pass, result: Result, seconds: float) -> record.Step:
         seconds=round(seconds, 3),
         notes=list(result.plan.facts.get("notes", [])),
         curve=result.plan.facts.get("curve"),
+        maps=result.plan.facts.get("maps", []),
     )
 
 

@@ -16,9 +16,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
+from passes.surgery import share
 from passes.tokens.dropping import DropStep, PolicyStep, whole
 from passes.tokens.fitting import fitted
 from passes.tokens.interpreter import interpreter
+from passes.tokens.maps import token_maps
 from passes.tokens.running import SHORTENS, Found, Step, refuse_lost_tokens, replace_stacks, token_stacks
 from passes.traits import TokenStack
 from toolchain.errors import ToolchainError
@@ -60,6 +62,8 @@ class PruneTokens(Pass):
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """How many stay at each border; for ``policy`` also the interpreters' start, fitted to the calibration inputs.
 
+        The facts show which tokens of a few inputs stay (``maps``, passes/tokens/maps.py).
+
         Raises ``ToolchainError`` for borders that a stack does not have, counts that do not fit them, and parameters
         that need another method or inputs that are not there.
         """
@@ -80,7 +84,11 @@ class PruneTokens(Pass):
                     entries[border] = {"count": count}
                 arrays |= learned
             choice |= {found.block(border): entry for border, entry in entries.items()}
-        return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
+        plan = Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
+        if choice and len(stacks) == 1:
+            pruned = self.rewrite(share(model), plan)
+            facts["maps"] = token_maps(pruned, context, leading=stacks[0].stack.leading)
+        return plan
 
     def refuse(self, context: Context) -> None:
         """Parameters that do not go together."""

@@ -19,6 +19,7 @@ from reports.record import (
     Skip,
     Step,
     TargetRecord,
+    TokenMap,
 )
 
 HOSTILE_PATH = 'blocks.0.<script src="http://evil.example/x.js">alert("1")</script>'
@@ -108,6 +109,7 @@ def _quantize() -> Step:
             points=[(0.26, 0.04), (0.5, 0.01), (0.75, 0.004), (1.0, 0.0)],
             chosen=(0.5, 0.011),
         ),
+        maps=[TokenMap(left=[[0, 1], [2, 2]], borders=2), TokenMap(left=[[2, 2], [0, 0]], borders=2)],
     )
 
 

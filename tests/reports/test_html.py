@@ -52,6 +52,12 @@ def test_a_trade_off_is_drawn_with_the_choice_in_it(report: Report, page: Page) 
     assert curve.x in page.text
 
 
+def test_token_maps_are_pictures_with_their_counts_in_words(page: Page) -> None:
+    maps = [dict(attributes) for tag, attributes in page.tags if tag == "img" and "Tokens" in str(attributes["alt"])]
+    assert [str(picture["alt"]).partition(": ")[2] for picture in maps] == ["2 of 4 stay", "2 of 4 stay"]
+    assert all(str(picture["src"]).startswith("data:image/png;base64,") for picture in maps)
+
+
 def test_hostile_text_is_text(page: Page) -> None:
     assert HOSTILE_PATH in page.text
     assert not any(tag == "script" for tag, _ in page.tags)

@@ -7,7 +7,8 @@ import zlib
 import numpy as np
 import pytest
 
-from reports.pictures import png, png_grid
+from reports.pictures import png, png_grid, token_map_png
+from reports.record import TokenMap
 
 
 def pixels_of(file: bytes) -> np.ndarray:
@@ -39,3 +40,12 @@ def test_pictures_stand_side_by_side_and_missing_ones_are_black() -> None:
     pictures = np.stack([np.full((1, 2, 2), value) for value in (-1.0, 0.0, 1.0)])
     grid = pixels_of(base64.b64decode(png_grid(pictures, columns=2)))[..., 0]
     assert grid.tolist() == [[0, 0, 128, 128], [0, 0, 128, 128], [255, 255, 0, 0], [255, 255, 0, 0]]
+
+
+def test_a_token_map_is_white_where_tokens_stay_to_the_end_beside_the_picture() -> None:
+    picture = [[(255, 0, 0), (0, 0, 0)], [(0, 0, 0), (0, 0, 255)]]
+    pixels = pixels_of(base64.b64decode(token_map_png(TokenMap(left=[[0, 1], [2, 2]], borders=2, picture=picture))))
+    assert pixels[:, :2].tolist() == [[list(pixel) for pixel in row] for row in picture]
+    assert pixels[:, 3:, 0].tolist() == [[0, 128], [255, 255]]
+    alone = pixels_of(base64.b64decode(token_map_png(TokenMap(left=[[1, 0, 1]], borders=1))))
+    assert alone[..., 0].tolist() == [[255, 0, 255]]
