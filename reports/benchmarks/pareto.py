@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from toolchain import environment
+
 FOLDER = Path(__file__).resolve().parent.parent / "results"
 RESULTS, TABLE = FOLDER / "pareto.json", FOLDER / "pareto.md"
 
@@ -111,9 +113,12 @@ def unbeaten(rows: dict[str, dict[str, Any]]) -> set[str]:
 def table(found: dict[str, Any]) -> str:
     """The figures as Markdown."""
     parts = ["# What each recipe costs and buys\n", " ".join((__doc__ or "").split("\n\n")[2].split()) + "\n"]
-    for model, rows in found.items():
+    for model, about in found.items():
+        rows, machine = about["rows"], about["environment"]
         best = unbeaten(rows)
-        parts.append(f"## {model}\n\n| | Recipe | MB | GMACs | Time, PyTorch = 1 | Relative L2 | Cosine | Judged |")
+        where = f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['instructions'])}"
+        parts.append(f"## {model}\n\nOn {where}.\n")
+        parts.append("| | Recipe | MB | GMACs | Time, PyTorch = 1 | Relative L2 | Cosine | Judged |")
         parts.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for name, row in rows.items():
             if "failed" in row:
@@ -146,7 +151,9 @@ def main() -> None:
                 row = measured(model, steps, Path(temporary) / str(number))
                 print(name, recipe, json.dumps(row), flush=True)
                 known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-                known.setdefault(name, {})[recipe] = row
+                about = known.setdefault(name, {"rows": {}})
+                about |= {"environment": environment.describe(), "versions": environment.versions()}
+                about["rows"][recipe] = row
                 RESULTS.write_text(json.dumps(known, indent=2) + "\n")
                 TABLE.write_text(table(known))
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import toolchain
+from toolchain import environment
 from toolchain.opened import open_subject
 from validation.inputs import draw
 from validation.latency import summarise, time_interleaved
@@ -145,7 +146,13 @@ def main() -> None:
             }
             for name, path in artifacts.items()
         }
-    found = {"sentences": len(sentences), "threads": len(os.sched_getaffinity(0)), "engines": engines}
+    found = {
+        "environment": environment.describe(),
+        "versions": environment.versions(),
+        "sentences": len(sentences),
+        "threads": len(os.sched_getaffinity(0)),
+        "engines": engines,
+    }
     RESULTS.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 
