@@ -16,6 +16,7 @@ the even load: ``computed_share`` in the facts says what is computed, ``active_s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,6 +40,9 @@ from passes.pruning.prune_width import finite, refuse_meta, unknown_layers
 from passes.selection import check_patterns, excluded_by
 from passes.traits import FeedForward, layer_at, layers_of
 from toolchain.errors import ToolchainError
+
+HELD_OUT = 8
+"""Most calls on which overflow is measured anew."""
 
 Routers = dict[str, tuple[Tensor, Tensor]]
 
@@ -80,6 +84,13 @@ class DenseToMoe(Pass):
         le=16,
         description="for form=capacity: slots of an expert over those that the calibration inputs need",
     )
+    max_overflow: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="for form=capacity: end in an error where a layer drops a larger share of choices on calls that "
+        "calibration did not meet (on those it met, where no other can be made)",
+    )
     exclude: tuple[str, ...] = Field((), description="glob patterns of layer paths left alone")
 
     @field_validator("top_k")
@@ -93,7 +104,8 @@ class DenseToMoe(Pass):
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Deal the units, start the routers, and count the loads; facts give loads and overflow of each layer.
 
-        Raises ``ToolchainError`` for weights without values and for an ``exclude`` pattern that matches no layer.
+        Raises ``ToolchainError`` for weights without values, for an ``exclude`` pattern that matches no layer and for
+        more overflow than ``max_overflow``.
         """
         layers = dict(layers_of(model, FeedForward))
         skipped = unknown_layers(model, layers)
@@ -121,13 +133,35 @@ class DenseToMoe(Pass):
             for path, layer in layers.items()
         }
         facts = {path: self.facts(entry, loads[path]) for path, entry in choice.items()}
+        notes = []
+        if self.form == "capacity" and self.top_k and layers:
+            later = loads
+            if context.draw:
+                fresh = context.draw(min(len(context.calibration), HELD_OUT), context.seed)
+                other = replace(context, calibration=fresh)
+                later = measure_loads(model, layers, groups, routers, other, top_k=self.top_k, gate=self.gate)
+            notes.append(self.overflow_note(choice, later, fresh=later is not loads))
         arrays = {f"{path}.router.{name}": tensor for path in layers for name, tensor in named(routers[path])}
         return Plan(
             choice=choice,
             skipped=skipped,
-            facts={"calibration_calls": len(context.calibration), "layers": facts},
+            facts={"calibration_calls": len(context.calibration), "layers": facts, "notes": notes},
             arrays=arrays,
         )
+
+    def overflow_note(self, choice: dict[str, Any], loads: dict[str, Loads], *, fresh: bool) -> str:
+        """The largest share of choices that a layer drops. Raises ``ToolchainError`` where it is above the limit."""
+        shares = {path: loads[path].overflow(entry["capacity"]) for path, entry in choice.items()}
+        worst = max(shares, key=lambda path: shares[path])
+        where = "calls that calibration did not meet" if fresh else "the calibration calls, for want of others"
+        note = f"at most {shares[worst]:.2%} of a layer's choices of experts find no slot on {where} ({worst})"
+        if shares[worst] > self.max_overflow:
+            raise ToolchainError(
+                f"{note}; max_overflow is {self.max_overflow:.2%}",
+                where=worst,
+                help="raise headroom, lower drop, or calibrate on more calls",
+            )
+        return note
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Put the experts in, in this pass's form; all else is the plan's.

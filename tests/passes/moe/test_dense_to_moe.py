@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,6 +155,33 @@ def test_a_share_of_drops_buys_fewer_slots_and_is_reported(dit):
     loads.add(torch.tensor([[[0]] * 30 + [[1]] * 10]), 2)
     assert (loads.capacity(drop=0, headroom=1), loads.capacity(drop=0.25, headroom=1)) == (32, 24)
     assert loads.overflow(24) == 6 / 40
+
+
+def test_overflow_is_told_of_calls_that_calibration_did_not_meet_and_can_be_limited(dit):
+    met = context(dit)
+    told = DenseToMoe().plan(dit.model, met).facts["notes"]
+    assert told[0].startswith("at most 0.00% of a layer's choices of experts find no slot on the calibration calls")
+
+    def others(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [{k: alike(v, generator) for k, v in call.items()} for call in met.calibration[:count]]
+
+    new = replace(met, draw=others)
+    two = DenseToMoe(experts=2, top_k=1, drop=0.9, router="random")  # of 16 tokens, 8 slots are the fewest
+    [note] = two.plan(dit.model, new).facts["notes"]
+    share = float(note.removeprefix("at most ").partition("%")[0]) / 100
+    assert 0 < share < 1
+    assert "calls that calibration did not meet" in note
+    assert two.model_copy(update={"max_overflow": share + 0.001}).plan(dit.model, new).choice
+    with pytest.raises(ToolchainError, match="find no slot") as caught:
+        two.model_copy(update={"max_overflow": share - 0.001}).plan(dit.model, new)
+    assert "raise headroom" in caught.value.help
+    assert DenseToMoe(form="nonzero").plan(dit.model, new).facts["notes"] == []
+
+
+def alike(tensor, generator):
+    """Other values of the same kind; whole numbers stay."""
+    return torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
 
 
 # Shapes
