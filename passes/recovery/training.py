@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from passes.contract import Context, Inputs
+from passes.moe.experts import MixtureOfExperts
 from passes.recovery import checkpoints
 from passes.recovery.checkpoints import State
 from passes.recovery.devices import Devices
@@ -58,6 +59,9 @@ class Training:
             self.parameters, lr=self.settings.lr, weight_decay=self.settings.weight_decay
         )
         self.aligns = any(guide.aligns for guide in self.guides)
+        for module in self.student.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.learns = True
 
     def run(self, context: Context, *, folder: Path | None, made_for: str) -> None:
         """Train to the end, from the checkpoint in ``folder`` where there is one.
