@@ -212,6 +212,19 @@ class TokenStack:
         setattr(self.holder, self.name, whole)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimeEmbedding:
+    """A module with a child that embeds the timestep (B, width); what is added there conditions all that reads it.
+
+    Args:
+        name: of the child.
+        width: features that it gives.
+    """
+
+    name: str
+    width: int
+
+
 @dataclass(frozen=True)
 class FixedAttention:
     """An attention layer whose heads cannot be taken out, and why: what a pass reports instead of guessing."""

@@ -8,6 +8,8 @@ dealt in turns by rank (the paper says evenly). The router has a bias and starts
 (``passes/moe/routers.py``).
 
 Before the model is trained again, ``gate="one"`` is nearer to the dense layer: softmax gates of 12 experts are small.
+``distill`` trains routers of both: gates of one hand the softmax's gradient on, and ``balance`` weighs what layers say
+of uneven loads (``passes/moe/experts.py``, ``imbalance``; the paper weighs it 0.01).
 
 Which form where: ``nonzero`` is exact and the fastest in ONNX Runtime; TensorRT for RTX refuses it and takes
 ``capacity``. Neighbouring tokens like the same experts, so that a capacity without any ``drop`` can be several times

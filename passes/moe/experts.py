@@ -46,6 +46,31 @@ def membership(chosen: Tensor, experts: int) -> Tensor:
     return (chosen[..., None] == torch.arange(experts, device=chosen.device)).to(torch.int64).sum(2)
 
 
+def passed_straight(gates: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
+    """The gates (B, N, k), bit for bit, with the gradient of the router's shares (B, N, E) of the chosen experts.
+
+    Bengio et al. 2013, arXiv:1308.3432, section 4: gates of one alone would teach a router nothing.
+    """
+    own = shares.gather(-1, chosen)
+    return gates + (own - own.detach())
+
+
+def imbalance(shares: Tensor, chosen: Tensor) -> Tensor:
+    """E * sum over experts of f_e * P_e: 1 for an even load, k choices of E; up to E when all go to one expert.
+
+    Fedus et al. 2021, arXiv:2101.03961, equation 4, over all tokens of a call; f_e is the share of the choices that
+    fell on expert e, which is their share of the tokens for k = 1, P_e the mean of the router's softmax. Only P_e has a
+    gradient.
+
+    Args:
+        shares: the router's softmax (B, N, E).
+        chosen: experts of each token (B, N, k).
+    """
+    experts = shares.shape[-1]
+    fallen = membership(chosen, experts).float().mean((0, 1)) / chosen.shape[-1]  # (E,)
+    return experts * (fallen * shares.float().mean((0, 1))).sum()
+
+
 def ranks(members: Tensor, chosen: Tensor) -> Tensor:
     """How many tokens of the sample before it chose the same expert: members (B, N, E), chosen (B, N, k) -> (B, N, k).
 
@@ -89,11 +114,19 @@ class MixtureOfExperts(nn.Module):
         router: D -> E logits.
         top_k: experts that a token is given to; 0 leaves the shared expert alone.
         gate: what an expert's answer is multiplied with; ``one`` is what adds up to the dense layer.
+
+    Attributes:
+        learns: whether the router is being trained. Answers are the same; gates of one then hand the gradient of the
+            softmax on, and each call leaves its ``balance_loss``. Nothing of both is computed otherwise.
+        balance_loss: how unevenly the last call used the experts; None where nothing learns, and where a token is given
+            to all of them or to none, because nothing can be balanced then.
     """
 
     def __init__(self, shared: nn.Module, router: nn.Linear, *, top_k: int, gate: Gate) -> None:
         super().__init__()
         self.shared, self.router, self.top_k, self.gate = shared, router, top_k, gate
+        self.learns = False
+        self.balance_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., D) -> (B, ..., D)."""
@@ -101,8 +134,17 @@ class MixtureOfExperts(nn.Module):
         if not self.top_k:
             return y
         rows = samples(x)  # (B, N, D)
-        chosen, gates = choose(self.router(rows), self.top_k, self.gate)
+        logits = self.router(rows)
+        chosen, gates = choose(logits, self.top_k, self.gate)
+        if self.learns:
+            gates = self.learning(logits.softmax(-1), chosen, gates)
         return y + self.routed(rows, chosen, gates).reshape(y.shape)
+
+    def learning(self, shares: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """Note the balance loss; the same gates (B, N, k), with a gradient."""
+        if self.top_k < shares.shape[-1]:
+            self.balance_loss = imbalance(shares, chosen)
+        return passed_straight(gates, shares, chosen) if self.gate == "one" else gates
 
     @abstractmethod
     def routed(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:

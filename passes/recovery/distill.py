@@ -135,18 +135,7 @@ class Distill(Pass):
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Put the learned weights in place. Raises ``ToolchainError`` for a weight of another shape."""
-        for path, entry in plan.choice.items():
-            module = model.get_submodule(path)
-            for leaf in entry["weights"]:
-                name = f"{path}.{leaf}" if path else leaf
-                old, new = getattr(module, leaf), plan.arrays[name]
-                if old.shape != new.shape:
-                    raise ToolchainError(
-                        f"the plan is for a weight of shape {tuple(new.shape)}; this one has {tuple(old.shape)}",
-                        where=name,
-                    )
-                put(model, old, nn.Parameter(new, requires_grad=old.requires_grad))
-        return model
+        return put_weights(model, plan)
 
     def trained(self, model: nn.Module) -> tuple[list[str], dict[str, str]]:
         """Names of the weights to train, and the module paths whose weights stay, with the reason."""
@@ -201,7 +190,7 @@ class Distill(Pass):
             return Generated(context.draw, self.batch), kind
         given = context.calibration if kind == "calibration" else context.calls_in(kind)
         if not given:
-            raise ToolchainError(f"{self.name()} needs calls to train on, and data = {kind!r} gives none")
+            raise ToolchainError(f"there are no calls to train on: data = {kind!r} gives none")
         return Cycled(given, self.batch), "calibration" if kind == "calibration" else "file"
 
     def guides(
@@ -274,6 +263,22 @@ def decision(
         facts=facts,
         arrays=arrays,
     )
+
+
+def put_weights(model: nn.Module, plan: Plan) -> nn.Module:
+    """Put the weights that a plan's entries name in place. Raises ``ToolchainError`` for one of another shape."""
+    for path, entry in plan.choice.items():
+        module = model.get_submodule(path)
+        for leaf in entry.get("weights", ()):
+            name = f"{path}.{leaf}" if path else leaf
+            old, new = getattr(module, leaf), plan.arrays[name]
+            if old.shape != new.shape:
+                raise ToolchainError(
+                    f"the plan is for a weight of shape {tuple(new.shape)}; this one has {tuple(old.shape)}",
+                    where=name,
+                )
+            put(model, old, nn.Parameter(new, requires_grad=old.requires_grad))
+    return model
 
 
 def put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -183,7 +183,7 @@ def map_reason(ours: list[Tensor], theirs: list[Tensor]) -> str:
     return ""
 
 
-def gap(student: nn.Module, teacher: nn.Module, calls: list[Inputs]) -> float:
+def gap(student: Callable[..., object], teacher: Callable[..., object], calls: list[Inputs]) -> float:
     """Root of the mean relative squared error of the student's outputs over these calls."""
     with torch.no_grad():
         errors = [output_loss(floating(student(**call)), floating(teacher(**call))) for call in calls]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from passes.contract import Context, Inputs
+from passes.moe.experts import MixtureOfExperts
 from passes.recovery import checkpoints
 from passes.recovery.checkpoints import State
 from passes.recovery.devices import Devices
@@ -58,6 +59,9 @@ class Training:
             self.parameters, lr=self.settings.lr, weight_decay=self.settings.weight_decay
         )
         self.aligns = any(guide.aligns for guide in self.guides)
+        for module in self.student.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.learns = True
 
     def run(self, context: Context, *, folder: Path | None, made_for: str) -> None:
         """Train to the end, from the checkpoint in ``folder`` where there is one.
@@ -113,7 +117,7 @@ class Training:
         aligning = self.aligns and self.state.stopped is None
         looking = aligning and self.settings.stop == "angle" and self.state.step % LOOK_EVERY == 0
         total, first, second = 0.0, self.zeros(), self.zeros()
-        groups = joined(self.devices.own(self.calls(self.state.step)))
+        groups = self.groups(self.devices.own(self.calls(self.state.step)))
         for call in groups:
             base, align = self.losses(call, align=aligning)
             whole = base if align is None else base + align
@@ -130,15 +134,24 @@ class Training:
             add(first, second, 1)
         return float(self.devices.mean([torch.tensor(total, device=self.devices.device)])[0]), first
 
+    def groups(self, calls: list[Inputs]) -> list[Inputs]:
+        """The same calls, as few as will do."""
+        return joined(calls)
+
+    def taught_by(self, call: Inputs) -> tuple[Sequence[Guide], Inputs]:
+        """Who says what a call should give, and how they are asked."""
+        return self.guides, call
+
     def losses(self, call: Inputs, *, align: bool) -> tuple[Tensor, Tensor | None]:
         """Losses of outputs and load balance, and of everything else: None where nothing else counts."""
-        blocks = sorted({path for guide in self.guides for path in (*guide.features, *guide.relation)})
-        layers = sorted({path for guide in self.guides for path in guide.attention})
+        guides, question = self.taught_by(call)
+        blocks = sorted({path for guide in guides for path in (*guide.features, *guide.relation)})
+        layers = sorted({path for guide in guides for path in guide.attention})
         with Watch(self.student, blocks if align else [], layers if align else []) as watched, self.autocast():
             result = floating(self.student(**call))
         bases, aligned, scale = [], [], None
-        for guide in self.guides:
-            base, extra, bare = guide.losses(call, result, watched, scale, align=align)
+        for guide in guides:
+            base, extra, bare = guide.losses(question, result, watched, scale, align=align)
             scale = bare if scale is None else scale
             bases.append(base)
             aligned += [] if extra is None else [extra]

@@ -25,6 +25,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "distill": {"steps": 2},
     "fix_inputs": {"inputs": {"t": 500.0}},
     "fold_adapters": {"file": "adapter.safetensors"},
+    "merge_models": {"teachers": ("1", "2"), "steps": 1, "batch": 1},
     "merge_guidance": {"condition": "y", "none": 4, "scale": 3.0},
 }
 """What passes are tried with where no default could fit every model, or would take too long."""
@@ -46,6 +47,7 @@ def model_and_context(step: type[Pass], folder: Path) -> tuple[torch.nn.Module, 
         example=calls[0],
         original=original,
         score_of=lambda text: smallness,
+        teacher_of=lambda text: sources.load("dit:tiny", seed=int(text)).module,
         folder=folder,
     )
 
