@@ -282,6 +282,14 @@ class Pass(BaseModel, ABC):
         example = without(context, self.removed_inputs(plan)).example
         return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))
 
+    def check_calibration(self, context: Context, asked: str, *, otherwise: str) -> None:
+        """Raise ``ToolchainError`` where a setting (``asked``, in words) has no calibration inputs to work with."""
+        if not context.calibration:
+            raise ToolchainError(
+                f"{self.name()} with {asked} needs calibration inputs and got none",
+                help=f"give calibration inputs, or {otherwise}",
+            )
+
     def carry_out(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come."""
         if self.works_on == "graph" or not self.by_layer:

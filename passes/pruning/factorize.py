@@ -53,11 +53,8 @@ class Factorize(Pass):
         Raises ``ToolchainError`` for weights without values or that are not finite, for ``activation`` without
         calibration inputs, and for an ``exclude`` pattern that matches no linear layer.
         """
-        if self.method == "activation" and not context.calibration:
-            raise ToolchainError(
-                f"{self.name()} with method 'activation' needs calibration inputs and got none",
-                help="give calibration inputs, or take method = 'weight'",
-            )
+        if self.method == "activation":
+            self.check_calibration(context, "method 'activation'", otherwise="take method = 'weight'")
         found = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
         check_patterns(self.exclude, found, what="linear layer")
         skipped = {path: reason for path, layer in found.items() if (reason := self.reason_to_skip(path, layer))}

@@ -129,11 +129,7 @@ class PruneDepth(Pass):
         refuse_meta(stacks, self.method)
         if self.method == "greedy":
             return greedy(model, stacks, stays, numbers, context, context.score_of(self.score)) if stacks else ({}, {})
-        if not context.calibration:
-            raise ToolchainError(
-                f"{self.name()} with method 'influence' needs calibration inputs and got none",
-                help="give calibration inputs, or name the blocks with method = 'list'",
-            )
+        self.check_calibration(context, "method 'influence'", otherwise="name the blocks with method = 'list'")
         found = influences(model, stacks, context)
         gone: Gone = {}
         for name, number in numbers.items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
@@ -20,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
-from passes.pruning.probes import PROBES, evaluating, first_floating
+from passes.pruning.probes import Call, probe
 from passes.selection import check_patterns, excluded_by
 from passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
 from toolchain.errors import ToolchainError
@@ -58,11 +57,8 @@ class PruneHeads(Pass):
         Raises ``ToolchainError`` for weights without values, for ``taylor`` without calibration inputs, and for an
         ``exclude`` pattern that matches no attention layer.
         """
-        if self.importance == "taylor" and not context.calibration:
-            raise ToolchainError(
-                f"{self.name()} with importance 'taylor' needs calibration inputs and got none",
-                help="give calibration inputs, or take importance = 'weight_norm'",
-            )
+        if self.importance == "taylor":
+            self.check_calibration(context, "importance 'taylor'", otherwise="take importance = 'weight_norm'")
         layers = dict(layers_of(model, HeadedAttention))
         skipped = uncut(model, layers)
         check_patterns(self.exclude, [*layers, *skipped], what="attention layer")
@@ -172,63 +168,30 @@ def weight_norms(layer: HeadedAttention) -> Tensor:
 
 
 def taylor_scores(model: nn.Module, layers: Heads, context: Context) -> dict[str, Tensor]:
-    """Equation 2 of Michel et al., (H,) for each layer that ran: |<result, gradient>| over all examples and probes.
-
-    Leaves the model as it was: gradients, ``requires_grad``, hooks, modes and the global random state.
-    """
+    """Equation 2 of Michel et al., (H,) for each layer that ran: |<result, gradient>| over all examples and probes."""
     totals: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(context.seed)
-    with torch.enable_grad(), evaluating(model):
-        for done, inputs in enumerate(context.calibration, start=1):
-            with results_of(layers) as results:
-                output = first_floating(model(**inputs))
-            if results and not output.requires_grad:
-                raise ToolchainError(
-                    "taylor cannot trace the model's output back to its heads: its forward cuts gradients"
-                )
-            for _ in range(PROBES if results else 0):
-                signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-                for path, score in gate_scores(layers, results, (output * signs).sum()):
-                    totals[path] = totals[path] + score if path in totals else score
-            context.say(done, len(context.calibration), "scoring heads")
+    readers = {(path, i): output for path, layer in layers.items() for i, output in enumerate(layer.outputs)}
+
+    def use(calls: Sequence[Call], gradients: Sequence[Tensor]) -> None:
+        for path, score in gate_scores(layers, calls, gradients):
+            totals[path] = totals[path] + score if path in totals else score
+
+    probe(model, readers, context, use, at="input", what="heads")
     return {path: totals[path] for path in layers if path in totals}
 
 
-def gate_scores(layers: Heads, results: Sequence[tuple[str, Tensor]], loss: Tensor) -> Iterator[tuple[str, Tensor]]:
+def gate_scores(layers: Heads, calls: Sequence[Call], gradients: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """For each layer: its path, and (H,) sums over examples of |<result, gradient>|.
 
-    A result is (B, ..., H*head_dim and more). Where a layer has several (of image and of text), one gate would close a
-    head in all of them, so their products are added before the absolute value is taken.
+    A result is what an output projection reads, (B, ..., H*head_dim and more). Where a layer has several (of image and
+    of text), one gate would close a head in all of them, so their products are added before the absolute value.
     """
-    tensors = [result for _, result in results]
-    gradients = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
     products: dict[str, Tensor] = {}
-    for (path, result), gradient in zip(results, gradients, strict=True):
+    for call, gradient in zip(calls, gradients, strict=True):
+        (path, _), result = call.key, call.input
         heads, head_dim = layers[path].heads, layers[path].head_dim
         product = (result.detach().double() * gradient.double())[..., : heads * head_dim]
         product = product.reshape(len(result), -1, heads, head_dim).sum(dim=(1, 3))  # (B, H)
         products[path] = products[path] + product if path in products else product
     for path, product in products.items():
         yield path, product.abs().sum(dim=0)
-
-
-@contextmanager
-def results_of(layers: Heads) -> Iterator[list[tuple[str, Tensor]]]:
-    """Collect what each layer's heads hand to the output projection, by path, as tensors with a gradient to come."""
-    results: list[tuple[str, Tensor]] = []
-
-    def collect(path: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        result = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
-        results.append((path, result))
-        return (result, *inputs[1:])
-
-    hooks = [
-        output.register_forward_pre_hook(lambda _, inputs, path=path: collect(path, inputs))
-        for path, layer in layers.items()
-        for output in layer.outputs
-    ]
-    try:
-        yield results
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -56,11 +56,9 @@ class PruneWidth(Pass):
         Raises ``ToolchainError`` for weights without values, for an importance that needs calibration inputs and gets
         none, and for an ``exclude`` pattern that matches no feed-forward.
         """
-        if self.importance in WITH_DATA and not context.calibration:
-            raise ToolchainError(
-                f"{self.name()} with importance {self.importance!r} needs calibration inputs and got none",
-                help="give calibration inputs, or take importance = 'weight_norm'",
-            )
+        if self.importance in WITH_DATA:
+            asked = f"importance {self.importance!r}"
+            self.check_calibration(context, asked, otherwise="take importance = 'weight_norm'")
         layers = dict(layers_of(model, FeedForward))
         skipped = unknown_layers(model, layers)
         check_patterns(self.exclude, [*layers, *skipped], what="feed-forward")

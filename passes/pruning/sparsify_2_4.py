@@ -49,11 +49,8 @@ class Sparsify24(Pass):
         Raises ``ToolchainError`` for weights without values or that are not finite, for ``sparsegpt`` without
         calibration inputs, and for an ``exclude`` pattern that matches no linear layer.
         """
-        if self.method == "sparsegpt" and not context.calibration:
-            raise ToolchainError(
-                f"{self.name()} with method 'sparsegpt' needs calibration inputs and got none",
-                help="give calibration inputs, or take method = 'magnitude'",
-            )
+        if self.method == "sparsegpt":
+            self.check_calibration(context, "method 'sparsegpt'", otherwise="take method = 'magnitude'")
         found = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
         skipped = {
             path: f"{type(module).__name__}: only linear layers become sparse"

@@ -86,12 +86,8 @@ class QuantizeWeights(Pass):
         layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest, fits=self.reason_to_skip)
         if self.algorithm == "rtn" and self.activations == "none":
             return Plan(choice={path: self.decision() for path in layers}, skipped=skipped)
-        if not context.calibration:
-            asked = f"algorithm {self.algorithm!r}" if self.algorithm != "rtn" else "activations 'int8'"
-            raise ToolchainError(
-                f"{self.name()} with {asked} needs calibration inputs and got none",
-                help="give calibration inputs, or take algorithm = 'rtn' and activations = 'none'",
-            )
+        asked = f"algorithm {self.algorithm!r}" if self.algorithm != "rtn" else "activations 'int8'"
+        self.check_calibration(context, asked, otherwise="take algorithm = 'rtn' and activations = 'none'")
         return plan_groups(model, layers, skipped, context, self.choose)
 
     def reason_to_skip(self, layer: nn.Linear) -> str:

@@ -92,11 +92,8 @@ class PruneTokens(Pass):
 
     def refuse(self, context: Context) -> None:
         """Parameters that do not go together."""
-        if self.method == "policy" and not context.calibration:
-            raise ToolchainError(
-                f"{self.name()} with method 'policy' needs calibration inputs and got none",
-                help="give calibration inputs, or take method = 'attention'",
-            )
+        if self.method == "policy":
+            self.check_calibration(context, "method 'policy'", otherwise="take method = 'attention'")
         if self.method == "policy" and self.fuse:
             raise ToolchainError("fuse weighs by attention; method 'policy' has none", help="leave fuse out")
         if self.quantile is not None and (self.method != "policy" or self.counts is not None):
