@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from passes.variants import ByTimestep
 from targets import stored
 from targets.contract import Arrays, Runner
 from toolchain.errors import ToolchainError, UnavailableError
@@ -188,6 +189,8 @@ def first_engine(run: Run, folder: Path, target: str | None, threads: int) -> Ru
 def load_module(folder: str | Path, *, source: str | Path | None = None) -> nn.Module:
     """An artifact's optimized PyTorch module, for further training: source, recorded plans, weights of its own.
 
+    Several networks by timestep come together, in a module that takes the artifact's own inputs by name.
+
     Args:
         folder: what ``enginewright export`` wrote.
         source: the file or folder that it was made from, if that was moved.
@@ -201,5 +204,6 @@ def load_module(folder: str | Path, *, source: str | Path | None = None) -> nn.M
     for parameter in (*module.parameters(), *module.buffers()):
         if stored.place_of(parameter):
             parameter.data = parameter.data.clone()  # a mapped file is read-only
-    inner = run.model.interface.module if run.model.interface else ""
-    return module.get_submodule(inner)
+    if run.model.interface is None or isinstance(module, ByTimestep):
+        return module
+    return module.get_submodule(run.model.interface.module)

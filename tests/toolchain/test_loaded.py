@@ -148,6 +148,29 @@ def test_a_loaded_module_is_the_optimized_one_and_can_be_trained(bert: tuple[Any
     assert not torch.equal(module(IDS, MASK)[0], before)
 
 
+def test_networks_by_timestep_are_loaded_together(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from tests.toolchain.sources import tiny_diffusers
+
+    tiny_diffusers.shaken(tiny_diffusers.dit()).save_pretrained(tmp_path / "checkpoint")
+    settings = {"timesteps": [900, 600, 300, 0], "buckets": 2, "groups": 2, "input": "timestep"}
+    recipe = make(
+        {
+            "model": f"diffusers:{tmp_path / 'checkpoint'}",
+            "steps": [{"pass": "slice_width_by_timestep", **settings}],
+            "targets": [{"target": "onnxruntime"}],
+            "validation": {"skip": True},
+        }
+    )
+    pipeline.export(recipe, tmp_path / "out", force=False, progress=Progress(quiet=True))
+    [call] = sources.load(f"diffusers:{tmp_path / 'checkpoint'}").batches(1, 0)
+    call["timestep"] = torch.full_like(torch.as_tensor(call["timestep"]), 600).numpy()
+    wanted = open_subject(str(tmp_path / "out")).runners["onnxruntime"](call)
+    given = toolchain.load_module(tmp_path / "out")(**{name: torch.from_numpy(array) for name, array in call.items()})
+    [got] = given if isinstance(given, tuple) else [given]
+    torch.testing.assert_close(got.detach(), torch.from_numpy(next(iter(wanted.values()))), atol=1e-5, rtol=1e-4)
+
+
 def test_an_engine_outlives_its_source_but_a_module_needs_it(bert: tuple[Any, Path], tmp_path: Path) -> None:
     bert[0].save_pretrained(tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "out", [])
