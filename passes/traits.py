@@ -136,9 +136,27 @@ class TokenBlock(ABC):
 
     read_by_model: ClassVar[tuple[str, ...]] = ()
     """Children of the first block that the model itself reads too."""
+    parallel: ClassVar[bool] = False
+    """Whether both halves read the block's own input; then tokens can change after the second half only."""
+    ahead: int = 0
+    """Tokens of another kind before the others in this call; they are never merged nor dropped."""
 
     @abstractmethod
     def __init__(self, block: nn.Module, *inputs: Any, **named: Any) -> None: ...
+
+    @classmethod
+    def enter(cls, x: Tensor, *inputs: Any, **named: Any) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """What a model calls a block with -> all its tokens (B, N, D), and what the blocks here are made with."""
+        return x, inputs, named
+
+    @classmethod
+    def leave(cls, x: Tensor, *inputs: Any, **named: Any) -> Any:
+        """Tokens (B, N, D), and the same -> what a block gives."""
+        return x
+
+    def at(self, rows: Tensor) -> None:
+        """From now on tokens are those of these rows of the start (B, n), where attention reads positions."""
+        del rows  # it does not, unless a family says so
 
     @classmethod
     def mask(cls, x: Tensor, *inputs: Any, **named: Any) -> Tensor | None:
@@ -187,6 +205,7 @@ class TokenStack:
         square: whether the other tokens are the patches of a picture, row by row.
         reads_all: whether the model needs all tokens at its end.
         padded: whether some tokens may be padding, as a mask says.
+        joint: whether text goes along (``TokenBlock.ahead``), attended to like the others.
     """
 
     holder: nn.Module
@@ -197,6 +216,7 @@ class TokenStack:
     square: bool = False
     reads_all: bool = False
     padded: bool = False
+    joint: bool = False
 
     @property
     def blocks(self) -> nn.ModuleList:

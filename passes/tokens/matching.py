@@ -69,6 +69,11 @@ class Matching:
         weight = self.summed(weight[:, :count, None], weight[:, count:, None], form)
         return total / weight, weight.squeeze(-1)
 
+    def behind(self, x: Tensor, ahead: int) -> Matching:
+        """The same among tokens (B, N, D) of which the first ``ahead`` stay, and were not counted."""
+        first = torch.ones_like(x[:, :ahead, 0], dtype=torch.long).cumsum(1) - 1
+        return Matching(stay=torch.cat([first, self.stay + ahead], dim=1), go=self.go + ahead, into=self.into + ahead)
+
     def summed(self, stay: Tensor, go: Tensor, form: Form) -> Tensor:
         """Add rows (B, r, D) to those of (B, M, D) that they go into."""
         if form == "scatter":

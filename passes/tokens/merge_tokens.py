@@ -4,6 +4,10 @@ Source: Bolya et al. 2022, arXiv:2210.09461 (ToMe) and the authors' code: bipart
 over heads, between attention and feed-forward; means weighted by size; proportional attention. Departures: tokens
 that stay keep their order, and where the model needs them (``restore``) all tokens come back at the end, each as the
 one that it went into. Every block must run on its own, so that a block that merges none only weighs.
+
+Where image and text attend together (SD3, Flux), image tokens are merged and text is not; a merged token turns by the
+rotary position of its receiver. Flux's double and single blocks are two stacks: all tokens come back between them, and
+single blocks merge after both halves, which run side by side there.
 """
 
 from __future__ import annotations
@@ -38,13 +42,17 @@ class MergeStep(Step):
         super().__init__(block, kind, proportional=proportional)
         self.r, self.leading, self.form = r, leading, form
 
-    def between(self, tokens: Tokens, k: Tensor) -> None:
+    def between(self, tokens: Tokens, k: Tensor, ahead: int) -> None:
         """Compare keys, averaged over heads; take the size-weighted mean of what is merged."""
-        r = clipped(self.r, tokens.x.shape[1], self.leading)
-        if r:
-            matching = match(k.mean(dim=1), r, leading=self.leading)
-            tokens.x, tokens.size = matching.merge(tokens.x, tokens.size, self.form)
-            tokens.move(matching.rows_of())
+        r = clipped(self.r, tokens.x.shape[1] - ahead, self.leading)
+        if not r:
+            return
+        matching = match(k.mean(dim=1)[:, ahead:], r, leading=self.leading)
+        if ahead:
+            matching = matching.behind(tokens.x, ahead)
+            tokens.at = matching.stay if tokens.at is None else tokens.at.gather(1, matching.stay)
+        tokens.x, tokens.size = matching.merge(tokens.x, tokens.size, self.form)
+        tokens.move(matching.rows_of())
 
 
 class MergeTokens(Pass):

@@ -4,6 +4,9 @@ Source: Bolya and Hoffman 2023, arXiv:2303.17604 (ToMe for Stable Diffusion) and
 cell of 2 x 2 receives, the most similar of the others go into it (plain mean) before the module and copy its result
 after; matching once a block, on the block's input. Departures: the receiver is the top left token (the authors'
 setting without randomness), so that two runs agree; every block takes part unless excluded.
+
+Where image and text attend together (SD3, Flux), image tokens are merged and text is not; a merged token turns by the
+rotary position of its receiver. In Flux's single blocks the one output projection runs on all tokens.
 """
 
 from __future__ import annotations
@@ -46,9 +49,14 @@ class ShrunkStep(Step):
     def forward(self, tokens: Tokens, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Match on the block's input, then run both halves."""
         call = self.kind(self.block, *inputs, **named)
-        count = tokens.x.shape[1]
+        content = tokens.x[:, call.ahead :] if call.ahead else tokens.x
+        count = content.shape[1]
         corners = cell_corners(count, leading=self.leading)
-        matching = match(tokens.x, number_merged(self.ratio, count, self.leading), leading=self.leading, into=corners)
+        matching = match(content, number_merged(self.ratio, count, self.leading), leading=self.leading, into=corners)
+        if call.ahead:
+            matching = matching.behind(tokens.x, call.ahead)
+        if self.over != "feed_forward":
+            call.at(matching.stay)
 
         def attention(y: Tensor) -> Tensor:
             q, k, v = call.heads(y)

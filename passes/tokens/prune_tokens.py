@@ -21,7 +21,7 @@ from passes.tokens.dropping import DropStep, PolicyStep, whole
 from passes.tokens.fitting import fitted
 from passes.tokens.interpreter import interpreter
 from passes.tokens.maps import token_maps
-from passes.tokens.running import SHORTENS, Found, Step, refuse_lost_tokens, replace_stacks, token_stacks
+from passes.tokens.running import SHORTENS, Found, Step, blocks_of, refuse_lost_tokens, replace_stacks, token_stacks
 from passes.traits import TokenStack
 from toolchain.errors import ToolchainError
 
@@ -73,6 +73,11 @@ class PruneTokens(Pass):
         arrays: dict[str, Tensor] = {}
         facts: dict[str, Any] = {"tokens": {found.path: found.tokens for found in stacks}}
         for found in stacks:
+            if found.stack.joint:
+                skipped |= dict.fromkeys(
+                    blocks_of([found]), "its tokens attend to text too, which no score here counts"
+                )
+                continue
             refuse_lost_tokens(found, restore=self.restore)
             if self.score == "class" and not found.stack.leading:
                 raise ToolchainError("score is 'class', and this model has no class token", where=found.path)

@@ -51,6 +51,7 @@ class Tokens:
         size: how many tokens each stands for (B, n); None: one each.
         mask: what to add to the scores of each as a key (B, 1, 1, n); None: nothing.
         left: tokens as they were when some of them were dropped, one after the other.
+        at: row of the start whose position each has now (B, n); None: its own.
     """
 
     x: Tensor
@@ -58,6 +59,7 @@ class Tokens:
     size: Tensor | None = None
     mask: Tensor | None = None
     left: list[Tensor] = field(default_factory=list)
+    at: Tensor | None = None
 
     def bias(self, *, proportional: bool) -> Tensor | None:
         """What attention adds to the scores of each key (B, 1, 1, n): the mask, and the logarithm of the size."""
@@ -113,10 +115,15 @@ class Step(nn.Module):
     def forward(self, tokens: Tokens, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Take the tokens through the block."""
         call = self.kind(self.block, *inputs, **named)
+        if tokens.at is not None:
+            call.at(tokens.at)
         q, k, v = call.heads(call.attention_input(tokens.x))
         self.attend(tokens, call, q, k, v)
-        self.between(tokens, k)
+        if not call.parallel:
+            self.between(tokens, k, call.ahead)
         self.feed(tokens, call)
+        if call.parallel:
+            self.between(tokens, k, call.ahead)
 
     def attend(self, tokens: Tokens, call: TokenBlock, q: Tensor, k: Tensor, v: Tensor) -> None:
         """The attention's half."""
@@ -124,8 +131,14 @@ class Step(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         tokens.x = call.add_attention(tokens.x, call.output(joined(mixed)))
 
-    def between(self, tokens: Tokens, k: Tensor) -> None:
-        """What happens to the tokens between the halves, given the attention's keys (B, H, n, head_dim): nothing."""
+    def between(self, tokens: Tokens, k: Tensor, ahead: int) -> None:
+        """What happens to the tokens between the halves: nothing.
+
+        Args:
+            tokens: the first ``ahead`` of them are of another kind.
+            k: the attention's keys (B, H, n, head_dim).
+            ahead: how many.
+        """
 
     def feed(self, tokens: Tokens, call: TokenBlock) -> None:
         """The feed-forward's half."""
@@ -157,23 +170,29 @@ class TokenRun(nn.Module):
             return getattr(steps[0].block, name)
         return super().__getattr__(name)
 
-    def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        """x (B, N, D) -> (B, N, D), or (B, n, D) without ``restore``."""
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What a block gives: its tokens (B, N, D), or (B, n, D) without ``restore``."""
         first: Any = self.steps[0]
+        x, inputs, named = first.kind.enter(*inputs, **named)
         place = torch.ones_like(x[:, :, 0], dtype=torch.long).cumsum(1) - 1
         tokens = Tokens(x, place, mask=first.kind.mask(x, *inputs, **named))
         for step in self.steps:
             step(tokens, inputs, named)
-        return tokens.all() if self.restore else tokens.x
+        return first.kind.leave(tokens.all() if self.restore else tokens.x, *inputs, **named)
 
 
 def count_tokens(model: nn.Module, stack: TokenStack, context: Context) -> int | None:
-    """How many tokens reach the blocks on the example call, which is made; None where there is no example."""
+    """How many tokens, text apart, reach the blocks on the example call, which is made; None without an example."""
     example = context.example or next(iter(context.calibration), None)
     if example is None:
         return None
     seen: list[int] = []
-    hook = stack.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+
+    def look(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x, inputs, named = stack.block.enter(*inputs, **named)
+        seen.append(x.shape[1] - stack.block(block, *inputs, **named).ahead)
+
+    hook = stack.blocks[0].register_forward_pre_hook(look, with_kwargs=True)
     try:
         macs(model, example)  # on shapes alone where that is possible
     finally:
@@ -184,7 +203,7 @@ def count_tokens(model: nn.Module, stack: TokenStack, context: Context) -> int |
 def token_stacks(model: nn.Module, context: Context) -> tuple[list[Found], dict[str, str]]:
     """The stacks of a model; or, where there is none, why it is left alone, by module path."""
     found = [
-        Found(path=f"{owner}.{stack.path}".lstrip("."), stack=stack, tokens=count_tokens(model, stack, context))
+        Found(path=f"{owner}.{stack.path}".strip("."), stack=stack, tokens=count_tokens(model, stack, context))
         for owner, stack in layers_of(model, TokenStack)
     ]
     return found, {} if found else {
@@ -209,7 +228,7 @@ def replace_stacks(
         restore: give as many tokens back as came in.
     """
     for owner, stack in list(layers_of(model, TokenStack)):
-        path = f"{owner}.{stack.path}".lstrip(".")
+        path = f"{owner}.{stack.path}".strip(".")
         if any(f"{path}.{i}" in plan.choice for i in range(len(stack.blocks))):
             steps = [step(stack, block, f"{path}.{i}") for i, block in enumerate(stack.blocks)]
             stack.put(TokenRun(steps, restore=restore))
