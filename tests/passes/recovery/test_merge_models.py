@@ -194,6 +194,17 @@ def test_the_input_has_a_weight_for_each_style_and_stays_through_copies(dit):
     torch.testing.assert_close(answer(dit, step.reference(dit.model, plan)), answer(dit, model))
 
 
+def test_rows_of_one_call_may_have_styles_of_their_own(dit):
+    step, plan = merged(dit)
+    model = step.rewrite(dit.copy(), plan)
+    styles = torch.eye(2)
+    both = answer(dit, model, style=styles)
+    alone = torch.cat([answer(dit, model, style=styles[row : row + 1])[row : row + 1] for row in range(2)])
+    torch.testing.assert_close(both, alone, atol=1e-5, rtol=1e-5)
+    swapped = answer(dit, model, style=styles.flip(0))
+    assert (both - swapped).flatten(1).norm(dim=1).min() > 1e-3
+
+
 def test_weights_in_half_precision_take_the_style_too(dit):
     step, plan = merged(dit)
     half = step.rewrite(dit.copy(), plan).bfloat16()
