@@ -180,14 +180,7 @@ def write_plans(run: Run, folder: Path) -> None:
 
 
 def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
-    """``model.onnx`` with its weights beside it.
-
-    Args:
-        run: says how.
-        model: how the module is called.
-        module: what is written.
-        path: where to.
-    """
+    """``model.onnx``, called as ``model`` is, with its weights beside it."""
     if isinstance(module, GraphModule):
         save(module.graph.clone(), path)
         return

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,8 +82,10 @@ def read_table(folder: Path) -> Table | None:
     path = folder / TABLE
     if not path.exists():
         return None
-    content: dict[str, Any] = json.loads(path.read_text())
-    return Table(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+    content = json.loads(path.read_text())
+    table = Table(input=content["input"], timesteps=tuple(content["timesteps"]), table=tuple(content["table"]))
+    reused = content.get("reused")
+    return table if reused is None else replace(table, reused=tuple(reused), dtype=content["dtype"])
 
 
 def names_in(folder: Path) -> tuple[str, ...]:
