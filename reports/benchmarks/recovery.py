@@ -1,12 +1,13 @@
 """What distillation gives back to ``dit:digits`` when half and when a quarter of its feed-forward units went.
 
-    python -m reports.benchmarks.recovery [--part recovered|aligned]
+    python -m reports.benchmarks.recovery [--part recovered|experts|aligned]
 
 Writes ``reports/results/recovery.json``. ``recovered``: samples are drawn and judged before pruning, after it and
-after recovery. ``aligned``: the error that is left after so many steps, with and without features and attention maps,
-and with an alignment that stops half-way (HASTE, arXiv:2505.16792); three seeds each. Errors are relative L2 errors of
-outputs on calls that neither calibration nor training met. Takes about ten
-CPU-minutes.
+after recovery. ``experts``: half of the feed-forward's units active, once by experts and once by removing the others,
+each recovered alike, three seeds. ``aligned``: the error that is left after so many steps, with and without features
+and attention maps, and with an alignment that stops half-way or by HASTE's trigger (arXiv:2505.16792), three seeds.
+Errors are relative L2 errors of outputs on calls that neither calibration nor training met. Takes about half a
+CPU-hour.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.contract import Context, Inputs, cost
+from passes.contract import Context, Inputs, Pass, cost
+from passes.moe.dense_to_moe import DenseToMoe
+from passes.pruning.prune_width import PruneWidth
 from passes.recovery.distill import Distill
 from passes.surgery import share
 from passes.traits import FeedForward, layers_of
@@ -38,14 +41,21 @@ from validation.metrics import load_metrics
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "recovery.json"
 SAMPLES = 200
-SEEDS, BUDGETS = (0, 1, 2), (25, 50)
+SEEDS, BUDGETS = (0, 1, 2), (25, 35, 50)
 RECOVERY: dict[str, Any] = {"steps": 80, "batch": 8, "lr": 1e-3}
 SMALL: dict[str, Any] = {"batch": 4, "lr": 1e-3}
 ALIGNED: dict[str, dict[str, Any]] = {
     "output only": {},
     "aligned to the end": {"features": 1.0, "attention": 1.0},
     "aligned for half": {"features": 1.0, "attention": 1.0, "stop": "share", "stop_share": 0.5},
+    "aligned until gradients part": {"features": 1.0, "attention": 1.0, "stop": "angle"},
 }
+HALF: dict[str, Pass] = {
+    "experts": DenseToMoe(shared=0.25, experts=12, top_k=4, form="nonzero"),
+    "experts, gates of one": DenseToMoe(shared=0.25, experts=12, top_k=4, form="nonzero", gate="one"),
+    "width": PruneWidth(share=0.5, importance="taylor"),
+}
+"""Half of the feed-forward's hidden units active: 0.25 + 0.75 * 4 / 12 by experts."""
 
 
 def prepared(seed: int) -> tuple[Run, Context, list[Inputs]]:
@@ -111,6 +121,30 @@ def recovered(share_removed: float, original: dict[str, float]) -> dict[str, Any
     }
 
 
+def halved(put: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Experts and narrower layers at the same active units: as they were made, and recovered alike."""
+    rows: list[dict[str, Any]] = []
+    for seed, (name, step) in itertools.product(SEEDS, HALF.items()):
+        run, context, calls = prepared(seed)
+        student = step.apply(share(run.model.module), context).model
+        began = time.process_time()
+        result = Distill(**RECOVERY).apply(share(student), context)
+        minutes = (time.process_time() - began) / 60
+        row = {
+            "what": name,
+            "seed": seed,
+            "settings": step.model_dump(mode="json"),
+            "macs": result.after.macs,
+            "parameters": result.after.parameter_count,
+            "made": {**judged(run, student), "relative_l2": error(run, student, calls)},
+            "recovered": {**judged(run, result.model), "relative_l2": error(run, result.model, calls)},
+            "cpu_minutes": round(minutes, 2),
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        put(rows)
+
+
 def aligned(share_removed: float, put: Callable[[dict[str, Any]], None]) -> None:
     """Errors after each budget, by what is aligned; each budget is a run of its own with its own schedule."""
     found: dict[str, dict[int, list[float]]] = {name: {} for name in ALIGNED}
@@ -145,7 +179,7 @@ def write(new: dict[str, Any]) -> None:
 def main() -> None:
     """Measure and write down; a part that was not asked for keeps its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["recovered", "aligned"])
+    parser.add_argument("--part", choices=["recovered", "experts", "aligned"])
     chosen = parser.parse_args()
     write({"environment": environment.describe(), "versions": environment.versions()})
     if chosen.part in (None, "recovered"):
@@ -155,6 +189,8 @@ def main() -> None:
         for share_removed in (0.5, 0.25):
             done.append(recovered(share_removed, original))
             write({"recovered": done})
+    if chosen.part in (None, "experts"):
+        halved(lambda rows: write({"experts": rows}))
     if chosen.part in (None, "aligned"):
         aligned(0.5, lambda figures: write({"aligned": figures}))
     print(RESULTS.read_text())
