@@ -7,6 +7,9 @@ scores run, of each sample apart, where the paper takes all above 0.5; the route
 not trained: it is fitted to how far the MLP moves each calibration token, relative to the token. Its bias puts 0.5
 where the asked share is above it, and the facts say for how many samples more tokens were.
 
+After ``slice_width_by_timestep``, the paper's other half, each of its networks gets routers of its own, fitted to the
+calibration inputs of its timesteps.
+
 Gathering and putting back are TopK and Gather alone, which every target builds; masks would save nothing.
 """
 
@@ -31,12 +34,7 @@ class SkipSpatialTokens(Pass):
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = (
-        *SHORTENS,
-        "skip_spatial_tokens",
-        "slice_width_by_timestep",
-        "reuse_blocks",
-    )
+    not_after: ClassVar[tuple[str, ...]] = (*SHORTENS, "reuse_blocks")
 
     ratio: float = Field(0.5, ge=0, lt=1, description="share of the content tokens that pass a feed-forward by")
     exclude: tuple[str, ...] = Field((), description="glob patterns of block paths whose feed-forwards see all tokens")
@@ -56,6 +54,9 @@ class SkipSpatialTokens(Pass):
             steps = watched(model, found, context) if entries else []
             for number, entry in entries.items():
                 path = found.block(number)
+                if not steps[number].inputs:
+                    skipped[path] = "the calibration inputs never reach it"
+                    continue
                 weight, bias, facts[path] = fitted(steps[number], entry["tokens"], where=path)
                 arrays |= {f"{path}.router.weight": weight, f"{path}.router.bias": bias}
                 choice[path] = entry

@@ -4,6 +4,7 @@ import torch
 from passes.contract import Context
 from passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
 from passes.dynamic.skipping import SkipStep, put_back
+from passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
 from passes.tokens.running import TokenRun
 from passes.traits import TokenStack, layers_of
 from tests.passes.conftest import SUBJECTS
@@ -32,8 +33,7 @@ class Masked(SkipStep):
 
 
 def masked(model):
-    (run,) = (module for module in model.modules() if isinstance(module, TokenRun))
-    for step in run.steps:
+    for step in [module for module in model.modules() if isinstance(module, SkipStep)]:
         step.__class__ = Masked
     return model
 
@@ -102,6 +102,33 @@ def test_as_many_score_above_a_half_as_run(dit):
     assert (scores[0] > 0.5).sum() == 24  # of 32 in two samples
     shares = result.plan.facts["blocks.0"]["samples_with_more_above_half"]
     assert shares == ((scores[0] > 0.5).sum(dim=1) > 12).float().mean()
+
+
+def test_it_follows_networks_by_timestep(dit):
+    """DyDiT has both: narrower networks by timestep, and tokens that pass by in each of them."""
+    dit.inputs["t"] = torch.tensor([0.0, 999.0])  # a row for each network
+    context = Context(calibration=[dit.inputs], example=dit.inputs)
+    narrow = SliceWidthByTimestep(steps=6, buckets=2, importance="activation")
+    sliced, again = (narrow.apply(dit.copy(), context) for _ in range(2))
+    before = dit.output(sliced.model)
+    step = SkipSpatialTokens()
+    result = step.apply(sliced.model, context)
+    assert result.changed == tuple(f"variants.{v}.blocks.{b}" for v in range(2) for b in range(2))
+    assert result.after.macs < 0.9 * sliced.after.macs
+    found = dit.output(result.model)
+    reference = masked(step.rewrite(again.model, result.plan))
+    torch.testing.assert_close(found, dit.output(reference), atol=1e-5, rtol=0)
+    assert (found - before).abs().amax(dim=(1, 2, 3)).min() > 1e-2
+
+
+def test_a_network_that_no_calibration_input_reaches_is_left_alone(dit):
+    dit.inputs["t"] = torch.zeros(2)
+    context = Context(calibration=[dit.inputs], example=dit.inputs)
+    sliced = SliceWidthByTimestep(steps=6, buckets=2, importance="activation").apply(dit.copy(), context)
+    result = SkipSpatialTokens().apply(sliced.model, context)
+    assert result.changed == ("variants.1.blocks.0", "variants.1.blocks.1")
+    reason = "the calibration inputs never reach it"
+    assert result.plan.skipped == {"variants.0.blocks.0": reason, "variants.0.blocks.1": reason}
 
 
 def test_rows_are_put_back_where_they_were():
