@@ -1,11 +1,12 @@
-"""A model that is several networks of one interface, each for some of a sampler's timesteps.
+"""A model that is several networks, each for some of a sampler's timesteps.
 
 Shapes: B batch, T timesteps of the schedule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,86 @@ class ByTimestep(nn.Module):
         leaves = [pytree.tree_flatten(part)[0] for part in parts]
         form = pytree.tree_flatten(parts[0])[1]
         return pytree.tree_unflatten([torch.cat(same)[back] for same in zip(*leaves, strict=True)], form)
+
+
+REUSED = "reused"
+"""What the whole network gives beside its output, and the shortened one takes beside its inputs."""
+
+
+@dataclass
+class Walk:
+    """Where a sampler is on its schedule, and what the last whole step left for the steps after it.
+
+    Only a call of all rows at the timestep after that of the call before, of the same shapes, goes on; any other starts
+    anew. Two calls at one timestep (guidance in two calls) leave nothing, because the next could be of either.
+
+    Args:
+        table: for each timestep, 1 where it may reuse.
+    """
+
+    table: Sequence[int]
+    step: int | None = None
+    shapes: Hashable = None
+    again: bool = False
+    kept: Any = None
+
+    def reusable(self, steps: Collection[int], shapes: Hashable) -> Any:
+        """What a call reuses; None for one that is to run whole.
+
+        Args:
+            steps: of all its rows.
+            shapes: of all its inputs.
+        """
+        step = next(iter(steps)) if len(steps) == 1 else None
+        self.again = step is None or step == self.step
+        if self.step is None or step != self.step + 1 or shapes != self.shapes:
+            self.kept = None
+        self.step, self.shapes = step, shapes
+        return self.kept if step is not None and self.table[step] else None
+
+    def keep(self, given: Any) -> None:
+        """Note what a whole step gave."""
+        self.kept = None if self.again else given
+
+
+class Reusing(ByTimestep):
+    """Runs whole at some timesteps, and at those after them without some blocks, whose contribution is reused.
+
+    The tensor is kept from call to call (see ``Walk``), so one sampling run at a time.
+
+    Args:
+        whole: inputs by name -> (what the model gives, contribution).
+        short: inputs by name and ``reused`` -> what the model gives.
+        input: as for ``ByTimestep``.
+        timesteps: the schedule (T), in the sampler's order.
+        table: 0 for whole, 1 for short.
+        shape: of the contribution of one row.
+        dtype: its type, numpy's name.
+    """
+
+    def __init__(
+        self,
+        whole: nn.Module,
+        short: nn.Module,
+        *,
+        input: str,
+        timesteps: Sequence[float],
+        table: Sequence[int],
+        shape: Sequence[int],
+        dtype: str,
+    ) -> None:
+        super().__init__([whole, short], input=input, timesteps=timesteps, table=table)
+        self.shape, self.dtype, self.walk = tuple(shape), dtype, Walk(self.table)
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Inputs by name -> what the network gives."""
+        steps = set(nearest(inputs[self.input].reshape(-1), self.timesteps).tolist())
+        kept = self.walk.reusable(steps, tuple(tuple(value.shape) for value in inputs.values()))
+        if kept is not None:
+            return self.variants[1](**inputs, **{REUSED: kept})
+        output, given = self.variants[0](**inputs)
+        self.walk.keep(given.detach())
+        return output
 
 
 def nearest(t: Tensor, timesteps: Sequence[float]) -> Tensor:

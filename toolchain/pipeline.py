@@ -29,7 +29,7 @@ from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
 from toolchain.scratch import Scratch
 from toolchain.sources.contract import Model, write_interface
-from toolchain.switching import Switching, names_in, parts_of, read_table, write_table
+from toolchain.switching import names_in, parts_of, read_table, switching, table_of, write_table
 from validation.contract import Runner
 from validation.fidelity import non_finite
 from validation.inputs import Dim, completed, draw
@@ -143,8 +143,10 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
         scratch.rmdir()
         write_plans(run, folder)
         with progress.stage("export to ONNX"):
+            table = table_of(module)
             for name, part in parts_of(module).items():
-                write_graph(run, part, folder / f"model{name}.onnx")
+                called = table.model_of(name, run.exported) if table else run.exported
+                write_graph(run, called, part, folder / f"model{name}.onnx")
             write_table(module, folder)
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
@@ -177,9 +179,8 @@ def write_plans(run: Run, folder: Path) -> None:
         result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json")
 
 
-def write_graph(run: Run, module: nn.Module, path: Path) -> None:
-    """``model.onnx`` with its weights beside it."""
-    model = run.exported
+def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
+    """``model.onnx``, called as ``model`` is, with its weights beside it."""
     if isinstance(module, GraphModule):
         save(module.graph.clone(), path)
         return
@@ -224,8 +225,11 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
     with run.progress.stage(f"build {name}"):
         began = time.perf_counter()
         try:
+            table = read_table(folder)
+            models = [table.model_of(part, run.exported) if table else run.exported for part in parts]
             graphs = [folder / f"model{part}.onnx" for part in parts]
-            built = [build_one(run, step, graph, engine) for graph, engine in zip(graphs, engines, strict=True)]
+            each = zip(models, graphs, engines, strict=True)
+            built = [build_one(run, step, model, graph, engine) for model, graph, engine in each]
         except ToolchainError as error:
             found.reason = error.message
             for engine in engines:
@@ -246,10 +250,9 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
     )
 
 
-def build_one(run: Run, step: TargetStep, path: Path, engine: Path) -> Built:
-    """Build one engine from one graph into a new folder."""
+def build_one(run: Run, step: TargetStep, model: Model, path: Path, engine: Path) -> Built:
+    """Build one engine from one graph, called as ``model`` is, into a new folder."""
     engine.mkdir(parents=True)
-    model = run.exported
     graph = Graph(
         path=path,
         ranges={spec.name: ShapeRange(*spec.limits()) for spec in model.inputs},
@@ -269,7 +272,7 @@ def runner_of(step: TargetStep, folder: Path, threads: int, module: Callable[[],
         return step.target.load(place, threads=threads, module=lambda: parts_of(module())[name])
 
     table = read_table(folder)
-    return Switching([load(name) for name in table.names], table) if table else load("")
+    return switching([load(name) for name in table.names], table) if table else load("")
 
 
 def validate(

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
-from passes.variants import ByTimestep
+from passes.contract import NewInput
+from passes.variants import REUSED, ByTimestep, Walk
+from passes.variants import Reusing as ReusingModule
+from toolchain.added import with_inputs
+from toolchain.sources.contract import Model
 from validation.contract import Runner
 from validation.inputs import Arrays
 
@@ -28,23 +33,36 @@ class Table:
         input: holds the timestep, one for each row.
         timesteps: the schedule.
         table: for each of them, which engine, counted from 0; a timestep beside the schedule takes the nearest.
+        reused: shape of one row of what engine 0 gives beside its outputs and engine 1 takes; None: nothing.
+        dtype: its type.
     """
 
     input: str
     timesteps: tuple[float, ...]
     table: tuple[int, ...]
+    reused: tuple[int, ...] | None = None
+    dtype: str = "float32"
 
     @property
     def names(self) -> tuple[str, ...]:
         """What files and folders of each engine are told apart by."""
         return tuple(f"-{number}" for number in range(max(self.table) + 1))
 
+    def model_of(self, name: str, model: Model) -> Model:
+        """A model as one engine is called, given how all of them together are."""
+        if self.reused is None:
+            return model
+        if name == self.names[0]:
+            return replace(model, outputs=(*model.outputs, REUSED))
+        return with_inputs(model, [NewInput(name=REUSED, shape=self.reused, dtype=self.dtype)])
+
 
 def table_of(module: nn.Module) -> Table | None:
     """The table of a module that is several networks."""
     if not isinstance(module, ByTimestep):
         return None
-    return Table(input=module.input, timesteps=module.timesteps, table=module.table)
+    table = Table(input=module.input, timesteps=module.timesteps, table=module.table)
+    return replace(table, reused=module.shape, dtype=module.dtype) if isinstance(module, ReusingModule) else table
 
 
 def parts_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -65,13 +83,20 @@ def read_table(folder: Path) -> Table | None:
     if not path.exists():
         return None
     content = json.loads(path.read_text())
-    return Table(input=content["input"], timesteps=tuple(content["timesteps"]), table=tuple(content["table"]))
+    table = Table(input=content["input"], timesteps=tuple(content["timesteps"]), table=tuple(content["table"]))
+    reused = content.get("reused")
+    return table if reused is None else replace(table, reused=tuple(reused), dtype=content["dtype"])
 
 
 def names_in(folder: Path) -> tuple[str, ...]:
     """What an artifact's graphs and engines are told apart by."""
     table = read_table(folder)
     return table.names if table else ("",)
+
+
+def switching(runners: Sequence[Runner], table: Table) -> Switching:
+    """One runner of all engines."""
+    return (Switching if table.reused is None else Reusing)(runners, table)
 
 
 class Switching:
@@ -82,9 +107,7 @@ class Switching:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Named inputs with as many rows each -> named outputs, rows in the same order."""
-        times = inputs[self.table.input].astype(np.float32)
-        schedule = np.asarray(self.table.timesteps, np.float32)
-        chosen = np.asarray(self.table.table)[np.abs(times[:, None] - schedule).argmin(axis=1)]
+        chosen = np.asarray(self.table.table)[self.steps(inputs)]
         numbers = sorted(set(chosen.tolist()))
         if len(numbers) == 1:
             return self.runners[numbers[0]](inputs)
@@ -96,6 +119,12 @@ class Switching:
         back = np.concatenate(rows).argsort(kind="stable")
         return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
+    def steps(self, inputs: Arrays) -> npt.NDArray[np.int64]:
+        """For each row the timestep of the schedule that is nearest to its own."""
+        times = inputs[self.table.input].astype(np.float32)
+        schedule = np.asarray(self.table.timesteps, np.float32)
+        return np.abs(times[:, None] - schedule).argmin(axis=1)
+
     def first_non_finite(self, inputs: Arrays) -> str:
         """What the first engine that can tell says."""
         for runner in self.runners:
@@ -103,3 +132,21 @@ class Switching:
             if locate and (found := locate(inputs)):
                 return str(found)
         return ""
+
+
+class Reusing(Switching):
+    """Runs the whole engine or the short one, and keeps what the first gave; ``Walk`` says when it may be reused."""
+
+    def __init__(self, runners: Sequence[Runner], table: Table) -> None:
+        super().__init__(runners, table)
+        self.walk = Walk(table.table)
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Named inputs -> named outputs."""
+        shapes = tuple(sorted((name, array.shape) for name, array in inputs.items()))
+        kept = self.walk.reusable(set(self.steps(inputs).tolist()), shapes)
+        if kept is not None:
+            return self.runners[1]({**inputs, REUSED: kept})
+        outputs = dict(self.runners[0](inputs))
+        self.walk.keep(outputs.pop(REUSED))
+        return outputs

@@ -23,15 +23,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Inputs, Pass, Plan
+from passes.contract import Context, Pass, Plan
 from passes.dynamic.buckets import masks_for, stretches
 from passes.dynamic.masking import mask_units
+from passes.dynamic.schedule import calls_at, even
 from passes.pruning.probes import Call, calls_of, evaluating, probe
 from passes.selection import check_patterns, excluded_by
 from passes.surgery import share
 from passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
 from passes.variants import ByTimestep
-from toolchain.errors import ToolchainError, unknown
+from toolchain.errors import ToolchainError
 
 Layer = HeadedAttention | FeedForward
 
@@ -145,24 +146,7 @@ class SliceWidthByTimestep(Pass):
 
     def schedule(self) -> tuple[float, ...]:
         """The timesteps."""
-        return self.timesteps or tuple(float(t) for t in np.linspace(999, 0, self.steps).round())
-
-    def calls(self, context: Context) -> list[Inputs]:
-        """For each timestep, the calibration rows that were drawn nearest to it, given that timestep."""
-        for call in context.calibration:
-            if self.input not in call:
-                raise unknown("input", self.input, call)
-            if call[self.input].ndim != 1:
-                raise ToolchainError(
-                    f"input {self.input!r} has shape {tuple(call[self.input].shape)}; one a row is needed"
-                )
-        joined = {name: torch.cat([call[name] for call in context.calibration]) for name in context.calibration[0]}
-        calls = []
-        for time in self.schedule():
-            order = (joined[self.input].double() - time).abs().argsort(stable=True)[: self.rows]
-            call = {name: tensor[order] for name, tensor in joined.items()}
-            calls.append({**call, self.input: torch.full_like(call[self.input], time)})
-        return calls
+        return self.timesteps or even(self.steps)
 
     def scores(
         self, model: nn.Module, layers: Mapping[str, Layer], context: Context
@@ -171,7 +155,7 @@ class SliceWidthByTimestep(Pass):
         linears = {path: layer.output for path, layer in layers.items()}
         rows: dict[str, list[Tensor]] = {path: [] for path in layers}
         costs: dict[str, float] = {}
-        calls = self.calls(context)
+        calls = calls_at(context, self.schedule(), input=self.input, rows=self.rows)
         for done, call in enumerate(calls, start=1):
             totals: dict[str, Tensor] = {}
             use = partial(self.add, layers, totals, costs)

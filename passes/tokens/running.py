@@ -18,7 +18,7 @@ from passes.tokens.matching import rows
 from passes.traits import TokenBlock, TokenStack, layers_of
 from toolchain.errors import ToolchainError
 
-SHORTENS = ("merge_tokens", "merge_unmerge_tokens", "prune_tokens")
+SHORTENS = ("merge_tokens", "merge_unmerge_tokens", "prune_tokens", "skip_spatial_tokens")
 """Passes that put a run in the place of a stack; none can follow another."""
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import toolchain
-from passes.variants import ByTimestep
+from passes.variants import REUSED, ByTimestep
 from reports import record
 from toolchain import pipeline
 from toolchain.opened import open_subject
 from toolchain.progress import Progress
 from toolchain.recipe import make
-from toolchain.switching import Switching, Table, table_of
+from toolchain.switching import Switching, Table, switching, table_of
 from validation.inputs import Arrays, draw
 
 
@@ -63,6 +63,63 @@ def test_engines_and_module_agree_for_rows_of_any_timestep(sliced: Path) -> None
         np.testing.assert_allclose(found, wanted, atol=1e-5)
     engine = toolchain.load(sliced, "onnxruntime")
     np.testing.assert_allclose(engine(**call), wanted, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reused") / "out"
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "steps": [{"pass": "reuse_blocks", "interval": 3, "steps": 4}],
+            "targets": [{"target": "onnxruntime"}, {"target": "pytorch"}],
+            "validation": {"rounds": 3, "calls": 2},
+            "calibration": {"calls": 2},
+        }
+    )
+    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    assert code == 0
+    return out
+
+
+def test_engines_that_reuse_keep_the_signature_and_walk_as_the_module_does(reused: Path) -> None:
+    table = json.loads((reused / "engines.json").read_text())
+    assert (table["table"], table["reused"]) == ([0, 1, 1, 0], [16, 32])
+    module = toolchain.load_module(reused)
+    engines = [toolchain.load(reused, name) for name in ("onnxruntime", "pytorch")]
+    assert [spec.name for spec in engines[0].inputs] == ["x", "t", "y"]
+    call = {name: torch.from_numpy(array) for name, array in draw(engines[0].inputs, seed=5).items()}
+    moved = []
+    for t in table["timesteps"]:
+        call["t"] = torch.full_like(call["t"], t)
+        with torch.no_grad():
+            wanted = module(**call)
+            moved.append(not torch.equal(wanted, module.variants[0](**call)[0]))
+        for engine in engines:
+            torch.testing.assert_close(engine(**call), wanted, atol=1e-5, rtol=0)
+    assert moved == [False, True, True, False]
+    assert "reuse" in record.read(reused / "report.json").steps[0].notes[0]
+
+
+def test_engines_reuse_only_what_a_call_of_the_same_shape_left() -> None:
+    table = Table(input="t", timesteps=(10.0, 5.0), table=(0, 1), reused=(1,))
+
+    def whole(inputs: Arrays) -> Arrays:
+        return {"y": inputs["x"], REUSED: 2 * inputs["x"]}
+
+    def short(inputs: Arrays) -> Arrays:
+        return {"y": inputs[REUSED]}
+
+    both = switching([whole, short], table)
+
+    def run(x: float, t: float, rows: int) -> list[float]:
+        found = both({"x": np.full(rows, x), "t": np.full(rows, t)})
+        assert found.keys() == {"y"}
+        return list(found["y"])
+
+    assert (run(1, 10, 2), run(7, 5, 2)) == ([1, 1], [2, 2])
+    assert (run(3, 10, 2), run(7, 5, 1)) == ([3, 3], [7])
+    assert (run(3, 10, 1), run(7, 5, 1)) == ([3], [6])
 
 
 def test_rows_go_where_the_table_sends_them_and_come_back_in_order() -> None:

@@ -1,0 +1,126 @@
+"""Two forms of a network: one that also gives what some of its blocks add to the stream, and one that takes that.
+
+Shapes: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.traits import BlockStack, layer_at
+from passes.variants import REUSED
+
+
+@dataclass
+class Now:
+    """The stream before the blocks, and what they add to it, each (B, N, D), while a call is made."""
+
+    before: Tensor | None = None
+    added: Tensor | None = None
+
+    def clear(self) -> None:
+        """Let go of both."""
+        self.before = self.added = None
+
+
+class Watched(nn.Module):
+    """A block that runs, and notes the stream before the first, and what has been added after the last."""
+
+    def __init__(self, block: nn.Module, now: Now, *, first: bool, last: bool) -> None:
+        super().__init__()
+        self.block, self.now, self.first, self.last = block, now, first, last
+        self.training = block.training
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """What the block gives."""
+        if self.first:
+            self.now.before = stream(inputs, named)
+        output: Tensor = self.block(*inputs, **named)
+        if self.last:
+            assert self.now.before is not None
+            self.now.added = output - self.now.before
+        return output
+
+
+class LeftOut(nn.Module):
+    """Called as a block is; the first of those left out adds what all of them added before."""
+
+    def __init__(self, now: Now, *, first: bool) -> None:
+        super().__init__()
+        self.now, self.first = now, first
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """The stream."""
+        x = stream(inputs, named)
+        if not self.first:
+            return x
+        return x + (torch.zeros_like(x) if self.now.added is None else self.now.added)
+
+
+def stream(inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    """The tokens that a block is called with."""
+    found: Tensor = named["hidden_states"] if "hidden_states" in named else inputs[0]
+    return found
+
+
+def giving(model: nn.Module, path: str, blocks: Sequence[int]) -> nn.Module:
+    """Let a model, in place, give (what it gave, what these blocks of a stack add)."""
+    stack, now = layer_at(model, path, BlockStack).blocks, Now()
+    for number in blocks:
+        stack[number] = Watched(stack[number], now, first=number == blocks[0], last=number == blocks[-1])
+    return become(model, now, gives)
+
+
+def taking(model: nn.Module, path: str, blocks: Sequence[int]) -> nn.Module:
+    """Leave these blocks of a stack out of a model, in place; it takes ``reused`` (B, N, D), or adds nothing."""
+    stack, now = layer_at(model, path, BlockStack).blocks, Now()
+    for number in blocks:
+        stack[number] = LeftOut(now, first=number == blocks[0]).train(stack.training)
+    return become(model, now, takes)
+
+
+def become(model: nn.Module, now: Now, kind: Any) -> nn.Module:
+    """Give a model a class like its own with another ``forward``."""
+    object.__setattr__(model, "reuse", now)
+    model.__class__ = kind(type(model))
+    return model
+
+
+@cache
+def gives(base: type[Any]) -> type[nn.Module]:
+    """A class like ``base`` that also gives what was added."""
+
+    def forward(self: Any, **inputs: Any) -> Any:
+        try:
+            return base.forward(self, **inputs), self.reuse.added
+        finally:
+            self.reuse.clear()
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+
+
+@cache
+def takes(base: type[Any]) -> type[nn.Module]:
+    """A class like ``base`` that also takes what is to be added."""
+
+    def forward(self: Any, **inputs: Any) -> Any:
+        self.reuse.added = inputs.pop(REUSED, None)
+        try:
+            return base.forward(self, **inputs)
+        finally:
+            self.reuse.clear()
+
+    signature = inspect.signature(base.forward)
+    parameters = list(signature.parameters.values())
+    end = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(end, inspect.Parameter(REUSED, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor))
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})

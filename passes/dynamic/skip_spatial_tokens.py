@@ -1,0 +1,104 @@
+"""Let each block's feed-forward run on some of a picture's tokens only; the others pass by on the residual stream.
+
+Source: DyDiT (Zhao et al. 2024, arXiv:2410.03456), section 3.3, spatial-wise dynamic token: a router reads the tokens
+after the attention's residual and decides which of them the MLP works on; the attention always sees all. Departures:
+the number of tokens that run is fixed, the same for every sample and timestep, so that shapes are: those of the highest
+scores run, of each sample apart, where the paper takes all above 0.5; the router is one linear layer, not two, and is
+not trained: it is fitted to how far the MLP moves each calibration token, relative to the token. Its bias puts 0.5
+where the asked share is above it, and the facts say for how many samples more tokens were.
+
+After ``slice_width_by_timestep``, the paper's other half, each of its networks gets routers of its own, fitted to the
+calibration inputs of its timesteps.
+
+Gathering and putting back are TopK and Gather alone, which every target builds; masks would save nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from passes.contract import Context, Pass, Plan
+from passes.dynamic.skipping import SkipStep, fitted, watched
+from passes.selection import check_patterns, excluded_by
+from passes.tokens.interpreter import interpreter
+from passes.tokens.running import SHORTENS, Found, Step, blocks_of, replace_stacks, token_stacks
+from passes.traits import TokenStack, layers_of
+from toolchain.errors import ToolchainError
+
+
+class SkipSpatialTokens(Pass):
+    """Feed-forwards run on the same number of tokens of every sample: those that a fitted router picks."""
+
+    needs_calibration: ClassVar[bool] = True
+    by_layer: ClassVar[bool] = False
+    not_after: ClassVar[tuple[str, ...]] = (*SHORTENS, "reuse_blocks")
+
+    ratio: float = Field(0.5, ge=0, lt=1, description="share of the content tokens that pass a feed-forward by")
+    exclude: tuple[str, ...] = Field((), description="glob patterns of block paths whose feed-forwards see all tokens")
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """How many tokens run, and the routers.
+
+        Raises ``ToolchainError`` for an ``exclude`` that matches nothing, and values that are not finite.
+        """
+        stacks, skipped = token_stacks(model, context)
+        check_patterns(self.exclude, blocks_of(stacks), what="block")
+        choice: dict[str, Any] = {}
+        arrays: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {"calibration_calls": len(context.calibration)}
+        for found in stacks:
+            entries = self.entries(found, skipped)
+            steps = watched(model, found, context) if entries else []
+            for number, entry in entries.items():
+                path = found.block(number)
+                if not steps[number].inputs:
+                    skipped[path] = "the calibration inputs never reach it"
+                    continue
+                weight, bias, facts[path] = fitted(steps[number], entry["tokens"], where=path)
+                arrays |= {f"{path}.router.weight": weight, f"{path}.router.bias": bias}
+                choice[path] = entry
+        return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
+
+    def entries(self, found: Found, skipped: dict[str, str]) -> dict[int, dict[str, int]]:
+        """How many content tokens run in each block; a block where all do is among those left alone."""
+        chosen = {}
+        for number in range(len(found.stack.blocks)):
+            path = found.block(number)
+            content = 0 if found.tokens is None else found.tokens - found.stack.leading
+            count = max(round((1 - self.ratio) * content), 1)
+            if reason := excluded_by(path, self.exclude):
+                skipped[path] = reason
+            elif not found.stack.square:
+                skipped[path] = "its tokens are not those of a picture"
+            elif not content:
+                skipped[path] = "the example call never reaches it"
+            elif count >= content:
+                skipped[path] = f"a ratio of {self.ratio} of its {content} tokens comes to none"
+            else:
+                chosen[number] = {"tokens": count, "of": content}
+        return chosen
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Put a run of all blocks in the place of each stack with a router.
+
+        Raises ``ToolchainError`` for a model that lacks a block of the plan.
+        """
+        known = {
+            f"{o}.{s.path}".lstrip(".") + f".{i}" for o, s in layers_of(model, TokenStack) for i in range(len(s.blocks))
+        }
+        for path in plan.choice:
+            if path not in known:
+                raise ToolchainError(f"the plan is for another model: {path!r} is no block of this one")
+
+        def step(stack: TokenStack, block: nn.Module, path: str) -> Step:
+            entry = plan.choice.get(path)
+            if entry is None:
+                return Step(block, stack.block)
+            weight, bias = (plan.arrays[f"{path}.router.{name}"] for name in ("weight", "bias"))
+            router = interpreter(weight, bias, next(block.parameters()))
+            return SkipStep(block, stack.block, router, count=entry["tokens"], leading=stack.leading)
+
+        return replace_stacks(model, plan, step, restore=False)
