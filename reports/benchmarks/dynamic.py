@@ -1,9 +1,11 @@
-"""What networks by timestep save: whole sampling runs of a DiT-B/2, cut by slice_width_by_timestep and not, in turns.
+"""What dynamic networks save: whole sampling runs of a DiT-B/2, changed by a pass and not, in turns.
 
-    python -m reports.benchmarks.dynamic [--samples N]
+    python -m reports.benchmarks.dynamic [--samples N] [--part NAME] [--output FILE]
 
+Parts: ``dit_b2`` (slice_width_by_timestep), ``dit_b2_reuse`` (reuse_blocks), ``dit_b2_skip`` (skip_spatial_tokens).
 Weights are random: time and multiply-accumulates do not depend on them, quality is not measured here. A run is one
-picture through every timestep of a short schedule in ONNX Runtime. Writes ``reports/results/dynamic.json``.
+picture through every timestep of a short schedule in ONNX Runtime. Writes ``reports/results/dynamic.json``, which
+keeps the parts that were not measured again.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context, macs
+from passes.contract import Context, Pass, Result
+from passes.dynamic.reuse_blocks import ReuseBlocks
+from passes.dynamic.schedule import even
+from passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
 from passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
 from passes.surgery import share
+from passes.variants import REUSED
 from targets.contract import Arrays, Runner
 from targets.onnx_export import export_onnx
 from targets.onnxruntime_engine import OnnxRuntime
 from toolchain.environment import describe, versions
 from toolchain.models.diffusion.dit import PUBLISHED, DiT
-from toolchain.switching import Switching, parts_of, table_of
+from toolchain.switching import parts_of, switching, table_of
 from validation.latency import summarise, time_interleaved
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "dynamic.json"
@@ -57,12 +63,16 @@ def engine(model: nn.Module, folder: Path) -> Runner:
     """The model in ONNX Runtime, switching where it is several networks."""
     folder.mkdir()
     runners = []
-    for name, part in parts_of(model).items():
-        path = folder / f"model{name}.onnx"
-        export_onnx(part, call(999.0, 0), dynamic={}, outputs=["out"], path=path)
-        runners.append(OnnxRuntime().open(path, THREADS))
     table = table_of(model)
-    return Switching(runners, table) if table else runners[0]
+    for name, part in parts_of(model).items():
+        path, inputs, outputs = folder / f"model{name}.onnx", call(999.0, 0), ["out"]
+        if table and table.reused and name == table.names[0]:
+            outputs.append(REUSED)
+        elif table and table.reused:
+            inputs[REUSED] = torch.zeros(1, *table.reused)
+        export_onnx(part, inputs, dynamic={}, outputs=outputs, path=path)
+        runners.append(OnnxRuntime().open(path, THREADS))
+    return switching(runners, table) if table else runners[0]
 
 
 def whole_run(runner: Runner, timesteps: Sequence[float]) -> Runner:
@@ -76,20 +86,23 @@ def whole_run(runner: Runner, timesteps: Sequence[float]) -> Runner:
     return run
 
 
-def measured(folder: Path, samples: int) -> dict[str, Any]:
-    """Time, size and error of the cut networks beside the whole one."""
-    model = randomised(DiT(PUBLISHED["B/2"]))
-    step = SliceWidthByTimestep(share=SHARE, steps=STEPS, importance="activation", groups=12, rows=1)
-    context = Context(example=call(999.0, 0), calibration=[call(float(t), i) for i, t in enumerate(step.schedule(), 1)])
-    result = step.apply(share(model), context)
-    cut = result.model.eval()
-    runners = {"full": engine(model, folder / "full"), "cut": engine(cut, folder / "cut")}
-    timesteps = result.plan.facts["timesteps"]
+def applied(step: Pass, model: nn.Module) -> Result:
+    """A pass on a model that shares the original's weights, calibrated on noise."""
+    calibration = [call(t, seed) for seed, t in enumerate(even(STEPS), 1)]
+    return step.apply(share(model), Context(example=call(999.0, 0), calibration=calibration))
+
+
+def measured(folder: Path, samples: int, model: nn.Module, result: Result) -> dict[str, Any]:
+    """Time, size and error of the changed networks beside the whole one."""
+    folder.mkdir()
+    changed = result.model.eval()
+    runners = {"full": engine(model, folder / "full"), "cut": engine(changed, folder / "cut")}
+    timesteps = even(STEPS)
     error = 0.0
     for t in timesteps:
         inputs = call(t, 7)
         with torch.no_grad():
-            wanted = cut(**inputs)
+            wanted = changed(**inputs)
         found = torch.from_numpy(runners["cut"]({name: value.numpy() for name, value in inputs.items()})["out"])
         error = max(error, float((found - wanted).norm() / wanted.norm()))
     runs = {name: whole_run(runner, timesteps) for name, runner in runners.items()}
@@ -97,17 +110,13 @@ def measured(folder: Path, samples: int) -> dict[str, Any]:
     taken = time_interleaved(runs, noise, warm_up=1, samples=samples, seed=0)
     timed = summarise(taken["full"], taken["cut"], seed=0)
     keys = ("ratio", "ratio_low", "ratio_high", "median_s", "original_median_s", "spread", "warnings")
-    facts = {name: value for name, value in result.plan.facts.items() if name.startswith("share") or name == "table"}
     return {
-        "share": SHARE,
         "steps": STEPS,
         "threads": THREADS,
         "batch": 1,
-        "bound_ratio": round(BOUND, 4),
         **{key: getattr(timed, key) for key in keys},
         "samples_s": {name: list(values) for name, values in taken.items()},
-        **facts,
-        "macs": macs(model, call(999.0, 0)),
+        "macs": result.before.macs,
         "cut_macs": result.after.macs,
         "bytes": result.before.bytes,
         "cut_bytes": result.after.bytes,
@@ -115,15 +124,49 @@ def measured(folder: Path, samples: int) -> dict[str, Any]:
     }
 
 
+def sliced(folder: Path, samples: int, model: nn.Module) -> dict[str, Any]:
+    """Networks by timestep."""
+    step = SliceWidthByTimestep(share=SHARE, steps=STEPS, importance="activation", groups=12, rows=1)
+    result = applied(step, model)
+    facts = {name: value for name, value in result.plan.facts.items() if name.startswith("share") or name == "table"}
+    return {"share": SHARE, "bound_ratio": round(BOUND, 4), **measured(folder, samples, model, result), **facts}
+
+
+def reusing(folder: Path, samples: int, model: nn.Module) -> dict[str, Any]:
+    """Half of the blocks left out at two steps of three."""
+    result = applied(ReuseBlocks(interval=3, steps=STEPS, rows=1), model)
+    facts = {"table": result.plan.facts["table"], "blocks": result.plan.choice["blocks"]["blocks"]}
+    return {"interval": 3, **measured(folder, samples, model, result), **facts}
+
+
+def skipping(folder: Path, samples: int, model: nn.Module) -> dict[str, Any]:
+    """Feed-forwards on half of the tokens."""
+    result = applied(SkipSpatialTokens(ratio=SHARE), model)
+    return {"skipped_ratio": SHARE, **measured(folder, samples, model, result)}
+
+
+PARTS: dict[str, Callable[[Path, int, nn.Module], dict[str, Any]]] = {
+    "dit_b2": sliced,
+    "dit_b2_reuse": reusing,
+    "dit_b2_skip": skipping,
+}
+
+
 def main() -> None:
     """Measure, write and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=8, help="timed runs of each")
+    parser.add_argument("--part", choices=PARTS, action="append", help="what to measure; default: all")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where to write")
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        found = {"environment": describe(), "versions": versions(), "dit_b2": measured(Path(temporary), chosen.samples)}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    model = randomised(DiT(PUBLISHED["B/2"]))
+    found = json.loads(chosen.output.read_text()) if chosen.output.exists() else {}
+    for name in chosen.part or PARTS:
+        with tempfile.TemporaryDirectory() as temporary:
+            part = PARTS[name](Path(temporary) / name, chosen.samples, model)
+        found[name] = {"environment": describe(), "versions": versions(), **part}
+    chosen.output.parent.mkdir(exist_ok=True)
+    chosen.output.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 
 
