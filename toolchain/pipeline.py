@@ -25,11 +25,12 @@ from toolchain import artifact, calibration, environment, origin, scoring, sourc
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
 from toolchain.measure import judge_gates, measure
+from toolchain.preparing import PREPARE, STEP, Preparing, fed, part_in_two, read_halves, said_of
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
 from toolchain.scratch import Scratch
 from toolchain.sources.contract import Model, write_interface
-from toolchain.switching import Switching, names_in, parts_of, read_table, write_table
+from toolchain.switching import Switching, parts_of, read_table, write_table
 from validation.contract import Runner
 from validation.fidelity import non_finite
 from validation.inputs import Dim, completed, draw
@@ -146,6 +147,7 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
             for name, part in parts_of(module).items():
                 write_graph(run, part, folder / f"model{name}.onnx")
             write_table(module, folder)
+            part_in_two(module, folder)
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
@@ -219,13 +221,12 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
     if not able.buildable.yes:
         run.progress.line(f"{name} cannot be built here: {found.reason}")
         return found
-    parts = names_in(folder)
+    parts = parts_for(step, folder)
     engines = [folder / "engines" / f"{name}{part}" for part in parts]
     with run.progress.stage(f"build {name}"):
         began = time.perf_counter()
         try:
-            graphs = [folder / f"model{part}.onnx" for part in parts]
-            built = [build_one(run, step, graph, engine) for graph, engine in zip(graphs, engines, strict=True)]
+            built = [build_one(run, step, part, folder) for part in parts]
         except ToolchainError as error:
             found.reason = error.message
             for engine in engines:
@@ -246,14 +247,27 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
     )
 
 
-def build_one(run: Run, step: TargetStep, path: Path, engine: Path) -> Built:
+def parts_for(step: TargetStep, folder: Path) -> tuple[str, ...]:
+    """What a target's engines are told apart by: a target that runs the module has no use for a pair."""
+    if read_halves(folder):
+        return (STEP,) if step.target.runs_module else (PREPARE, STEP)
+    table = read_table(folder)
+    return table.names if table else ("",)
+
+
+def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
     """Build one engine from one graph into a new folder."""
+    engine = folder / "engines" / f"{step.target.name()}{part}"
     engine.mkdir(parents=True)
     model = run.exported
+    ranges = {spec.name: ShapeRange(*spec.limits()) for spec in model.inputs}
+    examples = [completed(call, model.inputs) for call in model.batches(1, run.recipe.head.seed + 1)]
+    if read_halves(folder):
+        ranges, examples = fed(folder, part, model.inputs, examples)
     graph = Graph(
-        path=path,
-        ranges={spec.name: ShapeRange(*spec.limits()) for spec in model.inputs},
-        examples=[completed(call, model.inputs) for call in model.batches(1, run.recipe.head.seed + 1)],
+        path=folder / f"model{part}.onnx",
+        ranges=ranges,
+        examples=examples,
         hints=run.hints(),
         threads=run.threads,
         say=run.progress.say,
@@ -262,12 +276,16 @@ def build_one(run: Run, step: TargetStep, path: Path, engine: Path) -> Built:
 
 
 def runner_of(step: TargetStep, folder: Path, threads: int, module: Callable[[], nn.Module]) -> Runner:
-    """An artifact's engine for one target; of several networks, one that switches between them."""
+    """An artifact's engine for one target; of several networks, one that switches between them or runs a pair."""
+    halves = read_halves(folder)
 
     def load(name: str) -> Runner:
         place = folder / "engines" / f"{step.target.name()}{name}"
-        return step.target.load(place, threads=threads, module=lambda: parts_of(module())[name])
+        part = "" if halves else name
+        return step.target.load(place, threads=threads, module=lambda: parts_of(module())[part])
 
+    if halves:
+        return load(STEP) if step.target.runs_module else Preparing(load(PREPARE), load(STEP), halves)
     table = read_table(folder)
     return Switching([load(name) for name in table.names], table) if table else load("")
 
@@ -297,6 +315,8 @@ def validate(
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
     }
+    for found in targets:
+        found.notes = [*found.notes, *(said_of(runners[found.name]) if found.name in runners else ())]
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
 
 

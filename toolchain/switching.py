@@ -68,12 +68,6 @@ def read_table(folder: Path) -> Table | None:
     return Table(input=content["input"], timesteps=tuple(content["timesteps"]), table=tuple(content["table"]))
 
 
-def names_in(folder: Path) -> tuple[str, ...]:
-    """What an artifact's graphs and engines are told apart by."""
-    table = read_table(folder)
-    return table.names if table else ("",)
-
-
 class Switching:
     """Runs each row of a call in the engine of its timestep."""
 
