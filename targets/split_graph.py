@@ -48,6 +48,7 @@ def split_graph(path: Path, constant: Sequence[str], prepare: Path, step: Path) 
     passed = crossing(whole.graph, constant)
     if not passed:
         raise ToolchainError(f"no operation of the exported graph depends on {', '.join(constant)} alone")
+    described(whole, passed)
     first, second = first_half(whole.clone(), passed), second_half(whole.clone(), passed, constant)
     for half, place in ((first, prepare), (second, step)):
         ir.save(half, place)
@@ -108,6 +109,13 @@ def captured(node: ir.Node) -> Iterator[ir.Value | None]:
             yield from attribute.as_graph().outputs
 
 
+def described(model: ir.Model, names: Sequence[str]) -> None:
+    """Have types and ranks of values found where the graph does not say them; a graph's input must have both."""
+    values = values_of(model.graph)
+    if any(values[name].dtype is None or values[name].shape is None for name in names):
+        common.ShapeInferencePass()(model)
+
+
 def first_half(model: ir.Model, passed: Sequence[str]) -> ir.Model:
     """The graph that gives the values that are passed."""
     graph = model.graph
@@ -134,9 +142,14 @@ def pruned(model: ir.Model, keep: Sequence[str]) -> ir.Model:
     """Without nodes, weights and inputs that nothing reads, but for inputs to keep."""
     common.RemoveUnusedNodesPass()(model)
     graph = model.graph
+    # By what is left, because a branch that went still counts as a use of what it read.
+    read = {value for node in graph for value in reads(node)} | set(graph.outputs)
     for value in list(graph.inputs):
-        if not value.uses() and not value.is_graph_output() and name_of(value) not in keep:
+        if value not in read and name_of(value) not in keep:
             graph.inputs.remove(value)
+    for name, value in list(graph.initializers.items()):
+        if value not in read:
+            del graph.initializers[name]
     return model
 
 

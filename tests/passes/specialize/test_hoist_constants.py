@@ -4,15 +4,19 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from passes.contract import Context, macs
 from passes.hoisting import hoisted
 from passes.specialize.hoist_constants import HoistConstants
+from targets.contract import Graph, ShapeRange
 from targets.onnx_export import export_onnx
 from targets.split_graph import split_graph
+from targets.tensorrt_rtx_engine import TensorRtRtx
 from tests.passes.conftest import Subject, randomise, reference_dit
 from tests.passes.joint import flux, sd3
 from tests.toolchain.sources import tiny_diffusers
+from toolchain.errors import ToolchainError
 
 TEXT = ("encoder_hidden_states", "pooled_projections")
 IDS = ("img_ids", "txt_ids")
@@ -148,8 +152,82 @@ def test_no_weight_is_written_twice_or_read_by_both(tmp_path):
         "whole.onnx",
         "model.safetensors",
     }
-    names = [set(ir.load(path).graph.initializers) for path in graphs]
-    weights = [{n for n in own if n.endswith("weight")} for own in names]
-    assert not weights[0] & weights[1]
-    assert any("caption_projection" in n for n in weights[0])
-    assert not any("caption_projection" in n for n in names[1])
+    read = [offsets(path) for path in graphs]
+    assert read[0]
+    assert not read[0] & read[1]
+    assert read[0] | read[1] == offsets(tmp_path / "whole.onnx")
+
+
+def offsets(path):
+    """Where in the weight file the weights of a graph begin."""
+    tensors = [value.const_value for value in ir.load(path).graph.initializers.values()]
+    return {tensor.offset for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+
+
+def test_where_nothing_hangs_on_the_constants_alone_the_model_stays():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.inner(x + y)
+
+    subject = Subject(model=Mixed(), inputs={"x": torch.ones(2, 4), "y": torch.ones(2, 4)}, paths=())
+    result = applied(subject, ("y",))
+    assert result.changed == ()
+    assert result.plan.skipped == {"": "no module of it depends on y alone"}
+    assert hoisted(result.model) is None
+    assert result.after == result.before
+
+
+def test_weights_that_a_step_shares_are_not_counted_as_prepared():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.each = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.each.weight = self.once.weight
+
+        def forward(self, x, y):
+            return self.each(x) + self.once(y)
+
+    subject = Subject(model=Tied(), inputs={"x": torch.ones(2, 4), "y": torch.ones(2, 4)}, paths=())
+    facts = applied(subject, ("y",)).plan.facts
+    assert (facts["bytes_once"], facts["macs_once"], facts["macs_per_step"]) == (0, 32, 32)
+
+
+def test_both_graphs_build(dit, tmp_path):
+    dit.inputs["t"] = dit.inputs["t"].float()
+    graphs, halves = parted(dit, ("y",), tmp_path, open_batch=False)
+    passed = run(graphs[0], {"y": dit.inputs["y"].numpy()})
+    for path, inputs in zip(graphs, ({"y": dit.inputs["y"]}, {**dit.inputs, **passed}), strict=True):
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        ranges = {
+            name: ShapeRange(*(tuple(tensor.shape),) * 3) for name, tensor in inputs.items() if name in known(path)
+        }
+        TensorRtRtx().build(Graph(path=path, ranges=ranges), folder)
+        assert list(folder.iterdir())
+    assert known(graphs[1]) == {"x", "t", *halves.passed}
+
+
+def known(path):
+    return {value.name for value in ir.load(path).graph.inputs}
+
+
+@pytest.mark.parametrize(
+    ("constant", "message"),
+    [
+        ((), "hoist_constants needs constant"),
+        (("z",), "no input named 'z'"),
+        (("x", "t", "y"), "every input is constant; a step needs one that changes"),
+    ],
+)
+def test_what_cannot_be_hoisted_is_quoted(dit, constant, message):
+    with pytest.raises(ToolchainError, match=message):
+        HoistConstants(constant=constant).plan(dit.model, Context(calibration=[dit.inputs]))
+
+
+def test_without_a_call_there_is_nothing_to_follow(dit):
+    with pytest.raises(ToolchainError, match="got none"):
+        HoistConstants(constant=("y",)).plan(dit.model, Context())
