@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
+from passes.hoisting import hoisted
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
 
@@ -336,11 +337,14 @@ def macs(model: nn.Module, example: Inputs) -> int:
     """Multiply-accumulates of the matrix products, convolutions and attention in one call.
 
     Counted on shapes alone where the model allows that, so that its weights are not read. Of networks by timestep, the
-    mean over the schedule.
+    mean over the schedule; of what a run does once, none.
     """
     if isinstance(model, ByTimestep):
         each = [macs(variant, example) for variant in model.variants]
         return round(sum(each[number] for number in model.table) / len(model.table))
+    if found := hoisted(model):
+        by_module = macs_by_module(model, example)
+        return by_module.get("", 0) - sum(by_module.get(path, 0) for path in found.modules)
     return counted(model, example).get_total_flops() // 2
 
 

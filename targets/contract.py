@@ -108,6 +108,9 @@ class Target(BaseModel, ABC):
     """How number formats that passes write are computed: ``native``, ``emulated`` (accepted, and computed in wider
     numbers), or ``refused: `` and the reason."""
 
+    runs_module: ClassVar[bool] = False
+    """Whether it runs the optimized PyTorch module and not the graph."""
+
     def __init__(self, **parameters: Any) -> None:
         """Raises ``ToolchainError`` for an unknown parameter or one out of its range."""
         try:

@@ -24,6 +24,8 @@ class PyTorch(Target):
         ("int8", "fp8", "int4_weights", "int8_weights", "int4_int8", "nvfp4_weights", "mxfp8_weights"), "emulated"
     )
 
+    runs_module: ClassVar[bool] = True
+
     def availability(self) -> Availability:
         """Always: the toolchain stands on PyTorch."""
         yes = Answer(True)

@@ -17,13 +17,13 @@ from targets.onnx_files import check_onnx
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, catalog, origin, sources
 from toolchain.added import compared_with, completing
+from toolchain.engines import parts_for, runner_of
 from toolchain.errors import ToolchainError, UnavailableError
-from toolchain.pipeline import Run, runner_of
+from toolchain.pipeline import Run
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
 from toolchain.sources.contract import Model, read_interface
 from toolchain.sources.onnx_source import inputs_of
-from toolchain.switching import names_in
 from validation.inputs import InputSpec
 
 
@@ -129,7 +129,7 @@ def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[
     absent: dict[str, str] = {}
     for step in run.recipe.targets:
         name = step.target.name()
-        places = [folder / "engines" / f"{name}{part}" for part in names_in(folder)]
+        places = [folder / "engines" / f"{name}{part}" for part in parts_for(step, folder)]
         able = step.target.availability()
         if wanted and name != wanted:
             continue

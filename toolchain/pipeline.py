@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +23,15 @@ from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, calibration, environment, origin, scoring, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
+from toolchain.engines import parts_for, runner_of
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
 from toolchain.measure import judge_gates, measure
+from toolchain.preparing import fed, part_in_two, read_halves, said_of
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
 from toolchain.scratch import Scratch
 from toolchain.sources.contract import Model, write_interface
-from toolchain.switching import names_in, parts_of, read_table, switching, table_of, write_table
+from toolchain.switching import parts_of, read_table, table_of, write_table
 from validation.contract import Runner
 from validation.fidelity import non_finite
 from validation.inputs import Dim, completed, draw
@@ -148,6 +150,7 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
                 called = table.model_of(name, run.exported) if table else run.exported
                 write_graph(run, called, part, folder / f"model{name}.onnx")
             write_table(module, folder)
+            part_in_two(module, folder)
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
@@ -220,16 +223,12 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
     if not able.buildable.yes:
         run.progress.line(f"{name} cannot be built here: {found.reason}")
         return found
-    parts = names_in(folder)
+    parts = parts_for(step, folder)
     engines = [folder / "engines" / f"{name}{part}" for part in parts]
     with run.progress.stage(f"build {name}"):
         began = time.perf_counter()
         try:
-            table = read_table(folder)
-            models = [table.model_of(part, run.exported) if table else run.exported for part in parts]
-            graphs = [folder / f"model{part}.onnx" for part in parts]
-            each = zip(models, graphs, engines, strict=True)
-            built = [build_one(run, step, model, graph, engine) for model, graph, engine in each]
+            built = [build_one(run, step, part, folder) for part in parts]
         except ToolchainError as error:
             found.reason = error.message
             for engine in engines:
@@ -250,29 +249,25 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
     )
 
 
-def build_one(run: Run, step: TargetStep, model: Model, path: Path, engine: Path) -> Built:
-    """Build one engine from one graph, called as ``model`` is, into a new folder."""
+def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
+    """Build one engine from one graph into a new folder."""
+    engine = folder / "engines" / f"{step.target.name()}{part}"
     engine.mkdir(parents=True)
+    table = read_table(folder)
+    model = table.model_of(part, run.exported) if table else run.exported
+    ranges = {spec.name: ShapeRange(*spec.limits()) for spec in model.inputs}
+    examples = [completed(call, model.inputs) for call in model.batches(1, run.recipe.head.seed + 1)]
+    if read_halves(folder):
+        ranges, examples = fed(folder, part, model.inputs, examples)
     graph = Graph(
-        path=path,
-        ranges={spec.name: ShapeRange(*spec.limits()) for spec in model.inputs},
-        examples=[completed(call, model.inputs) for call in model.batches(1, run.recipe.head.seed + 1)],
+        path=folder / f"model{part}.onnx",
+        ranges=ranges,
+        examples=examples,
         hints=run.hints(),
         threads=run.threads,
         say=run.progress.say,
     )
     return step.target.build(graph, engine)
-
-
-def runner_of(step: TargetStep, folder: Path, threads: int, module: Callable[[], nn.Module]) -> Runner:
-    """An artifact's engine for one target; of several networks, one that switches between them."""
-
-    def load(name: str) -> Runner:
-        place = folder / "engines" / f"{step.target.name()}{name}"
-        return step.target.load(place, threads=threads, module=lambda: parts_of(module())[name])
-
-    table = read_table(folder)
-    return switching([load(name) for name in table.names], table) if table else load("")
 
 
 def validate(
@@ -300,6 +295,8 @@ def validate(
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
     }
+    for found in targets:
+        found.notes = [*found.notes, *(said_of(runners[found.name]) if found.name in runners else ())]
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
 
 

@@ -88,12 +88,6 @@ def read_table(folder: Path) -> Table | None:
     return table if reused is None else replace(table, reused=tuple(reused), dtype=content["dtype"])
 
 
-def names_in(folder: Path) -> tuple[str, ...]:
-    """What an artifact's graphs and engines are told apart by."""
-    table = read_table(folder)
-    return table.names if table else ("",)
-
-
 def switching(runners: Sequence[Runner], table: Table) -> Switching:
     """One runner of all engines."""
     return (Switching if table.reused is None else Reusing)(runners, table)

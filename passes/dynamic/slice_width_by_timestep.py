@@ -47,6 +47,7 @@ class SliceWidthByTimestep(Pass):
         "search_precision",
         "slice_width_by_timestep",
         "fix_inputs",
+        "hoist_constants",
         "perturb_heads",
     )
 
