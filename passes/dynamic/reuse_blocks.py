@@ -45,6 +45,7 @@ class ReuseBlocks(Pass):
         "merge_guidance",
         "fix_inputs",
         "perturb_heads",
+        "hoist_constants",
     )
 
     interval: int = Field(2, ge=1, description="one step in so many runs whole, the first included (DeepCache's N)")

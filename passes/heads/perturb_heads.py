@@ -29,7 +29,13 @@ class PerturbHeads(Pass):
     """Blend each chosen head's result with its values; at strength 0, where callers start, nothing changes."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "perturb_heads", "select_heads")
+    not_after: ClassVar[tuple[str, ...]] = (
+        "quantize_*",
+        "search_precision",
+        "perturb_heads",
+        "select_heads",
+        "reuse_blocks",
+    )
 
     heads: dict[str, tuple[int, ...]] = Field(
         default={"*": ()},

@@ -39,7 +39,7 @@ def calibration_facts(context: Context) -> dict[str, Any]:
             every = torch.cat(values).double()
             quantiles = torch.quantile(every, torch.linspace(0, 1, 5, dtype=torch.float64))
             mixes[name] = {"samples": len(every), "quantiles": [float(f"{q:.6g}") for q in quantiles]}
-    return {"calibration_calls": len(context.calibration), "calibration_mix": mixes}
+    return {"calibration_calls": len(context.calibration)} | ({"calibration_mix": mixes} if mixes else {})
 
 
 def some_rows(rows: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class MergeGuidance(Pass):
     """Double the batch inside, with the condition and without, and give e_u + w (e_c - e_u)."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = ("merge_guidance", "perturb_heads")
+    not_after: ClassVar[tuple[str, ...]] = ("merge_guidance", "perturb_heads", "reuse_blocks")
 
     condition: str = Field(default="y", description="input that carries the condition")
     none: Any = Field(default=None, description="its value for no condition: a number, or lists of what a row has")

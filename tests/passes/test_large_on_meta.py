@@ -18,7 +18,8 @@ REASONS = "|".join(
         "meta device",
         "calibration",
         "there is no score|no score '",
-        "needs (inputs|condition|adapters|file)",
+        "needs (inputs|condition|adapters|file|constant)",
+        "0 different teachers",
         "which stack is to be cut",
         "one call of the model and got none",
     )
