@@ -7,7 +7,7 @@ is assumed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from passes.contract import Inputs, Json
-from toolchain.errors import ToolchainError
+from passes.contract import Context, Inputs, Json
+from toolchain.errors import ToolchainError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,20 @@ class Bound:
             dtype = other.dtype  # half precision reaches all floating inputs alike
         value = torch.tensor(self.value, dtype=dtype, device=other.device)
         return value.expand((*other.shape[: self.shared], *self.shape[self.shared :]))
+
+
+def call_with(names: Iterable[str], context: Context, *, pass_name: str) -> Inputs:
+    """A call to follow, which has these inputs.
+
+    Raises ``ToolchainError`` where there is no call, and for an input that it has not.
+    """
+    example = next(iter(context.calibration), context.example)
+    if not example:
+        raise ToolchainError(f"{pass_name} follows one call of the model and got none")
+    for name in names:
+        if name not in example:
+            raise unknown("input", name, example)
+    return example
 
 
 def bind(name: str, value: Json, example: Inputs, bound: Sequence[str]) -> Bound:

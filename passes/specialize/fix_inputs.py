@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import nn
 
 from passes.contract import Context, Inputs, Json, Pass, Plan
-from passes.specialize.binding import Bound, Constant, bind, call_without, constant_modules
+from passes.specialize.binding import Bound, Constant, bind, call_with, call_without, constant_modules
 from passes.surgery import share
-from toolchain.errors import ToolchainError, unknown
+from toolchain.errors import ToolchainError
 
 
 class FixInputs(Pass):
@@ -63,12 +63,7 @@ class FixInputs(Pass):
         """A call of the model."""
         if not self.inputs:
             raise ToolchainError(f"{self.name()} needs inputs", help="such as inputs = { t = 500 }")
-        example = next(iter(context.calibration), context.example)
-        if not example:
-            raise ToolchainError(f"{self.name()} follows one call of the model and got none")
-        for name in self.inputs:
-            if name not in example:
-                raise unknown("input", name, example)
+        example = call_with(self.inputs, context, pass_name=self.name())
         if len(self.inputs) == len(example):
             raise ToolchainError("every input is bound; an engine needs one at least")
         return example

@@ -15,8 +15,8 @@ from torch import nn
 
 from passes.contract import Context, Inputs, Pass, Plan, macs_by_module
 from passes.hoisting import Hoisted, hoist
-from passes.specialize.binding import constant_modules
-from toolchain.errors import ToolchainError, unknown
+from passes.specialize.binding import call_with, constant_modules
+from toolchain.errors import ToolchainError
 
 
 class HoistConstants(Pass):
@@ -67,12 +67,7 @@ class HoistConstants(Pass):
         """A call of the model."""
         if not self.constant:
             raise ToolchainError(f"{self.name()} needs constant", help='such as constant = ["encoder_hidden_states"]')
-        example = next(iter(context.calibration), context.example)
-        if not example:
-            raise ToolchainError(f"{self.name()} follows one call of the model and got none")
-        for name in self.constant:
-            if name not in example:
-                raise unknown("input", name, example)
+        example = call_with(self.constant, context, pass_name=self.name())
         if set(self.constant) >= example.keys():
             raise ToolchainError("every input is constant; a step needs one that changes")
         return example
