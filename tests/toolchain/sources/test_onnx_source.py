@@ -329,7 +329,6 @@ def test_a_pass_of_the_other_kind_is_found_before_any_work(model: str, step: str
     assert help in str(caught.value)
 
 
-@pytest.mark.skipif(find_spec("silero_vad") is None, reason="silero-vad is not installed")
 @pytest.mark.parametrize(
     ("file", "sizes"),
     [

