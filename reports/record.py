@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
+from toolchain.reading import read_json
 
 SCHEMA: Literal[1] = 1
 Verdict = Literal["met", "missed", "not_measured"]
@@ -200,12 +201,7 @@ def read(path: Path) -> Report:
     Raises:
         ToolchainError: not JSON, another schema, or a key that is missing, unknown or of the wrong type.
     """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as cause:
-        raise ToolchainError(f"there is no report at {path.name!r}", where=str(path.parent)) from cause
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
-        raise ToolchainError(f"{path.name} is not JSON: {cause}", where=str(path)) from cause
+    content = read_json(path, what=path.name, absent=f"there is no report at {path.name!r}", finite=False)
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ToolchainError(f"{path.name} has schema {found!r}; this version reads {SCHEMA}", where=str(path))
