@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import read_json
 
 SCHEMA: Literal[1] = 1
 Verdict = Literal["met", "missed", "not_measured"]
+
+
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+"""A time of one call."""
 
 
 class Part(BaseModel):
@@ -103,12 +107,12 @@ class Latency(Part):
     The ratio is engine / original, of medians; its limits are a 95 % bootstrap interval.
     """
 
-    samples_s: list[float]
-    original_samples_s: list[float]
-    median_s: float
-    p90_s: float
-    p99_s: float
-    original_median_s: float
+    samples_s: list[Seconds]
+    original_samples_s: list[Seconds]
+    median_s: Seconds
+    p90_s: Seconds
+    p99_s: Seconds
+    original_median_s: Seconds
     spread: float
     ratio: float
     ratio_low: float

@@ -322,7 +322,8 @@ def _other_machine(target: str, then: Mapping[str, Any], now: Mapping[str, Any])
     for part in ("cpu", "gpu"):
         if then.get(part) != now.get(part):
             return f"another {part.upper()}: {then.get(part)} then, {now.get(part)} now"
-    threads = [side.get("latency_threads", {}).get(target) for side in (then, now)]
+    counts = [side.get("latency_threads") for side in (then, now)]
+    threads = [count.get(target) if isinstance(count, Mapping) else None for count in counts]
     return "" if threads[0] == threads[1] else f"another number of threads: {threads[0]} then, {threads[1]} now"
 
 

@@ -36,7 +36,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.:/])/[\w.-]+/[\w./-]+|\b[A-Za-z]:\\\w")
 """A path of the machine that made a file; not a node's name, which is kept whatever it looks like."""
 
 
-LIMITS = re.compile(r"-?[0-9]{1,18}(\.\.-?[0-9]{1,18}){0,2}")
+LIMITS = re.compile(r"-?[0-9]{1,19}(\.\.-?[0-9]{1,19}){0,2}")
 
 
 class Limits(NamedTuple):

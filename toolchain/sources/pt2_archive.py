@@ -111,14 +111,22 @@ def check(path: Path) -> str:
         raise ToolchainError(f"{path.name} is no whole exported program", where=str(path), help=SAVE_AGAIN) from cause
     check_records(records, path)
     try:
-        program = parse_json(reader.read_string(MODEL), what=MODEL, finite=False)
-        check_payloads(parse_json(reader.read_string(WEIGHTS), what=WEIGHTS)["config"], "weight_", path)
-        check_payloads(parse_json(reader.read_string(CONSTANTS), what=CONSTANTS)["config"], "tensor_", path)
+        program, weights, constants = (json_record(reader, name, path) for name in (MODEL, WEIGHTS, CONSTANTS))
+        check_payloads(weights["config"], "weight_", path)
+        check_payloads(constants["config"], "tensor_", path)
         check_text(program, "", path)
         check_example(reader.read_bytes(EXAMPLE), path)
         return str(program["torch_version"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as cause:
         raise ToolchainError(f"{path.name} is damaged: {cause!r}", where=str(path), help=SAVE_AGAIN) from cause
+
+
+def json_record(reader: PT2ArchiveReader, name: str, path: Path) -> Any:
+    """One JSON record of an archive."""
+    try:
+        return parse_json(reader.read_string(name), what=name, finite=False)
+    except ToolchainError as fault:
+        raise ToolchainError(f"{path.name} is damaged: {fault.message}", where=str(path), help=SAVE_AGAIN) from fault
 
 
 def refused(path: Path, why: str) -> ToolchainError:
