@@ -122,7 +122,10 @@ class ConvertDtype(Pass):
         return worst, found[0] if found else None
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Convert the weights of each planned layer, and have every layer take its input in its own type."""
+        """Convert the weights of each planned layer, and have every layer take its input in its own type.
+
+        A plan whose facts say ``alone`` converts some layers among others, each with a cast before and behind it.
+        """
         dtype = DTYPES[self.dtype]
         for path in plan.choice:
             module = model.get_submodule(path)
@@ -131,12 +134,15 @@ class ConvertDtype(Pass):
                     converted = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
                     setattr(module, name, converted)
             take(module)
+            if plan.facts.get("alone"):  # among layers of other types: what it gives is what they take
+                give(module, torch.float32)
         for path, entry in plan.facts["kept"].items():
             module = model.get_submodule(path)
             take(module)
             if not entry["wide"]:
                 give(module, dtype)
-        give(model, torch.float32)
+        if not plan.facts.get("alone"):
+            give(model, torch.float32)
         return model
 
 
