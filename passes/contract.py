@@ -312,7 +312,8 @@ class Pass(BaseModel, ABC):
 def cost(model: nn.Module, example: Inputs | None) -> Cost:
     """Count parameters, weight bytes and, given an example call, multiply-accumulates.
 
-    Integer matrices held as buffers (a quantized layer's weights) count as parameters; other buffers do not. Of an ONNX
+    Matrices of 8-bit numbers held as buffers named ``weight`` (a quantized layer's) count as parameters; other buffers,
+    such as masks, do not. Of an ONNX
     graph its float tensors and int8 matrices count, and no multiply-accumulates. Weights of a module that says
     ``weight_bits`` count as the bits that they have in a file.
     """
@@ -321,9 +322,7 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
     bits: dict[int, Any] = {
         id(part.weight): part.weight_bits for part in model.modules() if hasattr(part, "weight_bits")
     }
-    held = [
-        b for name, b in model.named_buffers() if b.dtype.itemsize == 1 and b.ndim > 1 and not name.endswith("scales")
-    ]
+    held = [buffer for name, buffer in model.named_buffers() if is_weight(name, buffer)]
     weights = [*model.parameters(), *held]
     return Cost(
         parameter_count=sum(t.numel() for t in weights),
@@ -332,6 +331,11 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
             t.numel() * bits.get(id(t), 8 * t.element_size()) // 8 for t in (*model.parameters(), *model.buffers())
         ),
     )
+
+
+def is_weight(name: str, buffer: Tensor) -> bool:
+    """Whether a buffer holds the weights of a quantized layer."""
+    return name.rpartition(".")[2] == "weight" and buffer.dtype.itemsize == 1 and buffer.ndim > 1
 
 
 def graph_cost(model: GraphModule) -> Cost:

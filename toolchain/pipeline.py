@@ -185,7 +185,7 @@ def write_plans(run: Run, folder: Path) -> None:
 def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
     """``model.onnx``, called as ``model`` is, with its weights beside it."""
     if isinstance(module, GraphModule):
-        save(module.graph.clone(), path)
+        save(module.graph.clone(), path, embed=run.recipe.head.export.embed_weights)
         return
     # At least 2, because the tracer takes a dimension of 1 for a constant.
     sizes = {d.name: max(d.typical, 2) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
