@@ -75,6 +75,8 @@ class Context:
         calls_in: the calls of a safetensors file with an array for each input.
         teacher_of: the model that a model string names.
         folder: where relative paths start.
+        shared: inputs that have no row for each sample of a call (``passes/rows.py``), as far as that is known.
+        ranges: the least and the greatest value of inputs that say so.
     """
 
     calibration: Sequence[Inputs] = ()
@@ -89,6 +91,8 @@ class Context:
     calls_in: Callable[[str], list[Inputs]] = lambda text: no_calls(text)
     teacher_of: Callable[[str], nn.Module] = lambda text: no_teacher(text)
     folder: Path = Path()
+    shared: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def without(context: Context, names: Sequence[str]) -> Context:

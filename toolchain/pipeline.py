@@ -34,7 +34,7 @@ from toolchain.sources.contract import Model, write_interface
 from toolchain.switching import parts_of, read_table, table_of, write_table
 from validation.contract import Runner
 from validation.fidelity import non_finite
-from validation.inputs import Dim, completed, draw
+from validation.inputs import Dim, completed, draw, shared_by_rows
 
 
 @dataclass
@@ -91,6 +91,8 @@ class Run:
             calls_in=lambda text: calibration.calls_in(self.recipe.path(text), self.model.inputs),
             teacher_of=lambda text: teachers.teacher_of(text, self.recipe),
             folder=self.recipe.folder,
+            shared=shared_by_rows(self.model.inputs),
+            ranges={s.name: (s.low, s.high) for s in self.model.inputs if s.low is not None and s.high is not None},
             **keep,
         )
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from passes.contract import Context, Pass, Plan
 from passes.dynamic.buckets import masks_for, stretches
 from passes.dynamic.masking import mask_units
-from passes.dynamic.schedule import calls_at, even
+from passes.dynamic.schedule import calls_at, even, span_of, timestep_of
 from passes.pruning.probes import Call, calls_of, evaluating, probe
+from passes.rows import shared_inputs
 from passes.selection import check_patterns, excluded_by
 from passes.surgery import share
 from passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
@@ -55,9 +56,13 @@ class SliceWidthByTimestep(Pass):
         default=0.5, gt=0, le=1, description="multiply-accumulates of heads and hidden units left, mean over a run"
     )
     buckets: int = Field(default=3, ge=1, le=16, description="networks, each for a stretch of the schedule")
-    timesteps: tuple[float, ...] = Field(default=(), description="the sampler's schedule; empty: even, from 999 to 0")
+    timesteps: tuple[float, ...] = Field(
+        default=(), description="the sampler's schedule; empty: even, from 999 to 0, or from 1 where the model counts so"
+    )
     steps: int = Field(default=25, ge=1, le=1000, description="length of the even schedule")
-    input: str = Field(default="t", description="the input that holds the timestep, one for each row")
+    input: str = Field(
+        default="", description="the input that holds the timestep, one for each row; empty: found by name, such as t"
+    )
     groups: int = Field(default=8, ge=1, description="groups of neighbouring hidden units in each feed-forward")
     importance: Literal["taylor", "activation"] = Field(
         default="taylor", description="first-order change of the output; or activation times weight, without gradients"
@@ -74,7 +79,8 @@ class SliceWidthByTimestep(Pass):
         check_patterns(self.exclude, layers, what="attention layer or feed-forward")
         skipped = {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
-        scores, costs = self.scores(model, layers, context) if layers else ({}, {})
+        told = self.told(context) if layers else self
+        scores, costs = told.scores(model, layers, context) if layers else ({}, {})
         skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in scores}
         if not scores:
             return Plan(choice={}, skipped=skipped)
@@ -87,7 +93,8 @@ class SliceWidthByTimestep(Pass):
             kept = [np.flatnonzero(mask[np.array(table) == k].any(axis=0)).tolist() for k in range(max(table) + 1)]
             choice[path] = {"of": mask.shape[1], "kept": kept}
             arrays[f"{path}.mask"] = torch.from_numpy(mask.astype(np.uint8))
-        facts |= {"input": self.input, "timesteps": list(self.schedule()), "table": table}
+        shared = shared_inputs(context, context.calibration[0], like=told.input)
+        facts |= {"input": told.input, "timesteps": list(told.timesteps), "table": table, "shared": list(shared)}
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -100,7 +107,8 @@ class SliceWidthByTimestep(Pass):
             own = table == number
             at = [time for time, chosen in zip(times, own.tolist(), strict=True) if chosen]
             variants.append(self.narrowed(share(model), plan, number, own, at))
-        whole = ByTimestep(variants, input=plan.facts["input"], timesteps=times, table=plan.facts["table"])
+        facts = {"input": plan.facts["input"], "table": plan.facts["table"], "shared": plan.facts.get("shared", ())}
+        whole = ByTimestep(variants, timesteps=times, **facts)
         return whole.train(model.training)
 
     def narrowed(self, model: nn.Module, plan: Plan, number: int, own: Tensor, at: list[float]) -> nn.Module:
@@ -145,9 +153,11 @@ class SliceWidthByTimestep(Pass):
         """How many units a layer has."""
         return layer.heads if isinstance(layer, HeadedAttention) else self.groups
 
-    def schedule(self) -> tuple[float, ...]:
-        """The timesteps."""
-        return self.timesteps or even(self.steps)
+    def told(self, context: Context) -> SliceWidthByTimestep:
+        """The same with the input that holds the timestep, and with the timesteps."""
+        input = timestep_of(self.input, context.calibration[0])
+        times = self.timesteps or even(self.steps, span_of(context, input)[1])
+        return self.model_copy(update={"input": input, "timesteps": times})
 
     def scores(
         self, model: nn.Module, layers: Mapping[str, Layer], context: Context
@@ -156,7 +166,7 @@ class SliceWidthByTimestep(Pass):
         linears = {path: layer.output for path, layer in layers.items()}
         rows: dict[str, list[Tensor]] = {path: [] for path in layers}
         costs: dict[str, float] = {}
-        calls = calls_at(context, self.schedule(), input=self.input, rows=self.rows)
+        calls = calls_at(context, self.timesteps, input=self.input, rows=self.rows)
         for done, call in enumerate(calls, start=1):
             totals: dict[str, Tensor] = {}
             use = partial(self.add, layers, totals, costs)
