@@ -78,6 +78,11 @@ def each_network(model: nn.Module, change: Callable[[nn.Module, str], nn.Module]
     return model
 
 
+def guidance_rows(model: nn.Module) -> int:
+    """How often the rows of a call follow one another inside a model: twice after ``merge_guidance``, else once."""
+    return 2 if getattr(model, "guidance", {}).get("at_once") else 1
+
+
 def local(paths: Mapping[str, Any], network: str) -> dict[str, Any]:
     """Entries by module path that lie in one network, by their paths from there."""
     if not network:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.traits import FeedForward, HeadedAttention
-from passes.variants import nearest
+from passes.variants import guidance_rows, nearest
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Now:
     """Which row of every mask holds for each row of the batch, while a call is made."""
 
     index: Tensor | None = None
+    copies: int = 1
+    """How often the rows of a call follow one another inside the model."""
 
 
 class MaskedOutput(nn.Module):
@@ -45,7 +47,7 @@ class MaskedOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X (B, ..., first + W) -> what the projection gives."""
         assert self.now.index is not None
-        mask = self.mask[self.now.index]  # (B, U)
+        mask = self.mask[self.now.index].repeat(self.now.copies, 1)  # (B, U)
         units = x[..., self.first :].unflatten(-1, (mask.shape[1], -1))
         units = units * mask.view(-1, *[1] * (x.ndim - 2), mask.shape[1], 1).to(x.dtype)
         heard = units.flatten(-2)
@@ -63,7 +65,7 @@ def mask_units(
         times: name of the input (B,) that holds the timestep.
         at: the timesteps (T) of the masks' rows; a call takes the nearest.
     """
-    now = Now()
+    now = Now(copies=guidance_rows(model))
     masks = {path: entry for path, entry in masks.items() if not bool(entry[1].all())}
     for layer, mask in masks.values():
         place = next(path for path, module in model.named_modules() if module is layer.output)

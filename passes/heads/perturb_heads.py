@@ -22,6 +22,7 @@ from passes.heads.softpag import Perturbation, blocks_before, entries, names_of
 from passes.pruning.prune_heads import uncut
 from passes.selection import check_patterns
 from passes.traits import HeadedAttention, layer_at, layers_of
+from passes.variants import each_network, local
 from toolchain.errors import ToolchainError
 
 
@@ -124,4 +125,5 @@ def perturbed(model: nn.Module, plan: Plan, how: Perturbation) -> nn.Module:
         found = layer_at(model, path, HeadedAttention).heads
         if found != entry["of"]:
             raise ToolchainError(f"the plan is for a layer of {entry['of']} heads; this one has {found}", where=path)
-    return how.put_into(model, plan.choice)
+    names = [each.name for each in how.inputs(len(names_of(plan.choice)))]
+    return each_network(model, lambda net, path: how.put_into(net, local(plan.choice, path), names))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from passes.contract import Context, Inputs, Pass, Plan
 from passes.selection import check_patterns, excluded_by
 from passes.surgery import share
+from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -136,7 +137,8 @@ class ConvertDtype(Pass):
             take(module)
             if not entry["wide"]:
                 give(module, dtype)
-        give(model, torch.float32)
+        for network in model.variants if isinstance(model, ByTimestep) else [model]:
+            give(network, torch.float32)
         return model
 
 
