@@ -46,6 +46,7 @@ class ReuseBlocks(Pass):
         "fix_inputs",
         "perturb_heads",
         "hoist_constants",
+        "mixture_of_blocks",
     )
 
     interval: int = Field(2, ge=1, description="one step in so many runs whole, the first included (DeepCache's N)")

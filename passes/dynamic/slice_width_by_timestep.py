@@ -50,6 +50,8 @@ class SliceWidthByTimestep(Pass):
         "fix_inputs",
         "hoist_constants",
         "perturb_heads",
+        "mixture_of_blocks",
+        "reuse_blocks",
     )
 
     share: float = Field(

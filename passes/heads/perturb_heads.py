@@ -21,6 +21,7 @@ from passes.contract import Context, NewInput, Pass, Plan
 from passes.heads.softpag import Perturbation, blocks_before, entries, names_of
 from passes.pruning.prune_heads import uncut
 from passes.selection import check_patterns
+from passes.surgery import share
 from passes.traits import HeadedAttention, layer_at, layers_of
 from passes.variants import each_network, local
 from toolchain.errors import ToolchainError
@@ -90,6 +91,10 @@ class PerturbHeads(Pass):
         """``pag_u`` and ``pag_w``, as far as they are not baked in."""
         return self.perturbation().inputs(len(names_of(plan.choice)))
 
+    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+        """The original, perturbed as far as that is baked in: what an input steers is as it was until a call says so."""
+        return perturbed_reference(original, plan, self.perturbation())
+
     def perturbation(self) -> Perturbation:
         """What becomes of the chosen heads."""
         return Perturbation(rows=self.rows, u=self.u, guidance=self.guidance, w=self.w, channels=self.channels)
@@ -117,6 +122,16 @@ def unblended(layers: Mapping[str, HeadedAttention], how: Perturbation) -> dict[
         elif not how.streams(layer):
             reasons[path] = "its image and text are one row of tokens, which rows = 'image' cannot tell apart"
     return reasons
+
+
+def perturbed_reference(original: nn.Module, plan: Plan, how: Perturbation) -> nn.Module:
+    """The original with these heads perturbed for good; itself where calls say how much, or where it has other heads."""
+    if how.u is None or (how.guidance and how.w is None):
+        return original
+    layers = dict(layers_of(original, HeadedAttention))
+    if any(path not in layers or layers[path].heads != entry["of"] for path, entry in plan.choice.items()):
+        return original
+    return perturbed(share(original), plan, how)
 
 
 def perturbed(model: nn.Module, plan: Plan, how: Perturbation) -> nn.Module:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from passes.contract import Context, Json, NewInput, Pass, Plan, Score, digest_of
-from passes.heads.perturb_heads import perturbed, unblended
+from passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
 from passes.heads.search_log import SearchLog
 from passes.heads.softpag import Perturbation, entries, names_of
 from passes.pruning.prune_heads import PruneHeads, uncut
@@ -88,6 +88,12 @@ class SelectHeads(Pass):
         if self.mode == "prune":
             return ()
         return self.perturbation(baked=self.baked).inputs(len(names_of(plan.choice)))
+
+    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+        """The original, perturbed where that is baked in; pruned heads are what the original is to be missed by."""
+        if self.mode == "prune":
+            return original
+        return perturbed_reference(original, plan, self.perturbation(baked=self.baked))
 
     def carried_out(self, model: nn.Module, plan: Plan, *, baked: bool) -> nn.Module:
         """The model with the chosen heads perturbed or gone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,7 +42,7 @@ class CutAfter(Pass):
         """
         path, found = self.find(model)
         count = len(found.blocks)
-        kept = self.layer if self.layer >= 0 else count + 1 + self.layer
+        kept = self.kept(count)
         if not 1 <= kept <= count:
             raise ToolchainError(f"layer is {self.layer}; the stack has blocks 1 to {count}", where=path)
         if needed := [i for i in found.fixed if i >= kept]:
@@ -68,8 +69,20 @@ class CutAfter(Pass):
         return model
 
     def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
-        """The original, cut: what is compared is what other steps and engines add to that."""
-        return self.rewrite(share(original), plan)
+        """The original, cut: what is compared is what other steps and engines add to that.
+
+        Where steps before took blocks out, ``layer`` counts among the original's own, as it does in hidden_states.
+        """
+        choice = dict(plan.choice)
+        for path, entry in plan.choice.items():
+            if "of" in entry:
+                count = len(layer_at(original, path, BlockStack).blocks)
+                choice[path] = {"kept": min(max(self.kept(count), 1), count), "of": count}
+        return self.rewrite(share(original), replace(plan, choice=choice))
+
+    def kept(self, count: int) -> int:
+        """How many of a stack's blocks are needed."""
+        return self.layer if self.layer >= 0 else count + 1 + self.layer
 
     def find(self, model: nn.Module) -> tuple[str, BlockStack]:
         """The stack that is meant, and its path."""

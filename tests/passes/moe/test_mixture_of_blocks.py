@@ -161,8 +161,9 @@ def test_double_and_single_blocks_are_chosen_apart():
         "img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3),
     }  # fmt: skip
     plan = MixtureOfBlocks(group=3, keep=2, high=1.0).plan(model, Context(calibration=[inputs]))
-    sizes = {path: len(entry["kept"]) for path, entry in plan.choice.items()}
-    assert sizes == {"transformer_blocks": 2, "single_transformer_blocks": 3}
+    for row in plan.facts["buckets"]:
+        sizes = {path: len(kept) for path, kept in row["kept"].items()}
+        assert sizes == {"transformer_blocks": 2, "single_transformer_blocks": 3}
     with torch.no_grad():
         assert smaller(model, plan, 0)(**inputs).sample.isfinite().all()
 
@@ -186,7 +187,7 @@ def test_what_cannot_be_is_refused(deep):
     with pytest.raises(ToolchainError, match="needs calibration inputs"):
         MixtureOfBlocks().apply(deep, Context())
     plan = MixtureOfBlocks().plan(deep, context)
-    once = MixtureOfBlocks().rewrite(copy.deepcopy(deep), plan)
+    once = MixtureOfBlocks(bucket=0).apply(copy.deepcopy(deep), context).model
     with pytest.raises(ToolchainError, match="for a stack of 6 blocks; this one has 3"):
         MixtureOfBlocks().rewrite(once, plan)
     with torch.no_grad():
