@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
 from passes.dynamic.buckets import masks_for, stretches
-from passes.dynamic.masking import mask_units
+from passes.dynamic.masking import columns_of, mask_units
 from passes.dynamic.schedule import calls_at, even, span_of, timestep_of
 from passes.pruning.probes import Call, calls_of, evaluating, probe
 from passes.rows import shared_inputs
@@ -115,7 +115,7 @@ class SliceWidthByTimestep(Pass):
 
     def narrowed(self, model: nn.Module, plan: Plan, number: int, own: Tensor, at: list[float]) -> nn.Module:
         """Cut a model, in place, to what one stretch needs; ``own`` (T,) says which timesteps are its."""
-        masks: dict[str, tuple[Layer, Tensor]] = {}
+        masks: list[tuple[str, Tensor]] = []
         for path, entry in plan.choice.items():
             kept = entry["kept"][number]
             layer = self.layer(model, path)
@@ -131,16 +131,23 @@ class SliceWidthByTimestep(Pass):
                 raise ToolchainError(
                     f"the plan is for a layer of {entry['of']} heads; this one has {units}", where=path
                 )
-            masks[path] = (self.layer(model, path), plan.arrays[f"{path}.mask"][own][:, kept])
-        return mask_units(model, masks, plan.facts["input"], at)
+            masks.append((path, plan.arrays[f"{path}.mask"][own][:, kept]))
+        layers = [(self.layer(model, path), mask) for path, mask in masks]
+        return mask_units(model, layers, plan.facts["input"], at)
 
     def layers(self, model: nn.Module) -> dict[str, Layer]:
-        """Attention layers and feed-forwards by path, in the model's order."""
+        """Attention layers and feed-forwards by path, in the model's order.
+
+        Where one module is both (a parallel block), the feed-forward's path ends in ``:ffn``.
+        """
         found: dict[str, Layer] = dict(layers_of(model, HeadedAttention))
-        return found | dict(layers_of(model, FeedForward))
+        own = {f"{path}:ffn" if path in found else path: layer for path, layer in layers_of(model, FeedForward)}
+        return found | own
 
     def layer(self, model: nn.Module, path: str) -> Layer:
         """The layer at a path."""
+        if path.endswith(":ffn"):
+            return layer_at(model, path.removesuffix(":ffn"), FeedForward)
         return trait_of(model.get_submodule(path), HeadedAttention) or layer_at(model, path, FeedForward)
 
     def reason_to_skip(self, path: str, layer: Layer) -> str:
@@ -195,13 +202,14 @@ class SliceWidthByTimestep(Pass):
         for call, gradient in zip(calls, gradients, strict=True):
             path, layer = call.key, layers[call.key]
             units = self.units(layer)
-            first = layer.first_column if isinstance(layer, FeedForward) else 0
-            parts = [x.detach()[..., first:].double().unflatten(-1, (units, -1)) for x in (call.input, gradient)]
+            first, width = columns_of(layer)
+            own = slice(first, first + width)
+            parts = [x.detach()[..., own].double().unflatten(-1, (units, -1)) for x in (call.input, gradient)]
             products = (parts[0] * parts[1]).sum(dim=-1).reshape(len(call.input), -1, units).sum(dim=1)  # (B, U)
             if self.importance == "taylor":
                 score = products.abs().sum(dim=0)
             else:
-                weights = layer.output.weight.detach()[:, first:].double().unflatten(1, (units, -1))
+                weights = layer.output.weight.detach()[:, own].double().unflatten(1, (units, -1))
                 score = products.sum(dim=0).sqrt() * torch.linalg.vector_norm(weights, dim=(0, 2))
             totals[path] = totals[path] + score if path in totals else score
             costs[path] = cost_of_unit(layer, units, tokens=call.input[0].numel() // call.input.shape[-1])
@@ -239,7 +247,8 @@ def cost_of_unit(layer: Layer, units: int, *, tokens: int) -> float:
     Of an attention layer four projections of the output's size are counted, and as many keys as queries.
     """
     if isinstance(layer, HeadedAttention):
-        return tokens * (4 * layer.output.weight.numel() / units + 2 * tokens * layer.head_dim)
+        own = layer.output.weight.shape[0] * layer.heads * layer.head_dim
+        return tokens * (4 * own / units + 2 * tokens * layer.head_dim)
     weights = sum(linear.weight.numel() for linear in layer.inputs)
     read = layer.output.weight.shape[0] * layer.hidden
     return tokens * (weights + read) / units

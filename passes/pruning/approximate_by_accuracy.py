@@ -31,6 +31,7 @@ from toolchain.errors import ToolchainError
 class ApproximateByAccuracy(Pass):
     """Try to leave out each feed-forward, attention and part of them; keep what the score allows."""
 
+    by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "sparsify_2_4")
 
     score: str = Field("fidelity", description="what a trial is judged by, one number; higher is better")
