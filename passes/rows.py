@@ -2,7 +2,7 @@
 
 An input without such rows (position ids, rotary tables, a schedule) is shared: whatever becomes of the rows, it stays
 as it is. The input contract says which these are (``Context.shared``); where there is none, an input that has not as
-many rows as the one that surely has them is shared. That two sizes are equal proves nothing, so the contract goes first.
+many rows as the one that surely has them is shared. Two equal sizes prove nothing, so the contract goes first.
 
 Calls are of tensors or of arrays.
 """
@@ -29,8 +29,7 @@ def shared_inputs(context: Context, example: Mapping[str, Tensor], *, like: str)
 def one_call(calls: Sequence[Mapping[str, Tensor]], shared: Collection[str]) -> dict[str, Tensor]:
     """The rows of several calls in one; what rows share is that of the first call."""
     return {
-        name: value if name in shared else torch.cat([call[name] for call in calls])
-        for name, value in calls[0].items()
+        name: value if name in shared else torch.cat([call[name] for call in calls]) for name, value in calls[0].items()
     }
 
 

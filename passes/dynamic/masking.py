@@ -95,11 +95,13 @@ def mask_units(
     parts: dict[nn.Module, list[Part]] = {}
     for layer, mask in masks:
         first, width = columns_of(layer)
-        for output in () if bool(mask.all()) else layer.outputs if isinstance(layer, HeadedAttention) else [layer.output]:
+        for output in (
+            () if bool(mask.all()) else layer.outputs if isinstance(layer, HeadedAttention) else [layer.output]
+        ):
             parts.setdefault(output, []).append(Part(mask=mask, first=first, width=width))
-    for output, own in parts.items():
-        place = next(path for path, module in model.named_modules() if module is output)
-        model.set_submodule(place, MaskedOutput(output, own, now).train(output.training))
+    for linear, own in parts.items():
+        place = next(path for path, module in model.named_modules() if module is linear)
+        model.set_submodule(place, MaskedOutput(linear, own, now).train(linear.training))
     if not parts:
         return model
     object.__setattr__(model, "masking", (now, times, tuple(at)))

@@ -48,6 +48,7 @@ class ReuseBlocks(Pass):
         "hoist_constants",
         "mixture_of_blocks",
     )
+    leaves: ClassVar[str] = "two networks, the whole one and one without some blocks, and a state between calls"
 
     interval: int = Field(2, ge=1, description="one step in so many runs whole, the first included (DeepCache's N)")
     whole: tuple[int, ...] = Field((), description="steps that run whole, from 0 and rising, instead of an interval")

@@ -53,13 +53,16 @@ class SliceWidthByTimestep(Pass):
         "mixture_of_blocks",
         "reuse_blocks",
     )
+    leaves: ClassVar[str] = "several networks by timestep, each with layers of its own"
+    looks_for: ClassVar[str] = "attention layers and feed-forwards that a family knows"
 
     share: float = Field(
         default=0.5, gt=0, le=1, description="multiply-accumulates of heads and hidden units left, mean over a run"
     )
     buckets: int = Field(default=3, ge=1, le=16, description="networks, each for a stretch of the schedule")
     timesteps: tuple[float, ...] = Field(
-        default=(), description="the sampler's schedule; empty: even, from 999 to 0, or from 1 where the model counts so"
+        default=(),
+        description="the sampler's schedule; empty: even, from 999 to 0, or from 1 where the model counts so",
     )
     steps: int = Field(default=25, ge=1, le=1000, description="length of the even schedule")
     input: str = Field(

@@ -38,6 +38,8 @@ class PerturbHeads(Pass):
         "select_heads",
         "reuse_blocks",
     )
+    leaves: ClassVar[str] = "attention that is blended by an input"
+    looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
 
     heads: dict[str, tuple[int, ...]] = Field(
         default={"*": ()},
@@ -92,7 +94,7 @@ class PerturbHeads(Pass):
         return self.perturbation().inputs(len(names_of(plan.choice)))
 
     def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
-        """The original, perturbed as far as that is baked in: what an input steers is as it was until a call says so."""
+        """The original, perturbed as far as that is baked in: what an input steers is as it was."""
         return perturbed_reference(original, plan, self.perturbation())
 
     def perturbation(self) -> Perturbation:
@@ -125,7 +127,7 @@ def unblended(layers: Mapping[str, HeadedAttention], how: Perturbation) -> dict[
 
 
 def perturbed_reference(original: nn.Module, plan: Plan, how: Perturbation) -> nn.Module:
-    """The original with these heads perturbed for good; itself where calls say how much, or where it has other heads."""
+    """The original with these heads perturbed for good; itself where calls say how much, or its heads are others."""
     if how.u is None or (how.guidance and how.w is None):
         return original
     layers = dict(layers_of(original, HeadedAttention))

@@ -6,8 +6,8 @@ timestep, so here it is tabled: one choice for each range of timesteps, which le
 is not learned: a block's influence is how far the model's output moves without it, relative to the output. The facts
 say how often a choice made for each sample alone would have been the same.
 
-The rewritten model is all of these networks, switched by timestep, each a network for the engines; with ``bucket`` it is
-that of one range alone. ``smaller`` gives that of any bucket from the same plan.
+The rewritten model is all of these networks, switched by timestep, each a network for the engines; with ``bucket`` it
+is that of one range alone. ``smaller`` gives that of any bucket from the same plan.
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ class MixtureOfBlocks(Pass):
         "reuse_blocks",
         "hoist_constants",
     )
+    leaves: ClassVar[str] = "several networks by timestep, each with blocks of its own"
 
     group: int = Field(2, ge=1, description="neighbouring blocks in a group; the last group may have fewer")
     keep: int = Field(1, ge=1, description="blocks of a group that run; as many as the group has: nothing changes")
     buckets: int = Field(4, ge=1, description="equal ranges of timesteps, each with its own choice")
     bucket: int | None = Field(
-        None, ge=0, description="one range, from 0, for which alone the model is made; left out: all, switched by timestep"
+        None,
+        ge=0,
+        description="one range, from 0, for which alone the model is made; left out: all, switched by timestep",
     )
     timestep: str = Field("", description="the input that holds it; empty: found by name, such as timestep or t")
     low: float | None = Field(None, description="smallest timestep; left out: what the model says")
@@ -132,7 +135,7 @@ class MixtureOfBlocks(Pass):
             for path, blocks_ in networks[0].items():
                 layer_at(model, path, BlockStack).keep_blocks(blocks_)
             return model
-        # Nearest to the middle of a range is what lies in it; from the last range down, so that a border is the upper's.
+        # What lies in a range is nearest to its middle; from the last range down, so that a border is the upper's.
         middles = [(row["from"] + row["to"]) / 2 for row in reversed(rows)]
         table = [networks.index(kept) for kept in reversed(choices)]
         facts = {"input": plan.facts["input"], "shared": plan.facts["shared"]}
@@ -153,7 +156,9 @@ class MixtureOfBlocks(Pass):
         low, high = span_of(context, input)
         low, high = low if self.low is None else self.low, high if self.high is None else self.high
         if high <= low:
-            raise ToolchainError(f"the timesteps of input {input!r} go from {low:g} to {high:g}", help="set low and high")
+            raise ToolchainError(
+                f"the timesteps of input {input!r} go from {low:g} to {high:g}", help="set low and high"
+            )
         return self.model_copy(update={"timestep": input, "low": low, "high": high})
 
     def notes(self, table: Sequence[Mapping[str, Any]]) -> list[str]:

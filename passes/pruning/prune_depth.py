@@ -39,6 +39,9 @@ class PruneDepth(Pass):
         "search_precision",
     )
 
+    functions: ClassVar[tuple[str, ...]] = ("score",)
+    looks_for: ClassVar[str] = "stacks of blocks that a family knows"
+
     share: float = Field(0.25, ge=0, lt=1, description="fraction of each stack's blocks removed, rounded, halves up")
     count: int | None = Field(None, ge=0, description="number of blocks removed from each stack, instead of a share")
     method: Literal["influence", "greedy", "list"] = Field(

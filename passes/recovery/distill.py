@@ -40,6 +40,7 @@ class Distill(Pass):
         "search_precision",
         "reuse_blocks",  # a call apart from a run is a whole step there, in which nothing is wrong
     )
+    looks_for: ClassVar[str] = "weights that could be trained"
 
     steps: int = Field(1000, ge=1, description="updates of the weights")
     batch: int = Field(8, ge=1, description="calls of the model in each step; run as one where the inputs allow")

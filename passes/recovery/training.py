@@ -65,7 +65,7 @@ class Training:
         self.aligns = any(guide.aligns for guide in self.guides)
         for module in self.student.modules():
             if hasattr(module, "learns"):  # routers: of experts, and of tokens that stay or that run
-                module.learns = True
+                object.__setattr__(module, "learns", True)
 
     def run(self, context: Context, *, folder: Path | None, made_for: str) -> None:
         """Train to the end, from the checkpoint in ``folder`` where there is one.

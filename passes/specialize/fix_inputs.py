@@ -24,6 +24,7 @@ class FixInputs(Pass):
     """Take inputs away and compute once what they alone decide: a fixed timestep, class, style or mask."""
 
     by_layer: ClassVar[bool] = False
+    leaves: ClassVar[str] = "no input that was bound"
 
     inputs: dict[str, Any] = Field(
         default={}, description="input -> its constant: a number, or nested lists of what each row has"

@@ -29,6 +29,7 @@ class HoistConstants(Pass):
         "mixture_of_blocks",
         "reuse_blocks",
     )
+    leaves: ClassVar[str] = "a network that is exported as two graphs"
 
     constant: tuple[str, ...] = Field(
         default=(), description="inputs that stay the same over a run, such as encoder_hidden_states"

@@ -31,6 +31,7 @@ class MergeGuidance(Pass):
 
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = ("merge_guidance", "perturb_heads", "reuse_blocks")
+    leaves: ClassVar[str] = "a call that runs every row twice"
 
     condition: str = Field(
         default="", description="input that carries the condition; empty: found by name, such as encoder_hidden_states"

@@ -24,6 +24,8 @@ from validation.inputs import draw
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "distill": {"steps": 2},
+    "approximate_by_accuracy": {"score": "smallness"},
+    "select_heads": {"score": "smallness"},
     "fix_inputs": {"inputs": {"t": 500.0}},
     "fold_adapters": {"file": "adapter.safetensors"},
     "merge_models": {"teachers": ("1", "2"), "steps": 1, "batch": 1},
