@@ -29,8 +29,9 @@ from passes.dynamic.contributions import giving, stream, taking
 from passes.dynamic.schedule import at, calls_at, even, span_of, timestep_of
 from passes.pruning.probes import evaluating
 from passes.selection import check_patterns, excluded_by
+from passes.stacks import stacks_of
 from passes.surgery import share
-from passes.traits import BlockStack, layer_at, layers_of
+from passes.traits import BlockStack, layer_at
 from passes.variants import Reusing
 from toolchain.errors import ToolchainError
 
@@ -74,12 +75,12 @@ class ReuseBlocks(Pass):
         Raises ``ToolchainError`` for an input that is no timestep, steps that are none, blocks that must stay or are
         not there, an ``exclude`` that matches nothing, and without a call to look at.
         """
-        stacks = dict(layers_of(model, BlockStack))
+        stacks, others = stacks_of(model)
         check_patterns(self.exclude, stacks, what="stack of blocks")
         skipped = {path: reason for path in stacks if (reason := excluded_by(path, self.exclude))}
         table = self.table()
         if not stacks:
-            return Plan(choice={}, skipped={"": "no family knows a stack of blocks in it"})
+            return Plan(choice={}, skipped=others or {"": "no family knows a stack of blocks in it"})
         if not any(table):
             reason = "every step runs whole: there is nothing to reuse"
             return Plan(choice={}, skipped={path: skipped.get(path, reason) for path in stacks})

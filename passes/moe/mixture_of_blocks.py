@@ -25,8 +25,9 @@ from passes.pruning.probes import evaluating, first_floating
 from passes.roles import TIMESTEPS, named
 from passes.rows import shared_inputs
 from passes.selection import check_patterns, excluded_by
+from passes.stacks import stacks_of
 from passes.surgery import share
-from passes.traits import BlockStack, layer_at, layers_of
+from passes.traits import BlockStack, layer_at
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError
 
@@ -89,10 +90,11 @@ class MixtureOfBlocks(Pass):
 
         Raises ``ToolchainError`` for an input that is not there and for an ``exclude`` pattern that matches no stack.
         """
-        stacks = dict(layers_of(model, BlockStack))
+        stacks, others = stacks_of(model)
         check_patterns(self.exclude, stacks, what="stack of blocks")
         skipped = {path: reason for path, stack in stacks.items() if (reason := self.reason_to_skip(path, stack))}
-        if not stacks:
+        skipped |= others
+        if not stacks and not others:
             skipped[""] = "no family knows a stack of blocks in it"
         stacks = {path: stack for path, stack in stacks.items() if path not in skipped}
         if not stacks:

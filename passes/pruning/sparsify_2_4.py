@@ -37,6 +37,7 @@ class Sparsify24(Pass):
 
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "sparsify_2_4")
     leaves: ClassVar[str] = "two of four weights at zero, a pattern that other weights would break"
+    looks_for: ClassVar[str] = "linear layers"
 
     method: Literal["magnitude", "sparsegpt"] = Field(
         "magnitude", description="magnitude keeps the two largest of four; sparsegpt also needs calibration inputs"

@@ -34,6 +34,7 @@ class ConvertDtype(Pass):
 
     needs_calibration: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("convert_dtype", "quantize_*", "search_precision")
+    looks_for: ClassVar[str] = "weights in fp32"
 
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="floating type to compute in")
     headroom: float = Field(2, ge=1, description="a layer stays in fp32 when its values times this would overflow")

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from passes.contract import Context, Pass, Plan
+from passes.stacks import stacks_of
 from passes.surgery import share
-from passes.traits import BlockStack, layer_at, layers_of
+from passes.traits import BlockStack, layer_at
 from toolchain.errors import ToolchainError, unknown
 
 
@@ -86,13 +87,14 @@ class CutAfter(Pass):
 
     def find(self, model: nn.Module) -> tuple[str, BlockStack]:
         """The stack that is meant, and its path."""
-        stacks = dict(layers_of(model, BlockStack))
+        stacks, others = stacks_of(model)
         if self.stack:
             if self.stack not in stacks:
                 raise unknown("stack of blocks", self.stack, stacks)
             return self.stack, stacks[self.stack]
         if len(stacks) != 1:
-            listed = ", ".join(stacks) or "none that a family knows"
+            changed = "; ".join(f"{path!r}: {reason}" for path, reason in others.items())
+            listed = ", ".join(stacks) or changed or "none that a family knows"
             raise ToolchainError(f"which stack is to be cut? There are {len(stacks)}: {listed}", help="name it: stack")
         return next(iter(stacks.items()))
 
