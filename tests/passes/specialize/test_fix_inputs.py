@@ -111,6 +111,12 @@ def test_a_vector_can_be_bound_and_what_is_no_constant_says_why():
         torch.testing.assert_close(result.model(x=subject.inputs["x"]), subject.model(**subject.inputs))
 
 
+def test_an_input_that_decides_no_module_is_gone_all_the_same():
+    result = outcome(bert("sdpa"), attention_mask=1)
+    assert result.changed == ("",)
+    assert result.plan.choice[""] == {"without": ["attention_mask"]}
+
+
 def test_a_plan_comes_back_from_text():
     plan = outcome(reference_dit(), t=500.0).plan
     again = Plan.from_json(plan.as_json(), plan.arrays)
