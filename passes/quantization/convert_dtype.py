@@ -180,13 +180,9 @@ class ConvertDtype(Pass):
             take(module)
             if not entry["wide"]:
                 give(module, dtype)
-<<<<<<< HEAD
         if not plan.facts.get("alone"):
-            give(model, torch.float32)
-=======
-        for network in model.variants if isinstance(model, ByTimestep) else [model]:
-            give(network, torch.float32)
->>>>>>> passes
+            for network in model.variants if isinstance(model, ByTimestep) else [model]:
+                give(network, torch.float32)
         return model
 
 
