@@ -96,6 +96,7 @@ def read_table(folder: Path) -> Table | None:
         )
         reused = content.get("reused")
         sound = all(isinstance(t, int | float) for t in table.timesteps) and all(type(n) is int for n in table.table)
+        sound = sound and all(isinstance(name, str) for name in table.shared)
         if not sound or not isinstance(table.input, str) or not table.table:
             raise ValueError("no table of timesteps")
         return table if reused is None else replace(table, reused=tuple(reused), dtype=content["dtype"])

@@ -134,7 +134,7 @@ def test_guided_rows_and_their_bound_condition() -> None:
 
 # What steps learn from and are judged by
 
-TRAIN = step("distill", steps=4, batch=2, lr=1e-2)
+TRAIN = step("distill", steps=6, batch=2, lr=3e-4)
 FIXED = step("fix_inputs", inputs={"y": 2})
 MEANT: dict[str, Steps] = {
     "an adapter": [step("fold_adapters", file="lora.safetensors")],
@@ -165,6 +165,8 @@ def files(tmp_path: Path) -> Path:
 def test_distilling_does_not_train_away_what_a_step_means_to_change(case: str, files: Path) -> None:
     run, module = done(*MEANT[case], TRAIN, folder=files)
     _, untrained = done(*MEANT[case], folder=files)
+    error = run.results[-1][1].plan.facts["relative_error"]
+    assert error["before"] < 1e-6, "it learns from what the step before means to give"
     call = run.example(run.reference, batch=3)
     wanted, before = first(run.reference.module, call), first(untrained, call)
     assert apart(first(module, call), wanted) <= max(apart(before, wanted), 1e-6)
