@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
+from passes.surgery import follow, several_names
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import parse_json, read_tensors, read_text
@@ -335,13 +336,31 @@ class Pass(BaseModel, ABC):
             )
 
     def carry_out(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
-        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come."""
-        if self.works_on == "graph" or not self.by_layer:
+        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come.
+
+        A layer that the model holds under several names is planned under the first; the others follow it.
+        """
+        if self.works_on == "graph":
             return self.rewrite(model, plan)
-        for path, decision in plan.choice.items():
-            model = self.rewrite(model, replace(plan, choice={path: decision}))
-            context.put(model.get_submodule(path))
+        places = several_names(model)
+        olds = {path: old for path in plan.choice if (old := module_at(model, path)) is not None and id(old) in places}
+        parts = [replace(plan, choice={path: plan.choice[path]}) for path in plan.choice] if self.by_layer else [plan]
+        for part in parts:
+            model = self.rewrite(model, part)
+            for path in part.choice:
+                if path in olds and (new := module_at(model, path)) is not None:
+                    follow(olds[path], new, places[id(olds[path])])
+                if self.by_layer:
+                    context.put(model.get_submodule(path))
         return model
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of a plan, if it names one."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def moved_function(text: str, path: Callable[[str], str]) -> str:

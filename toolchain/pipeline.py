@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
+from passes.contract import Context, Inputs, Pass, Plan, Result, cost, module_at, without
 from passes.graph.module import GraphModule
 from passes.patterns import PATTERN, keeps_pattern
 from passes.surgery import share
@@ -167,7 +167,7 @@ class Run:
             note = f"the 2:4 zeros of {len(lost)} layers are gone after this step, and no target builds them as sparse"
             self.step_notes[len(self.results)] = [f"{note}: {listed}"]
         for path, choice in plan.choice.items():
-            if isinstance(choice, Mapping) and (layer := submodule(module, path)) is not None:
+            if isinstance(choice, Mapping) and (layer := module_at(module, path)) is not None:
                 self.layers[path] = weakref.ref(layer)
                 if choice.get("pattern") == PATTERN:
                     self.sparse[path] = layer
@@ -194,23 +194,15 @@ class Run:
         for path, hint in found.items():
             layer = self.layers[path]() if path in self.layers else None
             if layer is None or not any(each is layer for each in self.module.modules()):
-                layer = submodule(self.module, path)  # a later step put another in its place
+                layer = module_at(self.module, path)  # a later step put another in its place
             if (name := at.get(id(layer))) is not None:
                 moved[name] = hint
         return moved
 
 
-def submodule(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path, if there is one."""
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
-
-
 def still_sparse(module: nn.Module, path: str, layer: nn.Module) -> bool:
     """Whether a layer of the 2:4 pattern has it still, where it was or where a later step put it."""
-    now = submodule(module, path)
+    now = module_at(module, path)
     if now is None or (now is not layer and not keeps_pattern(now)):
         now = next((each for each in module.modules() if each is layer), None)
     return now is not None and keeps_pattern(now)

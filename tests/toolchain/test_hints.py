@@ -22,7 +22,7 @@ INT8 = {"pass": "quantize_int8", "smallest": 0}
 
 def run_of(*steps: dict[str, Any], folder: Path = Path()) -> pipeline.Run:
     recipe = make(
-        {"model": "dit:tiny", "steps": list(steps), "calibration": {"calls": 6}, "validation": {"threads": 1}},
+        {"model": "dit:tiny", "steps": list(steps), "calibration": {"calls": 16}, "validation": {"threads": 1}},
         folder=folder,
     )
     return pipeline.Run(recipe, Progress(quiet=True))
