@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import read_json
+from toolchain.writing import write_text
 
 SCHEMA: Literal[1] = 1
 Verdict = Literal["met", "missed", "not_measured"]
@@ -196,7 +197,7 @@ def write(report: Report, path: Path) -> None:
     """Write ``report.json``; the schema number stands first, under ``schema``."""
     content = report.model_dump(mode="json")
     content = {"schema": content.pop("schema_version"), **content}
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> Report:

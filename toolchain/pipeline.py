@@ -45,6 +45,8 @@ class Run:
     progress: Progress
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trust_code: bool = False
+    """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
 
     @cached_property
     def model(self) -> Model:
@@ -89,7 +91,7 @@ class Run:
             say=self.progress.count,
             draw=calibration.drawn_by(self.recipe, self.model),
             calls_in=lambda text: calibration.calls_in(self.recipe.path(text), self.model.inputs),
-            teacher_of=lambda text: teachers.teacher_of(text, self.recipe),
+            teacher_of=lambda text: teachers.teacher_of(text, self.recipe, trust_code=self.trust_code),
             folder=self.recipe.folder,
             **keep,
         )
@@ -127,10 +129,12 @@ class Run:
         return found
 
 
-def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tuple[record.Report, int]:
+def export(
+    recipe: Recipe, out: Path, *, force: bool, progress: Progress, trust_code: bool = False
+) -> tuple[record.Report, int]:
     """Run a recipe into ``out``; returns the report and the exit code."""
     began = time.perf_counter()
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     for note in recipe.notes:
         progress.line(note)
     with artifact.staging(out, force=force) as folder:
@@ -154,7 +158,7 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
-        write_artifact(run, report, folder)
+        write_artifact(run, report, folder, artifact.place_of(out))
     return report, exit_code(report)
 
 
@@ -370,9 +374,16 @@ def exit_code(report: record.Report) -> int:
     return CANNOT if unbuilt or unmeasured else DONE
 
 
-def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
-    """Everything but the graph, the plans and the engines: recipe, report and manifest."""
-    (folder / "recipe.toml").write_text(run.recipe.moved(folder).as_toml(run.resolved))
+def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> None:
+    """Everything but the graph, the plans and the engines: recipe, report and manifest.
+
+    Args:
+        run: what was done.
+        report: its record.
+        folder: where to write.
+        out: where that will lie in the end, which is where the paths of its recipe start.
+    """
+    (folder / "recipe.toml").write_text(run.recipe.moved(out).as_toml(run.resolved))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:
@@ -401,8 +412,8 @@ class Decision:
     plan: Plan
 
 
-def decide(recipe: Recipe, progress: Progress) -> list[Decision]:
+def decide(recipe: Recipe, progress: Progress, *, trust_code: bool = False) -> list[Decision]:
     """Plan every step; each is carried out in memory, because the next one plans on its result. Writes nothing."""
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     run.optimize()
     return [Decision(step_record(*entry), entry[1].plan) for entry in run.results]
