@@ -125,7 +125,11 @@ class Latency(Part):
 
 
 class TargetRecord(Part):
-    """One target: the four answers, and what was built and measured."""
+    """One target: the four answers, and what was built and measured.
+
+    ``bytes`` is what must be copied to run the engine: every file that it reads, whole. The target ``pytorch`` runs the
+    model itself, whose source is not counted.
+    """
 
     name: str
     parameters: dict[str, Any]
@@ -191,6 +195,8 @@ class Report(Part):
     environment: dict[str, Any]
     seconds: float
     versions: dict[str, str] = {}
+    notes: list[str] = []
+    """Sentences about the artifact as a whole."""
 
 
 def write(report: Report, path: Path) -> None:

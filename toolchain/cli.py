@@ -106,10 +106,17 @@ def recipe_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--gate", dest="gates", action="append", default=[], metavar="BOUND", help="'latency.ratio <= 0.8'"
     )
-    one.add_argument("--weights", help="safetensors file, in place of shipped or random weights")
+    one.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="FILE|copy|link",
+        help="safetensors file, in place of shipped or random weights; or what becomes of weights that are on disk: "
+        "copy or link them into the artifact (default: copy up to 2 GB)",
+    )
     one.add_argument("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
     one.add_argument("--dtype", help="compute in float32, float16 or bfloat16; default: as the weights are")
-    one.add_argument("--embed-weights", action="store_true", help="copy the weights, so that the folder stands alone")
+    one.add_argument("--embed-weights", action="store_true", help="write all weights anew, in the type computed in")
     one.add_argument("--calibration", help="safetensors file with an array per input, or .txt with a sentence a line")
     one.add_argument("--seed", type=int, default=0)
 

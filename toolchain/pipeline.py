@@ -21,7 +21,8 @@ from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, origin, scoring, sources, teachers
+from targets.weights import settle_weights
+from toolchain import __version__, artifact, calibration, environment, origin, scoring, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
@@ -47,6 +48,10 @@ class Run:
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
     trust_code: bool = False
     """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
+    links: bool = False
+    """Whether the artifact's weights are links to files that lie elsewhere."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about the artifact for the report."""
 
     @cached_property
     def model(self) -> Model:
@@ -155,6 +160,10 @@ def export(
                 write_graph(run, called, part, folder / f"model{name}.onnx")
             write_table(module, folder)
             part_in_two(module, folder)
+            run.links, linked = settle_weights(folder, recipe.head.export.weights)
+            if linked:
+                run.notes.append(linked)
+                progress.line(linked)
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
@@ -183,7 +192,7 @@ def write_plans(run: Run, folder: Path) -> None:
     """``plans/NN-name.json`` for each step."""
     (folder / "plans").mkdir()
     for number, (step, result, _) in enumerate(run.results):
-        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json")
+        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", version=__version__)
 
 
 def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
@@ -240,14 +249,14 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built[0].resolved)
-    size = sum(each.bytes or 0 for each in built)
-    files = [path for engine in engines for path in engine.rglob("*") if path.is_file()]
+    files = {path for engine in engines for path in engine.rglob("*") if path.is_file()}
+    files |= {path for each in built for path in each.reads}
     return found.model_copy(
         update={
             "built": True,
             "parameters": {**found.parameters, **built[0].resolved},
             "seconds": round(time.perf_counter() - began, 3),
-            "bytes": size or sum(path.stat().st_size for path in files) or None,
+            "bytes": sum(path.stat().st_size for path in files),
             "notes": list(dict.fromkeys(note for each in built for note in each.notes)),
         }
     )
@@ -270,6 +279,7 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
         hints=run.hints(),
         threads=run.threads,
         say=run.progress.say,
+        links=run.links,
     )
     return step.target.build(graph, engine)
 
@@ -334,6 +344,7 @@ def make_report(
         environment=environment.describe(),
         versions=environment.versions(),
         seconds=round(seconds, 3),
+        notes=list(run.notes),
     )
 
 
@@ -392,6 +403,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> 
     artifact.write_manifest(
         folder,
         {
+            "version": __version__,
             "model": report.model.model_dump(),
             "plans": {
                 f"plans/{number + 1:02d}-{step.name()}.json": result.plan.digest()
