@@ -28,8 +28,9 @@ from targets import machine
 from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
 from targets.dynamic_int8 import add_output_pairs, reduce_range, static_products, to_dynamic, to_float
 from targets.four_bits import multiply_out
-from targets.onnx_export import LINKED, module_path, save
-from targets.onnx_files import check_onnx, external_bytes, graph_bytes
+from targets.onnx_export import module_path, save
+from targets.onnx_files import check_onnx, external_bytes, files_of
+from targets.weights import LINKED, load_graph
 from toolchain.errors import ToolchainError, require
 from toolchain.reading import read_setting
 
@@ -77,7 +78,7 @@ class OnnxRuntime(Target):
 
     def build(self, graph: Graph, folder: Path) -> Built:
         """Name the artifact's own graph, or lower its 8-bit products for a CPU into a graph of this target."""
-        model = ir.load(graph.path)
+        model = load_graph(graph.path)
         if multiply_out(model):
             graph = replace(graph, path=folder / "multiplied.onnx")
             save(model, graph.path)
@@ -85,8 +86,7 @@ class OnnxRuntime(Target):
         if products and self.provider == "cpu":
             return self.lower(model, products, graph, folder)
         self.session(graph.path, graph.threads)  # refuses here what it would refuse later
-        choose(graph.path, folder)
-        return Built(bytes=graph_bytes(graph.path))
+        return Built(reads=choose(graph.path, folder, links=graph.links))
 
     def lower(self, model: ir.Model, products: int, graph: Graph, folder: Path) -> Built:
         """Choose the form of the 8-bit products, write it, and say why and what 8 bits bring over fp32 here."""
@@ -117,9 +117,8 @@ class OnnxRuntime(Target):
         share = seconds[form] / seconds["fp32"]
         outcome = f"8 bits took {share:.2f} of the time of the same graph in fp32 in ONNX Runtime"
         notes.append(outcome if share < 1 else f"8 bits are NOT faster than fp32 here: {outcome}")
-        keep_only(forms[form], folder)
-        choose(forms[form], folder)
-        return Built(resolved={"int8": form}, notes=tuple(notes), bytes=graph_bytes(forms[form]))
+        reads = choose(forms[form], folder, links=graph.links)
+        return Built(resolved={"int8": form}, notes=tuple(notes), reads=reads)
 
     def choose_form(self, sessions: Mapping[str, Any], seconds: Mapping[str, float], graph: Graph) -> tuple[str, str]:
         """The faster 8-bit form, unless it is much further from fp32 than the other; and a sentence about it."""
@@ -216,7 +215,7 @@ class SessionRunner:
         Runs the unoptimized graph with every float value as an output.
         """
         runtime = require("onnxruntime", extra="gpu")
-        model = ir.load(self.path)
+        model = load_graph(self.path)
         nodes = {
             value.name: node
             for node in model.graph
@@ -254,6 +253,21 @@ def distance(got: Sequence[npt.NDArray[np.generic]], wanted: Sequence[npt.NDArra
     return max(float(np.linalg.norm(g - w) / (np.linalg.norm(w) or 1.0)) for g, w in pairs)
 
 
-def choose(path: Path, folder: Path) -> None:
-    """Write which graph this engine is: one of its own, or the artifact's."""
+def stand_alone(path: Path) -> None:
+    """Write a graph's weights into one file of its own: only what it reads, and no links, which the checker refuses."""
+    if not external_bytes(path, linked=True):
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        save(load_graph(path), Path(folder) / path.name, embed=True)
+        for file in Path(folder).iterdir():
+            file.replace(path.parent / file.name)
+    shutil.rmtree(path.parent / LINKED)
+
+
+def choose(path: Path, folder: Path, *, links: bool) -> tuple[Path, ...]:
+    """Write which graph this engine is, one of its own or the artifact's; files outside its folder that it reads."""
+    keep_only(path, folder)
+    if path.parent == folder and not links:
+        stand_alone(path)
     (folder / ENGINE).write_text(json.dumps({"graph": os.path.relpath(path, folder)}) + "\n")
+    return () if path.parent == folder else files_of(path)
