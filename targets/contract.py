@@ -68,6 +68,7 @@ class Graph:
         say: called with a line of progress.
         links: whether its weights stay links to files that lie elsewhere, and the engine's own graphs may link them
             too; or else an engine's folder holds its own copy of what it reads, and nothing with two names.
+        untouched: the graph is the source's own and no step changed it, so nothing but what was asked for is rewritten.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class Graph:
     hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     threads: int = 1
     say: Callable[[str], None] = lambda text: None
+    untouched: bool = False
     links: bool = False
 
 

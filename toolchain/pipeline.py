@@ -287,7 +287,8 @@ def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
     """An original whose own output is not finite cannot be a reference."""
     runner = EagerRunner(model.module, threads=threads, outputs=model.outputs)
     arrays = {name: tensor.numpy() for name, tensor in example.items()}
-    if faults := non_finite([runner(arrays)]):
+    given = runner(arrays)
+    if faults := non_finite([given]):
         layer = runner.first_non_finite(arrays)
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
 
@@ -384,6 +385,7 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
         threads=run.threads,
         say=run.progress.say,
         links=run.links,
+        untouched=not run.results and isinstance(run.model.module, GraphModule),
     )
     return step.target.build(graph, engine)
 
