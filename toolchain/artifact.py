@@ -193,17 +193,29 @@ def swap(place: Path, out: Path) -> None:
 
 def put_back(place: Path) -> bool:
     """Put back what a replacement that was killed or refused had taken out; whether the workplace may be removed."""
+    if not (place / SWAPPING).exists():
+        return True
+    done = is_whole(place) or is_put_back(place)
+    if done:
+        (place / SWAPPING).unlink()  # before anything else goes: what is half removed is not to be put back
+    return done
+
+
+def is_whole(place: Path) -> bool:
+    """Whether what lies in a workplace may go: a replaced artifact, or a new one that never came to its place."""
+    taken = place / OLD if os.path.lexists(place / OLD) else place / NEW
+    unfinished = taken.name == OLD and (place / NEW).exists()
+    return not os.path.lexists(taken) or not (unfinished or strange_in(taken))
+
+
+def is_put_back(place: Path) -> bool:
+    """Whether what was taken out could be put back; where something that is not ours has its place now, both stay."""
     out = place.parent / place.name[1:].rpartition(".partial-")[0]
     taken = place / OLD if os.path.lexists(place / OLD) else place / NEW
-    if not (place / SWAPPING).exists() or not os.path.lexists(taken):
-        return True
-    unfinished = taken.name == OLD and (place / NEW).exists()
-    if not unfinished and not strange_in(taken):
-        return True  # an old artifact whose replacement is in its place, or a new one that never came there
     with contextlib.suppress(FileExistsError):
         rename_new(taken, out)
         return True
-    return not strange_in(out) and exchange(taken, out)  # else neither is touched: what is there now is not ours
+    return not strange_in(out) and exchange(taken, out)
 
 
 def settle(folder: Path) -> None:

@@ -500,7 +500,8 @@ def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> 
         folder: where to write.
         out: where that will lie in the end, which is where the paths of its recipe start.
     """
-    (folder / "recipe.toml").write_text(run.recipe.moved(out).as_toml(run.resolved))
+    recipe = run.recipe.with_weights("link" if run.links else "copy").moved(out)
+    (folder / "recipe.toml").write_text(recipe.as_toml(run.resolved))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:

@@ -129,6 +129,11 @@ class Recipe:
         """The same recipe for one network of a pipeline."""
         return replace(self, head=self.head.model_copy(update={"model": f"{self.head.model}#{name}"}))
 
+    def with_weights(self, mode: Literal["copy", "link"]) -> Recipe:
+        """The same recipe with what became of weights on disk said."""
+        export = self.head.export.model_copy(update={"weights": mode})
+        return replace(self, head=self.head.model_copy(update={"export": export}))
+
     def moved(self, folder: Path) -> Recipe:
         """The same recipe for a file in another folder: relative paths lead to where they did, absolute ones stay."""
 

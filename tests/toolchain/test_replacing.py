@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import artifact, renaming
+from toolchain import artifact, renaming, writing
 from toolchain.artifact import staging
 from toolchain.errors import ToolchainError
 
@@ -312,4 +312,28 @@ def test_the_old_artifact_of_a_killed_replacement_is_not_removed_when_something_
     out.rmdir()
     assert json.loads((next(iter(tmp_path.glob(".out.partial-*"))) / "old" / "manifest.json").read_text())
     artifact.read_manifest(out)
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_old_artifact_that_was_half_removed_when_its_replacement_was_killed_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    finish(out, "old")
+
+    def half(place: Path) -> None:
+        for old in (artifact.NEW, artifact.OLD):
+            (place / old / "manifest.json").unlink(missing_ok=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for _ in range(2):  # killed in its own clearing up, and in that of the next one
+        pid = os.fork()
+        if pid == 0:
+            monkeypatch.setattr(writing, "discard", half)
+            finish(out, "new", force=True)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        artifact.read_manifest(out)
+        assert (out / "file").read_text() == "new"
+    finish(out, "next", force=True)
     assert names(tmp_path) == ["out"]
