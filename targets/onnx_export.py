@@ -27,12 +27,12 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
-from onnxscript.optimizer import fold_constants, optimize_ir
 from torch import Tensor, nn
 
 from targets import stored
 from targets.element_types import hollow, in_type, keep_interface, restore
 from targets.four_bits import pack
+from targets.simplify import simplify
 from toolchain.errors import ToolchainError
 
 OPSET = 20
@@ -44,10 +44,6 @@ type gets the later number afterwards: the operators that are there only learned
 
 LINKED = "weights"
 """Folder beside a graph with the weight files that were on disk before."""
-
-LONG_GRAPH = 4000
-"""Nodes above which the optimizer's rewrite rules, whose time grows with the square of the graph, are left out: what
-they join, engines join again."""
 
 INLINE_BYTES = 1024
 """Smaller initializers stay in the graph, where shape inference can read them."""
@@ -153,16 +149,7 @@ def optimize(model: ir.Model, *, embed: bool) -> None:
         large = [value for value in reads if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES]
         return False if not embed and any(place_of(value) for value in large) else None
 
-    if len(model.graph) <= LONG_GRAPH:
-        optimize_ir(model, should_fold=should_fold)
-        return
-    fold_constants(model, should_fold=should_fold)
-    ir.passes.Sequential(
-        common.RemoveUnusedNodesPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.CommonSubexpressionEliminationPass(),
-        common.NameFixPass(),
-    )(model)
+    simplify(model, should_fold=should_fold)
 
 
 def refuse_frozen(model: ir.Model, dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]]) -> None:
