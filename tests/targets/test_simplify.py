@@ -96,7 +96,7 @@ def test_in_bfloat16_every_operation_stays(
         assert sum(node.op_type == name for node in left) >= len(constants), name
 
 
-@pytest.mark.parametrize("number, operations", [(0.0, ("Add", "Sub")), (1.0, ("Mul", "Div"))])
+@pytest.mark.parametrize(("number", "operations"), [(0.0, ("Add", "Sub")), (1.0, ("Mul", "Div"))])
 def test_a_true_0_or_1_still_goes(number: float, operations: tuple[str, ...]) -> None:
     left = [n.op_type for n in simplified(graph(1, [np.float32(number)], nodes_hold_them=False)).graph.node]
     assert [left.count(name) for name in operations] == [0 if name in ("Add", "Mul") else 1 for name in operations]
