@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -89,11 +90,13 @@ class EagerRunner:
 
 
 def flat(result: Any) -> list[Tensor]:
-    """The tensors of a tensor, a sequence or a mapping (a model output), in order."""
+    """The tensors of a tensor, a sequence, a mapping (a model output) or a dataclass, in order; others are left out."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, Mapping):
         return [tensor for value in result.values() for tensor in flat(value)]
     if isinstance(result, tuple | list):
         return [tensor for value in result for tensor in flat(value)]
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return flat([getattr(result, field.name) for field in dataclasses.fields(result)])
     return []
