@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from reports import record, rendering
 from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
-from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, origin, scoring, sources, teachers
+from toolchain import artifact, at_sizes, calibration, environment, origin, scoring, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
@@ -35,6 +34,7 @@ from toolchain.switching import parts_of, read_table, table_of, write_table
 from validation.contract import Runner
 from validation.fidelity import non_finite
 from validation.inputs import Dim, completed, draw
+from validation.sizes import largest, smallest
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Run:
     progress: Progress
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    proofs: dict[str, str] = field(default_factory=dict)
+    """For each graph, at which sizes it was run before engines were built from it, in words."""
 
     @cached_property
     def model(self) -> Model:
@@ -117,6 +119,17 @@ class Run:
             self.progress.line(f"  changed {len(result.changed)}, left alone {len(result.plan.skipped)}")
         return module.eval()
 
+    @cached_property
+    def sized(self) -> list[at_sizes.SizedCall]:
+        """Calls at other than typical sizes with the original's answers; after the steps were run.
+
+        Raises:
+            ToolchainError: the original refuses a size that its owner declared.
+        """
+        reference = self.reference
+        original = at_sizes.eager(reference, self.threads)
+        return list(at_sizes.sized_calls(reference, original, self.recipe.head.seed + at_sizes.SEED))
+
     def hints(self) -> dict[str, dict[str, Any]]:
         """What the plans say about layers, for targets."""
         found: dict[str, dict[str, Any]] = {}
@@ -168,8 +181,9 @@ def refuse_sizes(model: Model, sizes: Mapping[str, int]) -> None:
 
 def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
     """An original whose own output is not finite cannot be a reference."""
-    runner = EagerRunner(model.module, threads=threads, outputs=model.outputs)
+    runner = at_sizes.eager(model, threads)
     arrays = {name: tensor.numpy() for name, tensor in example.items()}
+    arrays = at_sizes.answerable(model, runner, [model.example or arrays, arrays])[-1]
     if faults := non_finite([runner(arrays)]):
         layer = runner.first_non_finite(arrays)
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
@@ -187,10 +201,11 @@ def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
     if isinstance(module, GraphModule):
         save(module.graph.clone(), path)
         return
-    # At least 2, because the tracer takes a dimension of 1 for a constant.
-    sizes = {d.name: max(d.typical, 2) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
+    sizes = {d.name: traced_at(d) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
     dynamic = {
-        spec.name: {i: (d.name, d.low, d.high) for i, d in enumerate(spec.shape) if not isinstance(d, int)}
+        spec.name: {
+            i: (d.name, d.low, d.high, d.multiple_of) for i, d in enumerate(spec.shape) if not isinstance(d, int)
+        }
         for spec in model.inputs
     }
     settings = run.recipe.head.export
@@ -203,6 +218,17 @@ def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
         embed=settings.embed_weights,
         dtype=DTYPES[settings.dtype] if settings.dtype else None,
     )
+    if not run.recipe.head.validation.skip:
+        calls = None if run.results else run.sized
+        seed = run.recipe.head.seed + at_sizes.SEED
+        proof = at_sizes.prove(path, replace(model, module=module), calls, threads=run.threads, seed=seed)
+        run.proofs |= {path.stem: proof} if proof else {}
+
+
+def traced_at(d: Dim) -> int:
+    """The size to trace a dimension at: neither 1 nor the smallest, which hold for more than other sizes do."""
+    above = max(2, smallest(d) + d.multiple_of, 2 * d.multiple_of)
+    return max(d.typical, min(above, max(largest(d), 2)))
 
 
 def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
@@ -283,28 +309,48 @@ def validate(
             runner = runner_of(step, folder, run.threads, lambda: module)
             runners[found.name] = completing(runner, run.exported.inputs)
     if not runners:
-        return targets, [], {"skipped": "no target that runs on this machine"}
+        how = {"graph": proven(run)} if run.proofs else {}
+        return targets, [], {"skipped": "no target that runs on this machine", **how}
     reference = run.reference
-    original = EagerRunner(reference.module, threads=run.threads, outputs=reference.outputs)
+    original = at_sizes.eager(reference, run.threads)
     measured, pictures = measure(
-        reference, original, runners, settings, seed=seed, threads=run.threads, progress=run.progress
+        reference,
+        original,
+        runners,
+        settings,
+        seed=seed,
+        threads=run.threads,
+        progress=run.progress,
+        sized=run.sized,
     )
     how = {
         "inputs": kind_of_inputs(reference),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
+        **({"graph": proven(run)} if run.proofs else {}),
     }
     for found in targets:
         found.notes = [*found.notes, *(said_of(runners[found.name]) if found.name in runners else ())]
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
 
 
+def proven(run: Run) -> str:
+    """What was done to prove the graphs before engines were built from them."""
+    if len(run.proofs) == 1:
+        return next(iter(run.proofs.values()))
+    return "; ".join(f"{name} {proof}" for name, proof in run.proofs.items())
+
+
 def kind_of_inputs(model: Model) -> str:
     """What outputs were compared on, in words."""
     if model.task is not None and model.realistic:
         return "met on sampling runs"
-    return "made by the model's source" if model.realistic else "random, within the input contract"
+    kind = "made by the model's source" if model.realistic else "random, within the input contract"
+    own = "the model's own example; then " if model.example is not None else ""
+    guessed = [spec.name for spec in model.inputs if spec.guessed]
+    doubt = "" if model.realistic or not guessed else f"; the ranges of {', '.join(guessed)} were guessed"
+    return f"{own}{kind}{doubt}"
 
 
 def make_report(
