@@ -77,7 +77,8 @@ def reasons(texts: list[str]) -> list[str]:
     """The first line of each text that says something, without what an earlier one said."""
     found: list[str] = []
     for text in texts:
-        line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
         line = line.replace("See the stack trace for more information.", "").strip().rstrip(".")
         if line and not line.startswith(BOILERPLATE) and not any(line in other for other in found):
             found.append(line)

@@ -34,7 +34,6 @@ from toolchain.switching import parts_of, read_table, table_of, write_table
 from validation.contract import Runner
 from validation.fidelity import non_finite
 from validation.inputs import Dim, completed, draw
-from validation.sizes import largest, smallest
 
 
 @dataclass
@@ -157,6 +156,9 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
         module = run.optimize(scratch)
         scratch.rmdir()
         write_plans(run, folder)
+        if not recipe.head.validation.skip:
+            with progress.stage("run the original at other sizes"):
+                _ = run.sized  # a size that it refuses is a fault of the declaration, found before anything is built
         with progress.stage("export to ONNX"):
             table = table_of(module)
             for name, part in parts_of(module).items():
@@ -226,9 +228,8 @@ def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
 
 
 def traced_at(d: Dim) -> int:
-    """The size to trace a dimension at: neither 1 nor the smallest, which hold for more than other sizes do."""
-    above = max(2, smallest(d) + d.multiple_of, 2 * d.multiple_of)
-    return max(d.typical, min(above, max(largest(d), 2)))
+    """The size to trace a dimension at: the typical one, but no 1, which the tracer takes for a constant."""
+    return d.typical if d.typical > 1 else min(2, d.high)
 
 
 def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:

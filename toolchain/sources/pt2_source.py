@@ -214,11 +214,13 @@ def dynamic_axes(program: ExportedProgram, inputs: Mapping[str, Tensor], where: 
                     help="export with a Dim of its own for each size, or a fixed one",
                 )
             first = "batch" if axis == 0 and "batch" not in names.values() else f"{name}_{axis}"
-            found = program.range_constraints[symbol]
-            example = inputs[name].shape[axis]
-            multiple = int(step)
-            high = multiple * int(found.upper) if found.upper.is_Integer else max(HIGHEST, example)
+            multiple, example = int(step), inputs[name].shape[axis]
+            ranges = {str(formula): found for formula, found in program.range_constraints.items()}
+            found = ranges[str(symbol)]
             low = multiple * max(1, int(found.lower))
-            entry = (names.setdefault(size.node.expr, first), min(low, example), high // multiple * multiple)
+            high = multiple * int(found.upper) if found.upper.is_Integer else max(HIGHEST, example)
+            if multiple > 1 and str(size.node.expr) in ranges:  # that of the symbol starts at 2, whatever was declared
+                low = max(multiple, int(ranges[str(size.node.expr)].lower))
+            entry = (names.setdefault(size.node.expr, first), low, high // multiple * multiple)
             axes[name][axis] = (*entry, multiple) if multiple > 1 else entry
     return axes
