@@ -118,9 +118,9 @@ def refused(model: Model, original: Runner, chosen: Sizes, cause: ToolchainError
     blamed = sizes.guilty(chosen, typical, fails)
     name, size = next(iter(blamed.items()))
     d = dims[name]
+    said = next((line.strip() for line in str(cause.__cause__ or cause.message).splitlines() if line.strip()), "")
     return ToolchainError(
-        f"the model is declared for {name} from {d.low} to {d.high}, but does not take {text_of(blamed)}: "
-        f"{cause.message}",
+        f"the model is declared for {name} from {d.low} to {d.high}, but does not take {text_of(blamed)}: {said}",
         help=declaration(d, size, lambda n: not fails({**typical, name: n})),
     )
 
@@ -234,7 +234,7 @@ def wrong_graph(
 
     blamed = text_of(sizes.guilty(call.sizes, usual, fails))
     node = NODE.search(found.reason)
-    layer = next((module_of(path, name) for name in (node.groups() if node else ()) if name), "")
+    place = place_of(path, node[1]) if node else None
     if found.relative_l2 is None:
         what = f"the exported graph does not hold at {blamed}: {found.reason}"
     else:
@@ -244,15 +244,16 @@ def wrong_graph(
         )
     return ToolchainError(
         what,
-        where=f"in layer {layer}" if layer else None,
+        where=place,
         help="something in the model holds for some sizes alone, such as a branch on a size or a size kept as a "
         "number; let it compute in the same way at every size, or declare the sizes at which it does",
     )
 
 
-def module_of(path: Path, name: str) -> str:
-    """The module that a graph's node came from; its name where that is not known."""
+def place_of(path: Path, name: str) -> str:
+    """The module that a graph's node came from, or the node's name where that is not known."""
     for node in onnx.load(path, load_external_data=False).graph.node:
         if node.name == name:
-            return next((entry.value for entry in node.metadata_props if entry.key == "module"), "") or name
-    return name
+            module = next((entry.value for entry in node.metadata_props if entry.key == "module"), "")
+            return f"{node.op_type} in layer {module}" if module else f"node {name} ({node.op_type})"
+    return f"node {name}"
