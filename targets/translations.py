@@ -105,7 +105,8 @@ def may_hide_a_row(mask: Any) -> bool:
         seen.add(value)
         if infinite(value):
             return True
-        near += value.producer().inputs if value.producer() is not None else []
+        node = value.producer()
+        near += [] if node is None else node.inputs
     return False
 
 

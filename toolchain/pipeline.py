@@ -310,8 +310,8 @@ def validate(
             runner = runner_of(step, folder, run.threads, lambda: module)
             runners[found.name] = completing(runner, run.exported.inputs)
     if not runners:
-        how = {"graph": proven(run)} if run.proofs else {}
-        return targets, [], {"skipped": "no target that runs on this machine", **how}
+        graph = {"graph": proven(run)} if run.proofs else {}
+        return targets, [], {"skipped": "no target that runs on this machine", **graph}
     reference = run.reference
     original = at_sizes.eager(reference, run.threads)
     measured, pictures = measure(
@@ -324,7 +324,7 @@ def validate(
         progress=run.progress,
         sized=run.sized,
     )
-    how = {
+    how: dict[str, Any] = {
         "inputs": kind_of_inputs(reference),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
