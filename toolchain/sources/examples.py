@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,7 +61,9 @@ def unfit(message: str, signature: inspect.Signature, where: str) -> ToolchainEr
 def faults_of(name: str, value: Any, where: str) -> list[ToolchainError]:
     """What makes a value no example input."""
     if not isinstance(value, Tensor):
-        return [ToolchainError(f"example input {name!r} is a {type(value).__name__}, no tensor", where=where)]
+        message = f"example input {name!r} is {'None' if value is None else f'a {type(value).__name__}'}, no tensor"
+        advice = "wrap the module: its forward takes tensors alone, and sets what never changes"
+        return [ToolchainError(message, where=where, help=advice)]
     faults = []
     if value.device.type != "cpu":
         message = f"example input {name!r} is on {value.device}"
@@ -188,9 +191,22 @@ def interface_of_answer(
     Raises:
         ToolchainError: no tensor came back, or not as many as there are names.
     """
+    if strange := strangers(answer):
+        raise ToolchainError(
+            f"the module returned a {strange[0]}, which no engine can give back",
+            where=where,
+            help="wrap the module so that it returns the tensors of that by themselves; a model that returns a cache "
+            "of keys and values returns none with use_cache=False",
+        )
     tensors = flat(answer)
     if not tensors:
-        raise ToolchainError(f"the module returned a {type(answer).__name__} without a tensor", where=where)
+        raise ToolchainError(
+            f"the module returned a {type(answer).__name__} without a tensor",
+            where=where,
+            help="return a tensor, or a tuple, list, dict or dataclass that holds some",
+        )
+    if dataclasses.is_dataclass(answer) and not isinstance(answer, Mapping):
+        answer = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
     returns, found = "tuple", tuple(f"output_{i}" for i in range(len(tensors)))
     if isinstance(answer, Tensor):
         returns, found = "tensor", ("output",)
@@ -204,6 +220,19 @@ def interface_of_answer(
             f"outputs names {len(names)}: {list(names)}; the module returned {len(tensors)}", where=where
         )
     return Interface(arguments=tuple(inputs), returns=returns, keys=found), names or found
+
+
+def strangers(answer: Any) -> list[str]:
+    """Names of the types in an answer that are no tensors, no containers of them, and no plain values to leave out."""
+    if answer is None or isinstance(answer, Tensor | int | float | complex | str | bytes):
+        return []
+    if dataclasses.is_dataclass(answer) and not isinstance(answer, type | Mapping):
+        return [name for field in dataclasses.fields(answer) for name in strangers(getattr(answer, field.name))]
+    if isinstance(answer, Mapping):
+        return [name for value in answer.values() for name in strangers(value)]
+    if isinstance(answer, tuple | list):
+        return [name for value in answer for name in strangers(value)]
+    return [type(answer).__name__]
 
 
 def checked(

@@ -120,9 +120,9 @@ def as_module(program: ExportedProgram, where: str) -> fx.GraphModule:
 
 
 def flatten_answer(graph: fx.Graph, where: str) -> None:
-    """Let the graph return its one tensor, or a tuple of its tensors; what is None goes."""
+    """Let the graph return its one tensor, or a tuple of its tensors; what is None or a plain number goes."""
     (output,) = graph.find_nodes(op="output")
-    kept = [node for node in output.args[0] if node is not None]
+    kept = [node for node in output.args[0] if not (node is None or isinstance(node, int | float | str))]
     for node in kept:
         if not (isinstance(node, fx.Node) and isinstance(node.meta.get("val", torch.empty(0)), Tensor)):
             raise ToolchainError(f"the program returns {str(node)!r}, which is no tensor", where=where)
