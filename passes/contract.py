@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
+from passes.surgery import follow, several_names
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import parse_json, read_tensors, read_text
@@ -76,6 +77,8 @@ class Context:
         calls_in: the calls of a safetensors file with an array for each input.
         teacher_of: the model that a model string names.
         folder: where relative paths start.
+        shared: inputs that have no row for each sample of a call (``passes/rows.py``), as far as that is known.
+        ranges: the least and the greatest value of inputs that say so.
     """
 
     calibration: Sequence[Inputs] = ()
@@ -90,6 +93,8 @@ class Context:
     calls_in: Callable[[str], list[Inputs]] = lambda text: no_calls(text)
     teacher_of: Callable[[str], nn.Module] = lambda text: no_teacher(text)
     folder: Path = Path()
+    shared: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def without(context: Context, names: Sequence[str]) -> Context:
@@ -217,6 +222,13 @@ class NewInput:
     default: float = 0.0
 
 
+SCORE_HELP = (
+    "score = 'FILE.py:FUNCTION' names a function of yours, def FUNCTION(module) -> float, higher is better; it calls "
+    "the module on your data and counts what is right. Models with a sampling task also know metrics of samples "
+    "(enginewright list metrics)"
+)
+"""How to give a score."""
+
 WORDS = {"module": "PyTorch modules", "graph": "ONNX graphs"}
 """What a pass works on, in words."""
 
@@ -233,6 +245,12 @@ class Pass(BaseModel, ABC):
     """Whether rewriting one layer of the plan after the other gives what rewriting all at once gives."""
     not_after: ClassVar[tuple[str, ...]] = ()
     """Passes that may not stand before this one in a recipe, as glob patterns of names."""
+    leaves: ClassVar[str] = ""
+    """What a model is after this pass, in words that finish "which leaves": why another cannot follow."""
+    looks_for: ClassVar[str] = "layers that it could change"
+    """What the pass looks for in a model, in the plural: said where a model has none of them."""
+    functions: ClassVar[tuple[str, ...]] = ()
+    """Parameters that may name a function of the user's, ``FILE.py:FUNCTION``."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -253,7 +271,16 @@ class Pass(BaseModel, ABC):
 
     def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> Self:
         """The same pass for a recipe in another folder: its paths and model strings, where it has any, changed."""
-        return self
+        del model
+        found = {name: moved_function(getattr(self, name), path) for name in self.functions}
+        return self.model_copy(update=found) if found else self
+
+    def refuse_incomplete(self) -> None:
+        """Raise ``ToolchainError`` where settings that no default could fit are missing; asked before any work."""
+
+    def destroyed(self) -> str:
+        """What a pass after this one would miss, in words that finish "which leaves"; empty where nothing is said."""
+        return self.leaves or ("its weights in " + " and ".join(self.formats) if self.formats else "")
 
     @abstractmethod
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -285,11 +312,20 @@ class Pass(BaseModel, ABC):
             raise ToolchainError(f"{self.name()} works on {WORDS[self.works_on]}, and was handed another model")
         if self.needs_calibration and not context.calibration:
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
+        self.refuse_incomplete()
         before = cost(model, context.example)
-        plan = self.plan(model, context)
+        plan = self.with_reason(model, self.plan(model, context))
         model = self.carry_out(model, plan, context)
         example = without(context, self.removed_inputs(plan)).example
         return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))
+
+    def with_reason(self, model: nn.Module, plan: Plan) -> Plan:
+        """The plan; one that names nothing says what was looked for, and what there is instead."""
+        if plan.choice or plan.skipped:
+            return plan
+        reason = f"it has no {self.looks_for}{there_is(model)}"
+        notes = [*plan.facts.get("notes", []), f"{self.name()} changed nothing: {reason}"]
+        return replace(plan, skipped={"": reason}, facts={**plan.facts, "notes": notes})
 
     def check_calibration(self, context: Context, asked: str, *, otherwise: str) -> None:
         """Raise ``ToolchainError`` where a setting (``asked``, in words) has no calibration inputs to work with."""
@@ -300,19 +336,55 @@ class Pass(BaseModel, ABC):
             )
 
     def carry_out(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
-        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come."""
-        if self.works_on == "graph" or not self.by_layer:
+        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come.
+
+        A layer that the model holds under several names is planned under the first; the others follow it.
+        """
+        if self.works_on == "graph":
             return self.rewrite(model, plan)
-        for path, decision in plan.choice.items():
-            model = self.rewrite(model, replace(plan, choice={path: decision}))
-            context.put(model.get_submodule(path))
+        places = several_names(model)
+        olds = {path: old for path in plan.choice if (old := module_at(model, path)) is not None and id(old) in places}
+        parts = [replace(plan, choice={path: plan.choice[path]}) for path in plan.choice] if self.by_layer else [plan]
+        for part in parts:
+            model = self.rewrite(model, part)
+            for path in part.choice:
+                if path in olds and (new := module_at(model, path)) is not None:
+                    follow(olds[path], new, places[id(olds[path])])
+                if self.by_layer:
+                    context.put(model.get_submodule(path))
         return model
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of a plan, if it names one."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def moved_function(text: str, path: Callable[[str], str]) -> str:
+    """``FILE.py:FUNCTION`` with the file's path changed; any other text as it is."""
+    file, _, name = text.rpartition(":")
+    return f"{path(file)}:{name}" if file.endswith(".py") else text
+
+
+def there_is(model: nn.Module) -> str:
+    """What kinds of layers a model is made of, for a pass that found none of its own."""
+    if isinstance(model, GraphModule):
+        return ""
+    weighted = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    kinds = list(dict.fromkeys(type(module).__name__ for module in weighted))
+    if not kinds:
+        return "; none of its modules has weights"
+    return f"; its weights are in {', '.join(kinds[:8])}{', …' if len(kinds) > 8 else ''}"
 
 
 def cost(model: nn.Module, example: Inputs | None) -> Cost:
     """Count parameters, weight bytes and, given an example call, multiply-accumulates.
 
-    Integer matrices held as buffers (a quantized layer's weights) count as parameters; other buffers do not. Of an ONNX
+    Matrices of 8-bit numbers held as buffers named ``weight`` (a quantized layer's) count as parameters; other buffers,
+    such as masks, do not. Of an ONNX
     graph its float tensors and int8 matrices count, and no multiply-accumulates. Weights of a module that says
     ``weight_bits`` count as the bits that they have in a file.
     """
@@ -321,9 +393,7 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
     bits: dict[int, Any] = {
         id(part.weight): part.weight_bits for part in model.modules() if hasattr(part, "weight_bits")
     }
-    held = [
-        b for name, b in model.named_buffers() if b.dtype.itemsize == 1 and b.ndim > 1 and not name.endswith("scales")
-    ]
+    held = [buffer for name, buffer in model.named_buffers() if is_weight(name, buffer)]
     weights = [*model.parameters(), *held]
     return Cost(
         parameter_count=sum(t.numel() for t in weights),
@@ -332,6 +402,11 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
             t.numel() * bits.get(id(t), 8 * t.element_size()) // 8 for t in (*model.parameters(), *model.buffers())
         ),
     )
+
+
+def is_weight(name: str, buffer: Tensor) -> bool:
+    """Whether a buffer holds the weights of a quantized layer."""
+    return name.rpartition(".")[2] == "weight" and buffer.dtype.itemsize == 1 and buffer.ndim > 1
 
 
 def graph_cost(model: GraphModule) -> Cost:
