@@ -15,6 +15,7 @@ def render(report: Report) -> str:
         plain(summary.headline(report)),
         gates(report),
         targets(report),
+        "\n".join(f"* **{plain(t.name)}** {plain(text)}" for t in report.targets if (text := summary.sizes_run(t))),
         "\n".join(step_line(step) for step in report.steps),
         "\n".join(f"> **{plain(name)}**: {plain(text)}" for name, text in summary.warnings(report)),
         "\n".join(f"* {plain(note)}" for note in report.notes),

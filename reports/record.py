@@ -124,6 +124,16 @@ class Latency(Part):
     warnings: list[str]
 
 
+class SizeCheck(Part):
+    """What an engine did at some sizes of its dynamic dimensions; missed where it failed or strayed."""
+
+    sizes: dict[str, int]
+    calls: int = 1
+    relative_l2: float | None = None
+    verdict: Verdict
+    reason: str = ""
+
+
 class TargetRecord(Part):
     """One target: the four answers, and what was built and measured.
 
@@ -146,6 +156,8 @@ class TargetRecord(Part):
     fidelity: list[Fidelity] = []
     quality: list[Quality] = []
     latency: Latency | None = None
+    sizes: list[SizeCheck] = []
+    """Sizes other than the typical ones that the engine was run at."""
     faults: list[str] = []
     """Things that make the engine unusable, such as an output that is not finite."""
 

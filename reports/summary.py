@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from reports import words
-from reports.record import Report, Step, TargetRecord, TokenMap
+from reports.record import Report, SizeCheck, Step, TargetRecord, TokenMap
 
 
 def headline(report: Report) -> str:
@@ -78,6 +78,19 @@ def why_not_measured(report: Report, target: TargetRecord) -> str:
     """Why a target has no figures."""
     reasons = [*target.faults[:1], target.reason, str(report.validation.get("skipped") or "")]
     return next(filter(None, reasons), "the record gives no reason").rstrip(".")
+
+
+def sizes_run(target: TargetRecord) -> str:
+    """At which sizes beside the typical ones an engine was run, and which were left out; empty where there are none."""
+    done = [sizes_text(check) for check in target.sizes if check.verdict != "not_measured"]
+    left = [f"{sizes_text(check)} ({check.reason})" for check in target.sizes if check.verdict == "not_measured"]
+    parts = [f"also run at {'; '.join(done)}" if done else "", f"not measured at {'; '.join(left)}" if left else ""]
+    return "; ".join(filter(None, parts))
+
+
+def sizes_text(check: SizeCheck) -> str:
+    """Sizes, such as ``batch 1, time 11``."""
+    return ", ".join(f"{name} {size}" for name, size in check.sizes.items())
 
 
 def skip_reasons(step: Step) -> list[tuple[str, int]]:

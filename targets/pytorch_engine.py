@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,10 +52,18 @@ class EagerRunner:
         module: in eval mode.
         outputs: names for what it returns; None names tensors ``output_0`` and on, or keeps a mapping's keys.
         threads: threads of PyTorch's pool.
+        dims: for each input its sizes and the names of its open dimensions, for errors.
     """
 
-    def __init__(self, module: nn.Module, *, threads: int, outputs: Sequence[str] | None = None) -> None:
-        self.module, self.threads, self.outputs = module, threads, outputs
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        threads: int,
+        outputs: Sequence[str] | None = None,
+        dims: Mapping[str, Sequence[int | str]] | None = None,
+    ) -> None:
+        self.module, self.threads, self.outputs, self.dims = module, threads, outputs, dims or {}
 
     def as_timed(self) -> EagerRunner:
         """What stands for the original where time is taken: a graph is optimized then, as its users run it."""
@@ -65,13 +74,33 @@ class EagerRunner:
         """Named inputs -> named outputs."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        with torch.inference_mode():
-            result = self.module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        try:
+            with torch.inference_mode():
+                result = self.module(**tensors)
+        except (RuntimeError, ValueError, IndexError, AssertionError) as cause:
+            raise self.refusal(inputs, cause) from cause
         found = [tensor.numpy() for tensor in flat(result)]
         names = self.outputs or [f"output_{i}" for i in range(len(found))]
         if len(names) != len(found):
             raise ToolchainError(f"the model returned {len(found)} tensors; its contract names {len(names)}: {names}")
         return dict(zip(names, found, strict=True))
+
+    def refusal(self, inputs: Arrays, cause: Exception) -> ToolchainError:
+        """The error for a call that the module does not take, with the dimensions by name."""
+        sizes = {
+            dim: size
+            for name, array in inputs.items()
+            for dim, size in zip(self.dims.get(name, ()), array.shape, strict=False)
+            if isinstance(dim, str)
+        }
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+        at = ", ".join(f"{dim} = {size}" for dim, size in sizes.items())
+        said = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        return ToolchainError(
+            f"the model does not take {at or 'these inputs'} ({shapes}): {said}",
+            help="call it with sizes that the model takes",
+        )
 
     def first_non_finite(self, inputs: Arrays) -> str:
         """Path of the innermost module that first puts out a NaN or an infinity; empty when none does."""
@@ -95,11 +124,13 @@ class EagerRunner:
 
 
 def flat(result: Any) -> list[Tensor]:
-    """The tensors of a tensor, a sequence or a mapping (a model output), in order."""
+    """The tensors of a tensor, a sequence, a mapping (a model output) or a dataclass, in order; others are left out."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, Mapping):
         return [tensor for value in result.values() for tensor in flat(value)]
     if isinstance(result, tuple | list):
         return [tensor for value in result for tensor in flat(value)]
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return flat([getattr(result, field.name) for field in dataclasses.fields(result)])
     return []

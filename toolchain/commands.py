@@ -211,7 +211,7 @@ def compare_command(chosen: Namespace) -> int:
     name, original = next(iter(first.runners.items()))
     model = first.model or second.model
     specs = model.inputs if model else first.inputs
-    calls = model.batches(chosen.calls, 0) if model else [draw(specs, seed=i) for i in range(chosen.calls)]
+    calls = model.held_out(chosen.calls, 0) if model else [draw(specs, seed=i) for i in range(chosen.calls)]
     wanted = [original(call) for call in calls]
     records = []
     for other, runner in second.runners.items():

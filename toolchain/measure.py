@@ -8,6 +8,8 @@ from typing import Any
 
 from reports import record
 from reports.pictures import png_grid
+from toolchain.at_sizes import SEED as SIZES_SEED
+from toolchain.at_sizes import Again, SizedCall, again_with, answerable, at_one_size, faults_of
 from toolchain.calibration import VALIDATION_SEED
 from toolchain.errors import ToolchainError
 from toolchain.progress import Progress
@@ -33,18 +35,36 @@ def measure(
     seed: int,
     threads: int,
     progress: Progress,
+    sized: Sequence[SizedCall] = (),
 ) -> tuple[dict[str, dict[str, Any]], list[record.Samples]]:
     """Measure every runner beside the original.
+
+    Args:
+        model: what they are called as.
+        original: what they are held against.
+        runners: by name.
+        settings: how much is measured.
+        seed: of the recipe.
+        threads: of every runner, for the record.
+        progress: told of each stage.
+        sized: calls at other than typical sizes, with the original's answers.
 
     Returns:
         For each runner the fields of its ``TargetRecord`` that were measured, and pictures for the report.
     """
     found: dict[str, dict[str, Any]] = {name: {} for name in runners}
-    inputs = model.batches(settings.calls, seed + VALIDATION_SEED)
+    inputs = validation_calls(model, settings.calls, seed)
     with progress.stage("compare outputs"):
+        inputs = answerable(model, original, inputs)
         wanted = [original(call) for call in inputs]
         for name, runner in runners.items():
             found[name] |= outputs_of(runner, inputs, wanted)
+    if sized:
+        with progress.stage("compare outputs at other sizes"):
+            again = again_with(model, original, seed + SIZES_SEED)
+            for name, runner in runners.items():
+                if not found[name].get("faults"):
+                    found[name] |= at_sizes_of(runner, sized, found[name].get("fidelity", []), again)
     fit = {name: runner for name, runner in runners.items() if not found[name].get("faults")}
     pictures: list[record.Samples] = []
     if model.task is not None:
@@ -57,6 +77,21 @@ def measure(
         for name, timed in time_all(original, fit, call, settings, seed, threads, progress).items():
             found[name]["latency"] = timed
     return found, pictures
+
+
+def validation_calls(model: Model, count: int, seed: int) -> list[Arrays]:
+    """The calls that outputs are compared on; a recipe's seed and count always give the same ones."""
+    return model.held_out(count, seed + VALIDATION_SEED)
+
+
+def at_sizes_of(
+    runner: Runner, sized: Sequence[SizedCall], fidelity: Sequence[record.Fidelity], again: Again
+) -> dict[str, Any]:
+    """What one engine does at other sizes; where it fails or strays is a fault."""
+    typical = max((output.relative_l2 for output in fidelity), default=0.0)
+    outcomes = [at_one_size(runner, call, typical, again) for call in sized]
+    found: dict[str, Any] = {"sizes": [record.SizeCheck.model_validate(vars(each)) for each in outcomes]}
+    return found | ({"faults": faults} if (faults := faults_of(outcomes)) else {})
 
 
 def outputs_of(runner: Runner, inputs: Sequence[Arrays], wanted: Sequence[Arrays]) -> dict[str, Any]:

@@ -23,9 +23,8 @@ from reports import record, rendering
 from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
-from targets.pytorch_engine import EagerRunner
 from targets.weights import settle_weights
-from toolchain import __version__, artifact, calibration, environment, origin, scoring, sources, teachers
+from toolchain import __version__, artifact, at_sizes, calibration, environment, origin, scoring, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import (
@@ -64,6 +63,8 @@ class Run:
     """Whether the artifact's weights are links to files that lie elsewhere."""
     notes: list[str] = field(default_factory=list)
     """Sentences about the artifact for the report."""
+    proofs: dict[str, str] = field(default_factory=dict)
+    """For each graph, at which sizes it was run before engines were built from it, in words."""
     sparse: dict[str, nn.Module] = field(default_factory=dict)
     """Layers of the 2:4 pattern as they were made, by path; those that lost it are out."""
     layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
@@ -150,6 +151,17 @@ class Run:
             self.progress.line(f"  {said(result)}")
         self.module = module.eval()
         return self.module
+
+    @cached_property
+    def sized(self) -> list[at_sizes.SizedCall]:
+        """Calls at other than typical sizes with the original's answers; after the steps were run.
+
+        Raises:
+            ToolchainError: the original refuses a size that its owner declared.
+        """
+        reference = self.reference
+        original = at_sizes.eager(reference, self.threads)
+        return list(at_sizes.sized_calls(reference, original, self.recipe.head.seed + at_sizes.SEED))
 
     def after(self, context: Context, step: Pass, plan: Plan) -> Context:
         """What the passes after a step may look at: they learn from, and are judged by, what it is compared with."""
@@ -256,6 +268,9 @@ def export(
         module = run.optimize(scratch)
         scratch.rmdir()
         write_plans(run, folder)
+        if not recipe.head.validation.skip:
+            with progress.stage("run the original at other sizes"):
+                _ = run.sized  # a size that it refuses is a fault of the declaration, found before anything is built
         with progress.stage("export to ONNX"):
             table = table_of(module)
             for name, part in parts_of(module).items():
@@ -285,10 +300,10 @@ def refuse_sizes(model: Model, sizes: Mapping[str, int]) -> None:
 
 def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
     """An original whose own output is not finite cannot be a reference."""
-    runner = EagerRunner(model.module, threads=threads, outputs=model.outputs)
+    runner = at_sizes.eager(model, threads)
     arrays = {name: tensor.numpy() for name, tensor in example.items()}
-    given = runner(arrays)
-    if faults := non_finite([given]):
+    arrays = at_sizes.answerable(model, runner, [model.example or arrays, arrays])[-1]
+    if faults := non_finite([runner(arrays)]):
         layer = runner.first_non_finite(arrays)
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
 
@@ -305,10 +320,11 @@ def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
     if isinstance(module, GraphModule):
         save(module.graph.clone(), path, embed=run.recipe.head.export.embed_weights)
         return
-    # At least 2, because the tracer takes a dimension of 1 for a constant.
-    sizes = {d.name: max(d.typical, 2) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
+    sizes = {d.name: traced_at(d) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
     dynamic = {
-        spec.name: {i: (d.name, d.low, d.high) for i, d in enumerate(spec.shape) if not isinstance(d, int)}
+        spec.name: {
+            i: (d.name, d.low, d.high, d.multiple_of) for i, d in enumerate(spec.shape) if not isinstance(d, int)
+        }
         for spec in model.inputs
     }
     settings = run.recipe.head.export
@@ -321,6 +337,16 @@ def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
         embed=settings.embed_weights,
         dtype=DTYPES[settings.dtype] if settings.dtype else None,
     )
+    if not run.recipe.head.validation.skip:
+        calls = None if run.results else run.sized
+        seed = run.recipe.head.seed + at_sizes.SEED
+        proof = at_sizes.prove(path, replace(model, module=module), calls, threads=run.threads, seed=seed)
+        run.proofs |= {path.stem: proof} if proof else {}
+
+
+def traced_at(d: Dim) -> int:
+    """The size to trace a dimension at: the typical one, but no 1, which the tracer takes for a constant."""
+    return d.typical if d.typical > 1 else min(2, d.high)
 
 
 def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
@@ -403,28 +429,48 @@ def validate(
             runner = runner_of(step, folder, run.threads, lambda: module)
             runners[found.name] = completing(runner, run.exported.inputs)
     if not runners:
-        return targets, [], {"skipped": "no target that runs on this machine"}
+        graph = {"graph": proven(run)} if run.proofs else {}
+        return targets, [], {"skipped": "no target that runs on this machine", **graph}
     reference = run.reference
-    original = EagerRunner(reference.module, threads=run.threads, outputs=reference.outputs)
+    original = at_sizes.eager(reference, run.threads)
     measured, pictures = measure(
-        reference, original, runners, settings, seed=seed, threads=run.threads, progress=run.progress
+        reference,
+        original,
+        runners,
+        settings,
+        seed=seed,
+        threads=run.threads,
+        progress=run.progress,
+        sized=run.sized,
     )
-    how = {
+    how: dict[str, Any] = {
         "inputs": kind_of_inputs(reference),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
+        **({"graph": proven(run)} if run.proofs else {}),
     }
     for found in targets:
         found.notes = [*found.notes, *(said_of(runners[found.name]) if found.name in runners else ())]
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
 
 
+def proven(run: Run) -> str:
+    """What was done to prove the graphs before engines were built from them."""
+    if len(run.proofs) == 1:
+        return next(iter(run.proofs.values()))
+    return "; ".join(f"{name} {proof}" for name, proof in run.proofs.items())
+
+
 def kind_of_inputs(model: Model) -> str:
     """What outputs were compared on, in words."""
     if model.task is not None and model.realistic:
         return "met on sampling runs"
-    return "made by the model's source" if model.realistic else "random, within the input contract"
+    kind = "made by the model's source" if model.realistic else "random, within the input contract"
+    own = "the model's own example; then " if model.example is not None else ""
+    guessed = [spec.name for spec in model.inputs if spec.guessed]
+    doubt = "" if model.realistic or not guessed else f"; the ranges of {', '.join(guessed)} were guessed"
+    return f"{own}{kind}{doubt}"
 
 
 def make_report(

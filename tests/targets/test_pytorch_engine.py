@@ -46,3 +46,9 @@ def test_flat_goes_through_nested_results() -> None:
 
 def test_the_target_runs_everywhere() -> None:
     assert PyTorch().availability().runnable.yes
+
+
+def test_sizes_that_the_model_does_not_take_are_named_without_a_traceback() -> None:
+    runner = EagerRunner(Two(), threads=1, dims={"x": ("batch", "width")})
+    with pytest.raises(ToolchainError, match=r"does not take batch = 2, width = 5 \(x \(2, 5\)\): mat1 and mat2"):
+        runner({"x": np.ones((2, 5), np.float32)})

@@ -19,6 +19,7 @@ from toolchain.errors import ToolchainError
 from toolchain.reading import first_line
 from validation.contract import SamplingTask
 from validation.inputs import Arrays, Dim, InputSpec, draw
+from validation.sizes import hiding_a_row, with_ends
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes an interface may name: an engine builds no others."""
@@ -69,6 +70,9 @@ class Model:
         published: figures from its paper.
         task: for generative models, a whole sampling run with a judge.
         realistic: (count, seed) -> inputs like those in use; None where random ones must do.
+        example: inputs that the model's owner gave, at typical sizes; None where nobody did.
+        sized: (sizes of dimensions, seed) -> inputs like those in use at other than typical sizes; None where random
+            ones must do.
         interface: how the original is called; None: by input names, giving a tensor or a tuple.
         tokenize: from sentences to one call, for encoders of text that come with a tokenizer.
         carried: files that go into the artifact beside the engine, such as a tokenizer's.
@@ -84,6 +88,8 @@ class Model:
     published: tuple[Published, ...] = ()
     task: SamplingTask | None = None
     realistic: Callable[[int, int], list[Arrays]] | None = None
+    example: Arrays | None = None
+    sized: Callable[[Mapping[str, int], int], Arrays] | None = None
     interface: Interface | None = None
     tokenize: Callable[[Sequence[str]], Arrays] | None = None
     carried: tuple[Path, ...] = ()
@@ -94,6 +100,28 @@ class Model:
         if self.realistic:
             return self.realistic(count, seed)
         return [draw(self.inputs, seed=seed + i) for i in range(count)]
+
+    def at(self, sizes: Mapping[str, int], seed: int) -> Arrays:
+        """One set of inputs at the sizes given, typical where none is: with both ends of integers, and mixed masks."""
+        drawn = draw(self.inputs, seed=seed, sizes=sizes)
+        if self.sized is None:
+            return with_ends(drawn, self.inputs)
+        made = self.sized(sizes, seed)
+        return {name: made.get(name, array) for name, array in drawn.items()}
+
+    def held_out(self, count: int, seed: int) -> list[Arrays]:
+        """``count`` sets of inputs to validate on, at typical sizes.
+
+        The owner's own example comes first. Random inputs hold both ends of the integers' ranges; and where the
+        contract allows a row of booleans that are all false, one more call has it.
+        """
+        first = [] if self.example is None else [self.example]
+        calls = self.batches(max(count - len(first), 1), seed)
+        if self.realistic:
+            return [*first, *calls]
+        calls = [with_ends(call, self.inputs) for call in calls]
+        hidden = hiding_a_row(calls[0], self.inputs) if self.example is not None else None
+        return [*first, *calls, *([hidden] if hidden is not None else [])]
 
 
 def files_from(place: Path, paths: Iterable[Path]) -> dict[str, Path]:

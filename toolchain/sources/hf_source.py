@@ -75,6 +75,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         outputs=outputs,
         weights=said,
         realistic=lambda count, seed: [drawn(inputs, seed * 1_000 + i) for i in range(count)],
+        sized=lambda sizes, seed: drawn(inputs, seed, sizes),
         interface=interface,
         tokenize=tokenizer_of(folder, inputs, trust_remote_code=trust_remote_code),
         carried=tuple(sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})),
@@ -277,9 +278,9 @@ def image_input(config: Any, *, two_towers: bool) -> InputSpec:
     return InputSpec(name="pixel_values", shape=(batch, getattr(config, "num_channels", 3), height, width))
 
 
-def drawn(inputs: tuple[InputSpec, ...], seed: int) -> Arrays:
+def drawn(inputs: tuple[InputSpec, ...], seed: int, sizes: Mapping[str, int] | None = None) -> Arrays:
     """Random inputs; of texts, each row but the first ends early, and its mask says so."""
-    arrays = draw(inputs, seed=seed)
+    arrays = draw(inputs, seed=seed, sizes=sizes)
     if (mask := arrays.get("attention_mask")) is not None:
         rows, length = mask.shape
         ends = np.random.default_rng(seed).integers(max(1, length // 4), length + 1, rows)

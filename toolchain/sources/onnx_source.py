@@ -242,6 +242,7 @@ def input_spec(
         dtype=dtype.name,
         low=values.low if values else None,
         high=values.high + whole if values else None,
+        guessed=value.name not in given or value.name in sizes,
     )
 
 
