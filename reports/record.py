@@ -169,6 +169,8 @@ class TargetRecord(Part):
     fidelity: list[Fidelity] = []
     quality: list[Quality] = []
     latency: Latency | None = None
+    not_compared: list[str] = []
+    """Outputs that were compared on nothing, though others were compared."""
     faults: list[str] = []
     """Things that make the engine unusable, such as an output that is not finite."""
 

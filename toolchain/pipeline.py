@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 from passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
 from passes.graph.module import GraphModule
 from passes.surgery import share
-from reports import record, rendering
+from reports import record, rendering, summary, words
 from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
@@ -25,7 +25,7 @@ from toolchain import artifact, calibration, environment, origin, scoring, sourc
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
-from toolchain.measure import judge_gates, measure
+from toolchain.measure import judge_gates, measure, refuse_unsteady
 from toolchain.preparing import fed, part_in_two, read_halves, said_of
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
@@ -139,6 +139,7 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
             refuse_sizes(model, recipe.head.validation.batch)
             if not recipe.head.validation.skip:  # without validation it is not run: its weights may not fit into memory
                 refuse_non_finite(model, run.example(), run.threads)
+                refuse_random(model, run.example(), run.threads)
         scratch = folder / ".scratch"
         scratch.mkdir()
         module = run.optimize(scratch)
@@ -173,6 +174,13 @@ def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
     if faults := non_finite([runner(arrays)]):
         layer = runner.first_non_finite(arrays)
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
+
+
+def refuse_random(model: Model, example: Inputs, threads: int) -> None:
+    """An original that answers one call in two ways cannot be a reference: no engine could ever agree with it."""
+    runner = EagerRunner(model.module, threads=threads, outputs=model.outputs)
+    arrays = {name: tensor.numpy() for name, tensor in example.items()}
+    refuse_unsteady(runner, arrays)
 
 
 def write_plans(run: Run, folder: Path) -> None:
@@ -291,6 +299,7 @@ def validate(
     )
     how = {
         "inputs": kind_of_inputs(reference),
+        "reference": said_of_reference([step for step, _, _ in run.results]),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
@@ -298,6 +307,12 @@ def validate(
     for found in targets:
         found.notes = [*found.notes, *(said_of(runners[found.name]) if found.name in runners else ())]
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
+
+
+def said_of_reference(steps: Sequence[Pass]) -> str:
+    """What engines were compared with, in words: some steps mean to compute something else than the original."""
+    changed = list(dict.fromkeys(step.name() for step in steps if step.changes_reference()))
+    return f"the original as {words.listing(changed)} rewrote it" if changed else summary.UNTOUCHED
 
 
 def kind_of_inputs(model: Model) -> str:
@@ -353,21 +368,28 @@ def step_record(step: Pass, result: Result, seconds: float) -> record.Step:
 
 
 def verdict(gates: list[record.Gate], targets: list[record.TargetRecord]) -> record.Verdict:
-    """Missed as soon as one gate is, or an engine is faulty; met only when something was asked and all of it met."""
-    if any(gate.verdict == "missed" for gate in gates) or any(target.faults for target in targets):
+    """Missed as soon as one gate is, or an engine is faulty; met only when something was asked, all of it was met, and
+    no target that must be there was left unmeasured.
+    """
+    found = {gate.verdict for gate in gates}
+    if "missed" in found or any(target.faults for target in targets):
         return "missed"
-    if not gates or any(gate.verdict == "not_measured" for gate in gates):
+    if not gates or "not_measured" in found or unmeasured(targets):
         return "not_measured"
-    return "met"
+    return "inconclusive" if "inconclusive" in found else "met"
+
+
+def unmeasured(targets: list[record.TargetRecord]) -> list[str]:
+    """Targets that are not optional and that no output was compared of."""
+    return [target.name for target in targets if not target.optional and not target.fidelity and not target.faults]
 
 
 def exit_code(report: record.Report) -> int:
-    """1: a gate missed or an engine faulty; 3: a wanted target not built, or a gate not measured; else 0."""
+    """1: a gate missed or an engine faulty; 3: a wanted target not built, or gates of which not all were met; else 0."""
     if report.verdict == "missed":
         return MISSED
     unbuilt = any(not target.built and not target.optional for target in report.targets)
-    unmeasured = any(gate.verdict == "not_measured" for gate in report.gates)
-    return CANNOT if unbuilt or unmeasured else DONE
+    return CANNOT if unbuilt or (report.gates and report.verdict != "met") else DONE
 
 
 def write_artifact(run: Run, report: record.Report, folder: Path) -> None:

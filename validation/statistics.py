@@ -81,9 +81,7 @@ def bootstrap_ratio(
     return float(low), float(high)
 
 
-def bootstrap_median(
-    samples: Floats, *, seed: int, resamples: int = 4000, level: float = 0.95
-) -> tuple[float, float]:
+def bootstrap_median(samples: Floats, *, seed: int, resamples: int = 4000, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of the median of samples (rounds, calls), by the same resampling of whole rounds."""
     medians = _medians(samples, _drawn(len(samples), resamples, seed))
     low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2])

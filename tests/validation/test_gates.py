@@ -119,7 +119,10 @@ def test_the_whole_interval_meets_a_bound_or_misses_it_or_nothing_can_be_said(te
 @pytest.mark.parametrize("bound", [0.1, 10.0])
 def test_an_unsafe_figure_meets_and_misses_nothing(bound):
     gate = GateBound(name="latency.ratio", target=None, operator="<=", bound=bound)
-    assert judge(gate, 1.0, interval=(0.99, 1.01), unsafe="it was interrupted") == ("inconclusive", "it was interrupted")
+    assert judge(gate, 1.0, interval=(0.99, 1.01), unsafe="it was interrupted") == (
+        "inconclusive",
+        "it was interrupted",
+    )
 
 
 @pytest.mark.parametrize("text", ["latency.ratio <= 1e999", "fidelity.cosine >= -1e400"])

@@ -40,7 +40,6 @@ class TestFrechetDistance:
         assert np.isnan(frechet_distance(cloud * np.nan, cloud))
         assert np.isnan(frechet_distance(cloud, np.full((9, 3), np.inf)))
 
-
     def test_variances_eighteen_orders_apart_lose_nothing(self):
         """By hand, turned; the eigenvalues of the product of both covariances come out complex here, and 1e-9 off."""
         rng = np.random.default_rng(0)

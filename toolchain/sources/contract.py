@@ -69,6 +69,7 @@ class Model:
         realistic: (count, seed) -> inputs like those in use; None where random ones must do.
         interface: how the original is called; None: by input names, giving a tensor or a tuple.
         tokenize: from sentences to one call, for encoders of text that come with a tokenizer.
+        mask: the input (B, N) that marks real rows of outputs (B, N, ...), which are judged by those; empty: all are.
         carried: files that go into the artifact beside the engine, such as a tokenizer's.
         files: what it was read from, by path relative to the file or folder that was named: weights, configuration,
             code. Empty where nothing was named.
@@ -84,6 +85,7 @@ class Model:
     realistic: Callable[[int, int], list[Arrays]] | None = None
     interface: Interface | None = None
     tokenize: Callable[[Sequence[str]], Arrays] | None = None
+    mask: str = ""
     carried: tuple[Path, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
 

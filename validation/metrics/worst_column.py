@@ -6,7 +6,7 @@ import numpy as np
 
 from validation.contract import OutputMetric
 from validation.inputs import Array
-from validation.statistics import columns
+from validation.statistics import Floats, columns
 
 SMALLEST = 1e-4
 """A column is measured against no less than this part of the largest one: below it float32 rounding is no error."""
@@ -26,13 +26,11 @@ class WorstColumn(OutputMetric):
 
     def measure(self, original: Array, candidate: Array) -> float:
         """0 when equal; infinite when only the original is zero. 1 is a column that was lost."""
-        return max(
-            (_worst(b, a) for b, a in zip(columns(original), columns(candidate), strict=True)),
-            default=0.0,
-        )
+        tables = zip(columns(original), columns(candidate), strict=True)
+        return float(np.max([0.0, *(_worst(b, a) for b, a in tables)]))  # numpy's max keeps a NaN
 
 
-def _worst(original: Array, candidate: Array) -> float:
+def _worst(original: Floats, candidate: Floats) -> float:
     """Both (rows, columns), in float64."""
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.linalg.norm(candidate - original, axis=0)
