@@ -13,7 +13,6 @@ from toolchain.arguments import recipe_from, sizes_from
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.progress import Progress
 
-
 CALLS = 8
 """Calls to compare on where no recipe says how many."""
 

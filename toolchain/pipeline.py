@@ -385,7 +385,7 @@ def unmeasured(targets: list[record.TargetRecord]) -> list[str]:
 
 
 def exit_code(report: record.Report) -> int:
-    """1: a gate missed or an engine faulty; 3: a wanted target not built, or gates of which not all were met; else 0."""
+    """1: a gate missed or an engine faulty; 3: a wanted target not built, or a gate not met; else 0."""
     if report.verdict == "missed":
         return MISSED
     unbuilt = any(not target.built and not target.optional for target in report.targets)

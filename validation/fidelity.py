@@ -16,7 +16,7 @@ from validation.metrics import load_metrics
 from validation.statistics import Floats, columns
 
 TOKEN_SCORES = ("start_logits", "end_logits")
-"""Outputs (B, N) that have a value for each token. Other outputs of two axes that fit a mask (B, N) fit it by chance."""
+"""Outputs (B, N) with a value for each token. Other outputs of two axes that fit a mask (B, N) fit it by chance."""
 
 FEWEST_ROWS = 8
 """Fewer rows of a column say nothing about whether it is dead."""

@@ -388,10 +388,10 @@ class TestCheck:
 
 
 def timed_run(rng, slowdown):
-    """A record of a run on a quiet machine: 2 % noise a call, and 1 % between runs that no sample shows."""
+    """A record of a run on a quiet machine: 2 % noise a call, and 0.5 % between runs that no sample shows."""
     drift = 1 + 0.1 * rng.random((10, 1))  # what the machine does to a round it does to both
     original, engine = (drift * rng.lognormal(0, 0.02, (10, 3)) for _ in range(2))
-    engine = 0.7 * slowdown * rng.lognormal(0, 0.01) * engine
+    engine = 0.7 * slowdown * rng.lognormal(0, 0.005) * engine
     found = summarise(original.ravel(), engine.ravel(), seed=0)
     record = copy.deepcopy(RECORD)
     record["targets"][0]["latency"] |= {
