@@ -24,6 +24,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
+from toolchain.reading import read_json
 from validation.metrics import load_metrics
 
 SCHEMA: Literal[1] = 1
@@ -240,16 +241,13 @@ def read(path: Path) -> Baseline:
     Raises:
         ToolchainError: not there, not JSON, another schema, or a key that is missing, unknown or wrong.
     """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as cause:
-        raise ToolchainError(
-            f"there is no baseline at {path.name!r}", where=str(path), help="write one with --update"
-        ) from cause
-    except OSError as cause:
-        raise ToolchainError(f"the baseline cannot be read: {cause.strerror}", where=str(path)) from cause
-    except ValueError as cause:
-        raise ToolchainError(f"{path.name} is not JSON: {cause}", where=str(path)) from cause
+    content = read_json(
+        path,
+        what=path.name,
+        absent=f"there is no baseline at {path.name!r}",
+        help="write one with --update",
+        finite=False,
+    )
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ToolchainError(f"{path.name} has schema {found!r}; this version reads {SCHEMA}", where=str(path))
@@ -426,11 +424,19 @@ def _other_machine(target: str, then: Mapping[str, Any], now: Mapping[str, Any])
     for part, word in _MACHINE.items():
         if then.get(part) != now.get(part):
             return f"another {word}: {then.get(part)} then, {now.get(part)} now"
-    threads = [side.get("latency_threads", {}).get(target) for side in (then, now)]
+    threads, shapes = (
+        _of_target("latency_threads", target, then, now),
+        _of_target("latency_shapes", target, then, now),
+    )
     if threads[0] != threads[1]:
         return f"another number of threads: {threads[0]} then, {threads[1]} now"
-    shapes = [side.get("latency_shapes", {}).get(target) for side in (then, now)]
     return "" if shapes[0] == shapes[1] or None in shapes else f"other inputs: {shapes[0]} then, {shapes[1]} now"
+
+
+def _of_target(what: str, target: str, *sides: Mapping[str, Any]) -> list[Any]:
+    """What each side's environment says of one target; None where it says nothing."""
+    tables = [side.get(what) for side in sides]
+    return [table.get(target) if isinstance(table, Mapping) else None for table in tables]
 
 
 def _other_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
