@@ -46,3 +46,22 @@ def test_flat_goes_through_nested_results() -> None:
 
 def test_the_target_runs_everywhere() -> None:
     assert PyTorch().availability().runnable.yes
+
+
+class Noisy(torch.nn.Module):
+    """Drops values also when it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.second(self.first(x)))
+
+
+def test_the_layer_that_draws_random_numbers_is_named() -> None:
+    module = Noisy().eval()
+    call = {"x": np.ones((8, 4), np.float32)}
+    assert EagerRunner(module, threads=1).first_unsteady(call) == ""
+    module.second.train()
+    assert EagerRunner(module, threads=1).first_unsteady(call) == "second"
