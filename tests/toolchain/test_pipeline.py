@@ -108,7 +108,7 @@ def test_structure_and_8_bits_together(tmp_path: Path) -> None:
 def test_a_missed_gate_ends_in_1_and_an_unmeasured_one_in_3(tmp_path: Path) -> None:
     for gate, target, code in (
         ("fidelity.cosine >= 0.999999999", "onnxruntime", 1),
-        ("tensorrt_rtx: latency.ratio <= 1", "tensorrt_rtx", 3 if not TensorRtRtx().availability().runnable.yes else 0),
+        ("tensorrt_rtx: latency.ratio <= 1", "tensorrt_rtx", 3),  # not run, or from too few samples
         ("quality.judged_as_asked >= 0.9", "onnxruntime", 3),
     ):
         recipe = make(
