@@ -305,11 +305,6 @@ class Pass(BaseModel, ABC):
         """
         return original
 
-    @classmethod
-    def changes_reference(cls) -> bool:
-        """Whether the rewritten model is compared with something else than the untouched original."""
-        return cls.reference is not Pass.reference
-
     def apply(self, model: nn.Module, context: Context) -> Result:
         """Plan, rewrite and account for it."""
         if isinstance(model, GraphModule) != (self.works_on == "graph"):

@@ -55,6 +55,8 @@ class Run:
     progress: Progress
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rewriters: list[str] = field(default_factory=list)
+    """Steps that changed what engines are compared with."""
     compared: Model | None = None
     """What the steps done so far are compared with; None before the first."""
 
@@ -123,7 +125,10 @@ class Run:
                 began = time.perf_counter()
                 with placed(f"step {number + 1} ({step.name()}); steps before it: {before}"):
                     result = step.apply(module, context)
+                    untouched = self.reference.module
                     self.compared = compared_with(self.reference, [(step, result.plan)])
+                if self.reference.module is not untouched:
+                    self.rewriters.append(step.name())
                 module = result.model
                 context = self.after(context, step, result.plan)
                 self.results.append((step, result, time.perf_counter() - began))
@@ -347,7 +352,7 @@ def validate(
     )
     how = {
         "inputs": kind_of_inputs(reference),
-        "reference": said_of_reference([step for step, _, _ in run.results]),
+        "reference": said_of_reference(run.rewriters),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
@@ -357,10 +362,9 @@ def validate(
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
 
 
-def said_of_reference(steps: Sequence[Pass]) -> str:
+def said_of_reference(steps: Sequence[str]) -> str:
     """What engines were compared with, in words: some steps mean to compute something else than the original."""
-    changed = list(dict.fromkeys(step.name() for step in steps if step.changes_reference()))
-    return f"the original as {words.listing(changed)} rewrote it" if changed else summary.UNTOUCHED
+    return f"the original as {words.listing(list(dict.fromkeys(steps)))} rewrote it" if steps else summary.UNTOUCHED
 
 
 def kind_of_inputs(model: Model) -> str:
