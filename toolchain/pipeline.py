@@ -24,7 +24,8 @@ from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, origin, scoring, sources, teachers
+from targets.weights import settle_weights
+from toolchain import __version__, artifact, calibration, environment, origin, scoring, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import (
@@ -59,6 +60,12 @@ class Run:
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
     rewriters: list[str] = field(default_factory=list)
     """Steps that changed what engines are compared with."""
+    trust_code: bool = False
+    """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
+    links: bool = False
+    """Whether the artifact's weights are links to files that lie elsewhere."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about the artifact for the report."""
     sparse: dict[str, nn.Module] = field(default_factory=dict)
     """Layers of the 2:4 pattern as they were made, by path; those that lost it are out."""
     layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
@@ -116,7 +123,7 @@ class Run:
             say=self.progress.count,
             draw=calibration.drawn_by(self.recipe, self.model),
             calls_in=lambda text: calibration.calls_in(self.recipe.path(text), self.model.inputs),
-            teacher_of=lambda text: teachers.teacher_of(text, self.recipe),
+            teacher_of=lambda text: teachers.teacher_of(text, self.recipe, trust_code=self.trust_code),
             folder=self.recipe.folder,
             shared=shared_by_rows(self.model.inputs),
             ranges={s.name: (s.low, s.high) for s in self.model.inputs if s.low is not None and s.high is not None},
@@ -235,10 +242,12 @@ def said(result: Result) -> str:
     return f"changed {len(result.changed)}, left alone {len(skipped)}"
 
 
-def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tuple[record.Report, int]:
+def export(
+    recipe: Recipe, out: Path, *, force: bool, progress: Progress, trust_code: bool = False
+) -> tuple[record.Report, int]:
     """Run a recipe into ``out``; returns the report and the exit code."""
     began = time.perf_counter()
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     for note in recipe.notes:
         progress.line(note)
     with artifact.staging(out, force=force) as folder:
@@ -261,10 +270,14 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
                 write_graph(run, called, part, folder / f"model{name}.onnx")
             write_table(module, folder)
             part_in_two(module, folder)
+            run.links, linked = settle_weights(folder, recipe.head.export.weights)
+            if linked:
+                run.notes.append(linked)
+                progress.line(linked)
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
-        write_artifact(run, report, folder)
+        write_artifact(run, report, folder, artifact.place_of(out))
     return report, exit_code(report)
 
 
@@ -280,7 +293,8 @@ def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
     """An original whose own output is not finite cannot be a reference."""
     runner = EagerRunner(model.module, threads=threads, outputs=model.outputs)
     arrays = {name: tensor.numpy() for name, tensor in example.items()}
-    if faults := non_finite([runner(arrays)]):
+    given = runner(arrays)
+    if faults := non_finite([given]):
         layer = runner.first_non_finite(arrays)
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
 
@@ -296,7 +310,7 @@ def write_plans(run: Run, folder: Path) -> None:
     """``plans/NN-name.json`` for each step."""
     (folder / "plans").mkdir()
     for number, (step, result, _) in enumerate(run.results):
-        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json")
+        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", version=__version__)
 
 
 def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
@@ -353,14 +367,14 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built[0].resolved)
-    size = sum(each.bytes or 0 for each in built)
-    files = [path for engine in engines for path in engine.rglob("*") if path.is_file()]
+    files = {path for engine in engines for path in engine.rglob("*") if path.is_file()}
+    files |= {path for each in built for path in each.reads}
     return found.model_copy(
         update={
             "built": True,
             "parameters": {**found.parameters, **built[0].resolved},
             "seconds": round(time.perf_counter() - began, 3),
-            "bytes": size or sum(path.stat().st_size for path in files) or None,
+            "bytes": sum(path.stat().st_size for path in files),
             "notes": list(dict.fromkeys(note for each in built for note in each.notes)),
         }
     )
@@ -383,6 +397,8 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
         hints=run.part_hints.get(part, run.part_hints.get("", {})),
         threads=run.threads,
         say=run.progress.say,
+        links=run.links,
+        untouched=not run.results and isinstance(run.model.module, GraphModule),
     )
     return step.target.build(graph, engine)
 
@@ -453,6 +469,7 @@ def make_report(
         environment=environment.describe(),
         versions=environment.versions(),
         seconds=round(seconds, 3),
+        notes=list(run.notes),
     )
 
 
@@ -500,9 +517,16 @@ def exit_code(report: record.Report) -> int:
     return CANNOT if unbuilt or (report.gates and report.verdict != "met") else DONE
 
 
-def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
-    """Everything but the graph, the plans and the engines: recipe, report and manifest."""
-    (folder / "recipe.toml").write_text(run.recipe.moved(folder).as_toml(run.resolved))
+def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> None:
+    """Everything but the graph, the plans and the engines: recipe, report and manifest.
+
+    Args:
+        run: what was done.
+        report: its record.
+        folder: where to write.
+        out: where that will lie in the end, which is where the paths of its recipe start.
+    """
+    (folder / "recipe.toml").write_text(run.recipe.moved(out).as_toml(run.resolved))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:
@@ -511,6 +535,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
     artifact.write_manifest(
         folder,
         {
+            "version": __version__,
             "model": report.model.model_dump(),
             "plans": {
                 f"plans/{number + 1:02d}-{step.name()}.json": result.plan.digest()
@@ -531,8 +556,8 @@ class Decision:
     plan: Plan
 
 
-def decide(recipe: Recipe, progress: Progress) -> list[Decision]:
+def decide(recipe: Recipe, progress: Progress, *, trust_code: bool = False) -> list[Decision]:
     """Plan every step; each is carried out in memory, because the next one plans on its result. Writes nothing."""
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     run.optimize()
     return [Decision(step_record(*entry), entry[1].plan) for entry in run.results]

@@ -60,7 +60,13 @@ class Export(Table):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="floating type to compute in; None: as the weights are"
     )
-    embed_weights: bool = Field(False, description="copy weights that are on disk, so that the folder stands alone")
+    weights: Literal["auto", "copy", "link"] = Field(
+        "auto",
+        description="weights that are on disk: copy what is read, as it is; or link the files; auto: copy up to 2 GB",
+    )
+    embed_weights: bool = Field(
+        False, description="write all weights anew into model.safetensors, in the type that is computed in"
+    )
 
 
 class Validation(Table):
