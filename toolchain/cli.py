@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     one = command("bench", "paired latency of engines and their original")
     one.add_argument("subject", help="an artifact folder, or a model")
     one.add_argument("--against", action="append", default=[], metavar="SUBJECT", help="time these in turns with it")
-    one.add_argument("--rounds", type=int, default=30, help="timed calls of each runner")
+    one.add_argument("--rounds", type=int, default=30, help="timed calls (samples) of each runner")
     one.add_argument("--threads", type=int, help="CPU threads; default: every core allowed")
     one.add_argument("--size", action="append", default=[], metavar="NAME=N", help="size of a dynamic dimension")
     source_option(one)
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     one = command("compare", "fidelity of two artifacts, engines or models on the same inputs")
     one.add_argument("original", help="artifact folder (FOLDER#TARGET for one engine), model, or .onnx file")
     one.add_argument("candidate", help="the same; compared with the first")
-    one.add_argument("--calls", type=int, default=8, help="calls to compare on")
+    one.add_argument("--calls", type=int, help="calls to compare on; default: as the artifact was validated, else 8")
     one.add_argument("--gate", action="append", default=[], metavar="BOUND", help="such as 'fidelity.cosine >= 0.999'")
     source_option(one)
     trust_option(one)
@@ -91,6 +91,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--baseline", type=Path, required=True, help="JSON file of figures and tolerances")
     one.add_argument("--update", action="store_true", help="write the baseline from this artifact, on purpose")
     one.add_argument("--junit", type=Path, help="also write the outcome as JUnit XML")
+    one.add_argument(
+        "--figure",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="a figure of your own to hold too, such as accuracy=0.913; 'wer=0.12,lower' where less is better",
+    )
 
     one = command("report", "render report.html, report.md and junit.xml again from report.json")
     one.add_argument("artifact", type=Path, help="artifact folder")

@@ -41,6 +41,9 @@ class Opened:
     original: Runner | None = None
     absent: Mapping[str, str]
     """Targets that do not run here, and why."""
+    seed: int | None = None
+    calls: int | None = None
+    """Of the recipe, where there is one: what its outputs were compared on."""
 
 
 @dataclass(kw_only=True)
@@ -115,7 +118,16 @@ def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
     runners = {name: completing(runner, specs) for name, runner in runners.items()}
     model = compared_with(run.model, recorded(run, folder))
     original = eager(model, threads)
-    return Opened(runners=runners, inputs=model.inputs, model=model, original=original, absent=absent)
+    head = run.recipe.head
+    return Opened(
+        runners=runners,
+        inputs=model.inputs,
+        model=model,
+        original=original,
+        absent=absent,
+        seed=head.seed,
+        calls=head.validation.calls,
+    )
 
 
 def recorded(run: Run, folder: Path) -> list[tuple[Pass, Plan]]:

@@ -19,7 +19,7 @@ from passes.contract import Context, Inputs, Pass, Plan, Result, cost, module_at
 from passes.graph.module import GraphModule
 from passes.patterns import PATTERN, keeps_pattern
 from passes.surgery import share
-from reports import record, rendering
+from reports import record, rendering, summary, words
 from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
@@ -37,7 +37,7 @@ from toolchain.errors import (
     raise_faults,
     unknown,
 )
-from toolchain.measure import judge_gates, measure
+from toolchain.measure import judge_gates, measure, refuse_unsteady
 from toolchain.preparing import fed, part_in_two, read_halves, said_of
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
@@ -57,6 +57,8 @@ class Run:
     progress: Progress
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rewriters: list[str] = field(default_factory=list)
+    """Steps that changed what engines are compared with."""
     trust_code: bool = False
     """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
     links: bool = False
@@ -143,7 +145,10 @@ class Run:
                 began = time.perf_counter()
                 with placed(f"step {number + 1} ({step.name()}); steps before it: {before}"):
                     result = step.apply(module, context)
+                    untouched = self.reference.module
                     self.compared = compared_with(self.reference, [(step, result.plan)])
+                if self.reference.module is not untouched:
+                    self.rewriters.append(step.name())
                 module = result.model
                 self.note_patterns(module, result.plan)
                 context = self.after(context, step, result.plan)
@@ -263,6 +268,7 @@ def export(
             refuse_sizes(model, recipe.head.validation.batch)
             if not recipe.head.validation.skip:  # without validation it is not run: its weights may not fit into memory
                 refuse_non_finite(model, run.example(), run.threads)
+                refuse_random(model, run.example(), run.threads)
         scratch = folder / ".scratch"
         scratch.mkdir()
         module = run.optimize(scratch)
@@ -306,6 +312,13 @@ def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
     if faults := non_finite([runner(arrays)]):
         layer = runner.first_non_finite(arrays)
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
+
+
+def refuse_random(model: Model, example: Inputs, threads: int) -> None:
+    """An original that answers one call in two ways cannot be a reference: no engine could ever agree with it."""
+    runner = at_sizes.eager(model, threads)
+    arrays = {name: tensor.numpy() for name, tensor in example.items()}
+    refuse_unsteady(runner, arrays)
 
 
 def write_plans(run: Run, folder: Path) -> None:
@@ -445,6 +458,7 @@ def validate(
     )
     how: dict[str, Any] = {
         "inputs": kind_of_inputs(reference),
+        "reference": said_of_reference(run.rewriters),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
@@ -460,6 +474,11 @@ def proven(run: Run) -> str:
     if len(run.proofs) == 1:
         return next(iter(run.proofs.values()))
     return "; ".join(f"{name} {proof}" for name, proof in run.proofs.items())
+
+
+def said_of_reference(steps: Sequence[str]) -> str:
+    """What engines were compared with, in words: some steps mean to compute something else than the original."""
+    return f"the original as {words.listing(list(dict.fromkeys(steps)))} rewrote it" if steps else summary.UNTOUCHED
 
 
 def kind_of_inputs(model: Model) -> str:
@@ -520,21 +539,28 @@ def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str]
 
 
 def verdict(gates: list[record.Gate], targets: list[record.TargetRecord]) -> record.Verdict:
-    """Missed as soon as one gate is, or an engine is faulty; met only when something was asked and all of it met."""
-    if any(gate.verdict == "missed" for gate in gates) or any(target.faults for target in targets):
+    """Missed as soon as one gate is, or an engine is faulty; met only when something was asked, all of it was met, and
+    no target that must be there was left unmeasured.
+    """
+    found = {gate.verdict for gate in gates}
+    if "missed" in found or any(target.faults for target in targets):
         return "missed"
-    if not gates or any(gate.verdict == "not_measured" for gate in gates):
+    if not gates or "not_measured" in found or unmeasured(targets):
         return "not_measured"
-    return "met"
+    return "inconclusive" if "inconclusive" in found else "met"
+
+
+def unmeasured(targets: list[record.TargetRecord]) -> list[str]:
+    """Targets that are not optional and that no output was compared of."""
+    return [target.name for target in targets if not target.optional and not target.fidelity and not target.faults]
 
 
 def exit_code(report: record.Report) -> int:
-    """1: a gate missed or an engine faulty; 3: a wanted target not built, or a gate not measured; else 0."""
+    """1: a gate missed or an engine faulty; 3: a wanted target not built, or a gate not met; else 0."""
     if report.verdict == "missed":
         return MISSED
     unbuilt = any(not target.built and not target.optional for target in report.targets)
-    unmeasured = any(gate.verdict == "not_measured" for gate in report.gates)
-    return CANNOT if unbuilt or unmeasured else DONE
+    return CANNOT if unbuilt or (report.gates and report.verdict != "met") else DONE
 
 
 def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> None:

@@ -75,6 +75,7 @@ class Model:
             ones must do.
         interface: how the original is called; None: by input names, giving a tensor or a tuple.
         tokenize: from sentences to one call, for encoders of text that come with a tokenizer.
+        mask: the input (B, N) that marks real rows of outputs (B, N, ...), which are judged by those; empty: all are.
         carried: files that go into the artifact beside the engine, such as a tokenizer's.
         files: what it was read from, by path relative to the file or folder that was named: weights, configuration,
             code. Empty where nothing was named.
@@ -92,6 +93,7 @@ class Model:
     sized: Callable[[Mapping[str, int], int], Arrays] | None = None
     interface: Interface | None = None
     tokenize: Callable[[Sequence[str]], Arrays] | None = None
+    mask: str = ""
     carried: tuple[Path, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
 

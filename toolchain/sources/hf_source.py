@@ -78,6 +78,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         sized=lambda sizes, seed: drawn(inputs, seed, sizes),
         interface=interface,
         tokenize=tokenizer_of(folder, inputs, trust_remote_code=trust_remote_code),
+        mask="attention_mask" if "attention_mask" in example else "",
         carried=tuple(sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})),
         files=files_from(folder, [folder / "config.json", *shards(folder, "model"), *sorted(code)]),
     )

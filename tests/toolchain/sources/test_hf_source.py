@@ -131,7 +131,9 @@ def test_sizes_and_ranges_come_from_the_configuration(tmp_path: Path) -> None:
 
 def test_realistic_texts_end_early_and_their_mask_says_so(tmp_path: Path) -> None:
     saved("bert", tmp_path / "bert")
-    calls = sources.load(f"hf:{tmp_path / 'bert'}").batches(4, 0)
+    model = sources.load(f"hf:{tmp_path / 'bert'}")
+    assert model.mask == "attention_mask"  # padding behind the ends is not judged
+    calls = model.batches(4, 0)
     masks = [call["attention_mask"] for call in calls]
     assert all((np.diff(mask, axis=1) <= 0).all() and mask[:, 0].all() for mask in masks)
     assert any((mask == 0).any() for mask in masks)
