@@ -49,6 +49,7 @@ class InputSpec:
         low: smallest value; for floats ``None`` means a standard normal.
         high: for integers one past the largest value, for floats the largest.
         default: every element, where a caller leaves the input out; it is never drawn. None: it must be given.
+        corners: the last axis holds boxes, as (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1.
     """
 
     name: str
@@ -57,6 +58,7 @@ class InputSpec:
     low: float | None = None
     high: float | None = None
     default: float | None = None
+    corners: bool = False
 
     def sizes(self, chosen: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """The shape with each dynamic dimension at its chosen or typical size."""
@@ -84,7 +86,15 @@ def draw(specs: Sequence[InputSpec], *, seed: int, sizes: Mapping[str, int] | No
             arrays[spec.name] = rng.integers(int(spec.low), int(spec.high), shape).astype(dtype)
         else:
             arrays[spec.name] = rng.uniform(spec.low, spec.high, shape).astype(dtype)
+        if spec.corners:
+            arrays[spec.name] = sorted_corners(arrays[spec.name])
     return arrays
+
+
+def sorted_corners(boxes: Array) -> Array:
+    """Boxes (..., 4) of two corners each, as (smaller x, smaller y, larger x, larger y)."""
+    pairs = boxes.reshape(*boxes.shape[:-1], 2, 2)
+    return np.sort(pairs, axis=-2).reshape(boxes.shape)
 
 
 def completed(given: Mapping[str, Array], specs: Sequence[InputSpec]) -> Arrays:

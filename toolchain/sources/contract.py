@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
+from passes.on_shapes import on_shapes
 from toolchain.errors import ToolchainError
 from validation.contract import SamplingTask
 from validation.inputs import Arrays, Dim, InputSpec, draw
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes an interface may name: an engine builds no others."""
+
+BY_HAND = "write a function that returns the module with example inputs, and use py:FILE:FUNCTION"
+"""What helps with any module that a source cannot call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,14 @@ class Interface:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """An argument of the original that engines have no input for, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A network ready for the pipeline.
 
@@ -72,6 +89,8 @@ class Model:
         carried: files that go into the artifact beside the engine, such as a tokenizer's.
         files: what it was read from, by path relative to the file or folder that was named: weights, configuration,
             code. Empty where nothing was named.
+        left_out: arguments of the original that take tensors and are no inputs of this.
+        notes: what else a user should know of how it was read, as sentences without full stops.
     """
 
     name: str
@@ -86,6 +105,8 @@ class Model:
     tokenize: Callable[[Sequence[str]], Arrays] | None = None
     carried: tuple[Path, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def batches(self, count: int, seed: int) -> list[Arrays]:
         """``count`` sets of inputs at typical sizes: realistic where the model can make them, else random."""
@@ -113,11 +134,54 @@ def interface_of(
     Returns:
         The interface, and names for the outputs.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        result = module(**inputs)
+    return interface_from(module, answer(module, inputs), path=path, config=config)
+
+
+def answer(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What a module returns: on shapes alone, unless shapes depend on what tensors hold; then of a real call.
+
+    Raises:
+        ToolchainError: it raises; said are its class, what it was called with, and why.
+    """
+    try:
+        with torch.no_grad():
+            try:
+                with on_shapes(module):
+                    return module(**inputs)
+            except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+                return module(**inputs)
+    except ToolchainError:
+        raise
+    except Exception as cause:  # whatever a model's own code raises
+        given = ", ".join(f"{name} {described(value)}" for name, value in inputs.items())
+        raise ToolchainError(
+            f"{type(module).__name__} cannot be called with {given}: {reason_of(cause)}", help=BY_HAND
+        ) from cause
+
+
+def described(value: Any) -> str:
+    """A tensor's shape and type, or a value itself."""
+    if not isinstance(value, Tensor):
+        return f"= {value!r}"[:80]
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+
+
+def reason_of(cause: BaseException) -> str:
+    """The first line of an exception that says something, after its type unless it reads as a sentence."""
+    first = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
+    if type(cause) in (RuntimeError, ValueError) and first:
+        return first
+    return f"{type(cause).__name__}: {first}" if first else type(cause).__name__
+
+
+def interface_from(
+    module: nn.Module, result: Any, *, path: str = "", config: Mapping[str, Any] | None = None
+) -> tuple[Interface, tuple[str, ...]]:
+    """The interface of a module that answered a call with ``result``, and names for its outputs."""
     arguments = tuple(name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs"))
     library = type(module).__module__.partition(".")[0]
-    original = f"{library}:{type(module).__name__}" if library in LIBRARIES else ""
+    public = hasattr(sys.modules.get(library), type(module).__name__)
+    original = f"{library}:{type(module).__name__}" if library in LIBRARIES and public else ""
     returns = "tensor"
     keys: tuple[str, ...] = ("output",)
     if isinstance(result, tuple | list):

@@ -12,9 +12,12 @@ Shapes: B batch, N tokens, C channels, H height, W width, T audio samples.
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import inspect
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +27,14 @@ from torch import Tensor, nn
 
 from toolchain.errors import ToolchainError, require, unknown
 from toolchain.sources import short
-from toolchain.sources.contract import Model, files_from, interface_of
+from toolchain.sources.contract import BY_HAND, Interface, Model, answer, files_from, interface_from, reason_of
 from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
+from toolchain.sources.hf_inputs import Facts, Reading, contract, left_out, preprocessor_of, readings
 from toolchain.sources.hub import folder_of
+from toolchain.sources.pooling import read_modules
+from toolchain.sources.plain_calls import plain_call
 from toolchain.sources.sentences import tokenizer_of
+from toolchain.sources.sizes import Limits, limits_from
 from validation.inputs import Arrays, Dim, InputSpec, draw
 
 CARRIED = (
@@ -43,31 +50,66 @@ CARRIED = (
     "chat_template.*",
 )
 NEEDED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
-LONGEST = 512
-"""Tokens, where a model sets no limit or a larger one."""
-AUDIO = (1_600, 16_000, 480_000)
-"""Samples at 16 kHz: a tenth of a second, a second, half a minute."""
+PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Files that say how large pictures are."""
+TRIED = {"batch": 2, "texts": 3, "images": 2, "sounds": 2}
+"""Sizes of the call that shows what a network answers: texts and pictures of unlike number tell whether they are paired."""
 
 
 def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     """Load a checkpoint of transformers.
 
+    Args:
+        text: ``hf:FOLDER``, then ``#encoder`` for that part of an encoder-decoder, then ``?NAME=SIZE,...``.
+        seed: not used; nothing here is random.
+        trust_remote_code: run code that the folder brings along.
+
     Raises:
-        ToolchainError: no configuration, an unknown architecture, one that is not served, or weights that do not fit.
+        ToolchainError: no configuration, an unknown architecture, one that is not served, weights that do not fit, or
+            a size that the model does not take.
     """
     del seed
     transformers: Any = require("transformers", extra="transformers")
-    folder = folder_of(text.partition(":")[2], NEEDED)
+    place, part, asked = split(text)
+    root = folder_of(place, NEEDED)
+    sentence = read_modules(root)
+    folder = root / sentence.encoder if sentence else root
     config = configuration(folder, transformers, trust_remote_code)
-    cls = architecture(folder, config, transformers, trust_remote_code)
-    module, said = built(cls, config, folder)
-    inputs = contract(cls, config, folder)
-    example = {name: torch.from_numpy(array) for name, array in draw(inputs, seed=0).items()}
-    two_towers = {"input_ids", "pixel_values"} <= example.keys()
-    interface, outputs = interface_of(module, example, path="inner" if two_towers else "", config=config.to_dict())
-    if two_towers:
-        module = TwoTowers(module, outputs).eval()
-    code = folder.glob("*.py") if trust_remote_code else ()
+    if sentence:
+        cls, options = plain_model(config, transformers), {"add_pooling_layer": False}
+    else:
+        cls, options = architecture(folder, config, transformers, trust_remote_code), {}
+    refuse_decoders(cls, part, place, folder)
+    module, said = built(cls, config, folder, options if "add_pooling_layer" in arguments_of(cls.__init__) else {})
+    if part:
+        module = encoder_of(module, part, where=str(folder))
+    facts = Facts(
+        module=module,
+        config=module.config,
+        preprocessor=preprocessor_of(folder),
+        asked=asked,
+        tokens=sentence.longest if sentence else None,
+        where=text,
+    )
+    inputs, reading, result = answered(facts)
+    names = tuple(spec.name for spec in inputs)
+    interface, outputs = interface_from(module, result, config=module.config.to_dict())
+    kept, dropped = tensors_of(result)
+    always = always_of(facts)
+    notes = [*notes_of(facts, inputs, reading), *(sentence.notes if sentence else ())]
+    if dropped:
+        notes.append(f"of its answer are left out, because they are no tensors: {', '.join(dropped)}")
+    if dropped or always:
+        keys = tuple(f"output_{key}" if isinstance(key, int) else key for key in kept)
+        interface, outputs = replace(interface, module="inner", keys=keys), keys
+        module = plain_call(module, names, kept, always)
+    if sentence and sentence.steps:
+        module = sentence.around(module)
+        outputs = ("sentence_embedding", "last_hidden_state")
+        interface = Interface(arguments=names, returns="dict", keys=outputs)
+    code = root.glob("*.py") if trust_remote_code else ()
+    read = [folder / "config.json", *shards(folder, "model"), *(sentence.files if sentence else ()), *sorted(code)]
+    settings = [folder / name for name in PREPROCESSORS if facts.preprocessor and (folder / name).is_file()]
     return Model(
         name=short(text),
         module=module,
@@ -78,24 +120,108 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         interface=interface,
         tokenize=tokenizer_of(folder, inputs, trust_remote_code=trust_remote_code),
         carried=tuple(sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})),
-        files=files_from(folder, [folder / "config.json", *shards(folder, "model"), *sorted(code)]),
+        files=files_from(root, [*read, *settings]),
+        left_out=left_out(facts, inputs),
+        notes=tuple(notes),
     )
 
 
-class TwoTowers(nn.Module):
-    """A CLIP-like model without the outputs of each tower, which would come out a second time."""
+def split(text: str) -> tuple[str, str, dict[str, Limits]]:
+    """``hf:FOLDER#PART?NAME=SIZE`` -> folder, part or nothing, and the sizes that are asked for."""
+    place = text.partition(":")[2]
+    if Path(place).expanduser().is_dir():  # a folder's own name may hold such signs
+        return place, "", {}
+    place, _, asked = place.partition("?")
+    if not Path(place).expanduser().is_dir():
+        place, _, part = place.partition("#")
+        return place, part, limits_from(asked, text)
+    return place, "", limits_from(asked, text)
 
-    def __init__(self, inner: nn.Module, outputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.inner, self.outputs = inner, outputs
 
-    def forward(
-        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Texts (B, N) and pictures (B', C, H, W) -> logits and embeddings."""
-        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-        result = self.inner(input_ids=input_ids, pixel_values=pixel_values, **mask)
-        return tuple(result[name] for name in self.outputs)
+def refuse_decoders(cls: Any, part: str, place: str, folder: Path) -> None:
+    """Raise for an encoder-decoder of which no part is named: each of its calls is many of the decoder."""
+    if not part and "decoder_input_ids" in arguments_of(cls.forward):
+        raise ToolchainError(
+            f"{cls.__name__} is an encoder and a decoder, which are two engines",
+            where=str(folder),
+            help=f"export its encoder with 'hf:{place}#encoder'; the decoder goes through py:",
+        )
+
+
+def encoder_of(module: Any, part: str, *, where: str) -> Any:
+    """The encoder of an encoder-decoder.
+
+    Raises:
+        ToolchainError: another part was asked for, or there is none.
+    """
+    if part != "encoder":
+        raise unknown("part of a transformers checkpoint", part, ["encoder"], where=where)
+    encoder = module.get_encoder() if "decoder_input_ids" in arguments_of(module.forward) else module
+    if encoder is module:
+        raise ToolchainError(f"{type(module).__name__} has no encoder apart", where=where, help="leave '#encoder' out")
+    return encoder.eval()
+
+
+def arguments_of(function: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a function."""
+    return inspect.signature(function).parameters
+
+
+def answered(facts: Facts) -> tuple[tuple[InputSpec, ...], Reading, Any]:
+    """The inputs of the first reading of a configuration that the network answers, and its answer, on shapes alone.
+
+    Raises:
+        ToolchainError: it answers none.
+    """
+    errors = []
+    for reading in readings(facts):
+        try:
+            inputs = contract(facts, reading)
+            example = {k: torch.from_numpy(v) for k, v in draw(inputs, seed=0, sizes=TRIED).items()}
+            return inputs, reading, answer(facts.module, {**example, **always_of(facts)})
+        except ToolchainError as error:
+            errors.append(error)
+    last = min(errors, key=lambda error: "cannot be called" not in error.message)
+    raise ToolchainError(last.message, where=last.where or facts.where, help=last.help or BY_HAND)
+
+
+def always_of(facts: Facts) -> dict[str, Any]:
+    """Arguments that every call has: position tables fit pictures of another size when told to."""
+    resized = {"size", "height", "width"} & facts.asked.keys()
+    return {"interpolate_pos_encoding": True} if resized and "interpolate_pos_encoding" in facts.known else {}
+
+
+def tensors_of(result: Any) -> tuple[list[str | int], list[str]]:
+    """Keys or places of the tensors in an answer, and names of what else it holds."""
+    if isinstance(result, Tensor):
+        return [], []
+    pairs = list(result.items() if isinstance(result, Mapping) else enumerate(result))
+    kept = [key for key, value in pairs if isinstance(value, Tensor)]
+    return kept, [str(key) for key, value in pairs if not isinstance(value, Tensor) and value is not None]
+
+
+def notes_of(facts: Facts, inputs: tuple[InputSpec, ...], reading: Reading) -> list[str]:
+    """What was chosen that the user can choose otherwise."""
+    said = []
+    dims = {d.name: d for spec in inputs for d in spec.shape if isinstance(d, Dim)}
+    limit, length = facts.trained_positions, dims.get("sequence")
+    if length and "sequence" not in facts.asked and limit and length.high < limit:
+        why = f"the folder cuts sentences there, the model has {limit}" if facts.tokens else f"the model has {limit}"
+        said.append(f"texts have up to {length.high} tokens ({why}); '?sequence=1..64..{limit}' asks for more")
+    if length and limit and length.high > limit:
+        said.append(f"texts have up to {length.high} tokens, as asked; the model was made for {limit}")
+    sizes = facts.picture_sizes()
+    if any(spec.name.startswith("pixel_values") for spec in inputs) and not always_asked(facts):
+        height, width = reading.picture
+        by = "preprocessor_config.json" if len(sizes) > 1 and reading.picture == sizes[0] else "config.json"
+        other = f" (config.json: {sizes[-1][0]} x {sizes[-1][1]})" if by != "config.json" else ""
+        said.append(f"pictures are {height} x {width}, as {by} has it{other}; '?size=N' asks for another size")
+    return said
+
+
+def always_asked(facts: Facts) -> bool:
+    """Whether the user named a size for pictures."""
+    return bool({"size", "height", "width"} & facts.asked.keys())
 
 
 def configuration(folder: Path, transformers: Any, trust_remote_code: bool) -> Any:
@@ -113,6 +239,9 @@ def configuration(folder: Path, transformers: Any, trust_remote_code: bool) -> A
             where=str(folder / "config.json"),
             help="code in the folder is run with --trust-remote-code only; a module of your own goes through py:",
         ) from cause
+    for each in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+        if hasattr(each, "use_cache"):
+            each.use_cache = False
     config.use_cache = False
     return config
 
@@ -127,27 +256,55 @@ def architecture(folder: Path, config: Any, transformers: Any, trust_remote_code
         if reference:
             return cast("type[nn.Module]", module.get_class_from_dynamic_module(reference, folder))
     if names:
-        cls = getattr(transformers, names[0], None)
-        if cls is None:
-            known = [name for name in dir(transformers) if name.endswith(("Model", "ForCausalLM", "Classification"))]
-            raise unknown("architecture of transformers", names[0], known, where=str(folder / "config.json"))
+        cls = getattr(transformers, names[0], None) or beside(config, names[0])
+        if not hasattr(cls, "_from_config"):
+            known = [name for name in dir(transformers) if re.search(r"(Model|For[A-Z]\w+)$", name)]
+            near = difflib.get_close_matches(names[0], known, n=3, cutoff=0)
+            raise unknown("architecture of transformers", names[0], near, where=str(folder / "config.json"))
         return cast("type[nn.Module]", cls)
+    return plain_model(config, transformers, where=str(folder / "config.json"))
+
+
+def beside(config: Any, name: str) -> Any:
+    """A class that transformers defines for a model's own use, such as an encoder's; None where there is none."""
+    file = type(config).__module__.replace(".configuration_", ".modeling_")
+    if not file.startswith("transformers.models."):
+        return None
+    try:
+        return getattr(importlib.import_module(file), name, None)
+    except ImportError:
+        return None
+
+
+def plain_model(config: Any, transformers: Any, *, where: str = "") -> type[nn.Module]:
+    """The model of a type without a head; of encoder-decoders that have one of its own, the encoder."""
+    if alone := getattr(transformers, f"{type(config).__name__.removesuffix('Config')}EncoderModel", None):
+        return cast("type[nn.Module]", alone)
     mapping = transformers.MODEL_MAPPING
     if type(config) not in mapping:
         raise ToolchainError(
             f"the configuration names no architecture, and type {config.model_type!r} has no plain model",
-            where=str(folder / "config.json"),
+            where=where,
             help='add "architectures" to it',
         )
     return cast("type[nn.Module]", mapping[type(config)])
 
 
-def built(cls: Any, config: Any, folder: Path) -> tuple[nn.Module, str]:
-    """The module with its weights, and where those are from, in words."""
-    attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
+def built(cls: Any, config: Any, folder: Path, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The module with its weights, and where those are from, in words.
+
+    Raises:
+        ToolchainError: it cannot be built here, or the weights do not fit.
+    """
     files = shards(folder, "model")
-    with without_memory():
-        module: Any = cls._from_config(config, attn_implementation=attention)
+    options = {**options, "experts_implementation": "batched_mm"}  # the only one that has no loop over what was chosen
+    try:
+        module: Any = constructed(cls, config, options)
+    except Exception as cause:  # whatever a model's own code raises
+        raise ToolchainError(
+            f"{cls.__name__} cannot be built from this configuration: {reason_of(cause)}",
+            where=str(folder / "config.json"),
+        ) from cause
     tensors = renamed(read_all(files), module)
     stored_type = most_common_type(tensors)
     absent = missing(module, tensors)
@@ -157,7 +314,7 @@ def built(cls: Any, config: Any, folder: Path) -> tuple[nn.Module, str]:
         module.tie_weights()
         said = f"from {folder.name}, {stored_type}"
     else:
-        module, said = converted(cls, folder, attention, absent)
+        module, said = converted(cls, folder, options, absent)
     if left := on_meta(module):
         raise ToolchainError(f"{len(left)} tensors have no values: {', '.join(left[:8])}", where=str(folder))
     module.config.use_cache = False
@@ -199,10 +356,17 @@ def expendable(name: str, module: Any) -> bool:
     )
 
 
-def converted(cls: Any, folder: Path, attention: str, absent: list[str]) -> tuple[nn.Module, str]:
+def constructed(cls: Any, config: Any, options: Mapping[str, Any]) -> Any:
+    """The module without memory, its parts with the fused form of attention where they have one, else the plain one."""
+    config._attn_implementation = None  # each part chooses
+    with without_memory():
+        return cls._from_config(config, **options)
+
+
+def converted(cls: Any, folder: Path, options: Mapping[str, Any], absent: list[str]) -> tuple[nn.Module, str]:
     """The module as transformers loads it, for checkpoints whose tensors it converts; refuses made-up weights."""
     module, report = cls.from_pretrained(
-        folder, attn_implementation=attention, use_safetensors=True, local_files_only=True, output_loading_info=True
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     lacking, wrong = sorted(report["missing_keys"]), sorted(str(entry) for entry in report["mismatched_keys"])
     if lacking or wrong:
@@ -215,71 +379,14 @@ def converted(cls: Any, folder: Path, attention: str, absent: list[str]) -> tupl
     return module, f"from {folder.name}; {len(absent)} tensors converted by transformers, in memory"
 
 
-def contract(cls: Any, config: Any, folder: Path) -> tuple[InputSpec, ...]:
-    """The inputs of an architecture, from its ``forward`` and configuration."""
-    known = inspect.signature(cls.forward).parameters
-    main = cls.main_input_name
-    if "decoder_input_ids" in known:
-        raise ToolchainError(
-            f"{cls.__name__} is an encoder and a decoder, which are two engines",
-            where=str(folder),
-            help=f"save its encoder alone ({cls.__name__}.get_encoder().save_pretrained) and export that",
-        )
-    specs: list[InputSpec] = []
-    if "input_ids" in known and main != "input_values":
-        specs += text_inputs(known, sub(config, "text_config"), two_towers="pixel_values" in known)
-    if "pixel_values" in known:
-        specs.append(image_input(sub(config, "vision_config"), two_towers=bool(specs)))
-    if main == "input_values":
-        batch, length = Dim(name="batch", low=1, typical=1, high=64), Dim(name="samples", **dims(AUDIO))
-        specs.append(InputSpec(name=main, shape=(batch, length)))
-    if not specs:
-        raise ToolchainError(
-            f"the inputs of {cls.__name__} ({main}) are not known here",
-            where=str(folder),
-            help="write a function that returns it with example inputs, and use py:FILE:FUNCTION",
-        )
-    order = [name for name in known if name in {spec.name for spec in specs}]
-    return tuple(sorted(specs, key=lambda spec: order.index(spec.name)))
-
-
-def dims(sizes: tuple[int, int, int]) -> dict[str, int]:
-    """Smallest, typical and largest size as arguments of ``Dim``."""
-    return dict(zip(("low", "typical", "high"), sizes, strict=True))
-
-
-def sub(config: Any, name: str) -> Any:
-    """A part of a configuration of two towers, or the whole where there is but one."""
-    return getattr(config, name, None) or config
-
-
-def text_inputs(known: Mapping[str, Any], config: Any, *, two_towers: bool) -> list[InputSpec]:
-    """Token ids (B, N), their mask and, where the model has them, segment ids."""
-    limit = min(getattr(config, "max_position_embeddings", None) or LONGEST, LONGEST)
-    if "roberta" in config.model_type:
-        limit -= 2  # its positions start behind the padding token's
-    batch = Dim(name="texts" if two_towers else "batch", low=1, typical=2, high=64)
-    length = Dim(name="sequence", low=1, typical=min(64, limit), high=limit)
-    specs = [InputSpec(name="input_ids", shape=(batch, length), dtype="int64", low=0, high=config.vocab_size)]
-    if "attention_mask" in known:
-        specs.append(InputSpec(name="attention_mask", shape=(batch, length), dtype="int64", low=1, high=2))
-    if "token_type_ids" in known and getattr(config, "type_vocab_size", 0) > 1:
-        high = config.type_vocab_size
-        specs.append(InputSpec(name="token_type_ids", shape=(batch, length), dtype="int64", low=0, high=high))
-    return specs
-
-
-def image_input(config: Any, *, two_towers: bool) -> InputSpec:
-    """Normalised pictures (B, C, H, W), of the size that the configuration names, else 224."""
-    size = getattr(config, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    batch = Dim(name="images" if two_towers else "batch", low=1, typical=1, high=64)
-    return InputSpec(name="pixel_values", shape=(batch, getattr(config, "num_channels", 3), height, width))
-
-
 def drawn(inputs: tuple[InputSpec, ...], seed: int) -> Arrays:
-    """Random inputs; of texts, each row but the first ends early, and its mask says so."""
+    """Random inputs; of texts and pictures, each row but the first ends early, and its mask says so."""
     arrays = draw(inputs, seed=seed)
+    if (mask := arrays.get("pixel_mask")) is not None:
+        rng = np.random.default_rng(seed)
+        for row in mask[1:]:
+            row[rng.integers(row.shape[0] // 2, row.shape[0]) :] = 0
+            row[:, rng.integers(row.shape[1] // 2, row.shape[1]) :] = 0
     if (mask := arrays.get("attention_mask")) is not None:
         rows, length = mask.shape
         ends = np.random.default_rng(seed).integers(max(1, length // 4), length + 1, rows)
