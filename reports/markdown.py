@@ -16,9 +16,16 @@ def render(report: Report) -> str:
         gates(report),
         targets(report),
         "\n".join(step_line(step) for step in report.steps),
+        source(report),
         "\n".join(f"> **{plain(name)}**: {plain(text)}" for name, text in summary.warnings(report)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def source(report: Report) -> str:
+    """What the model's source chose, added and left out."""
+    absent = [f"not an input: {', '.join(names)} ({reason})" for reason, names in summary.left_out(report.model)]
+    return "\n".join(f"* {plain(line)}" for line in (*report.model.notes, *absent))
 
 
 def gates(report: Report) -> str:

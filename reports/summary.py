@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from reports import words
-from reports.record import Report, Step, TargetRecord, TokenMap
+from reports.record import ModelRecord, Report, Step, TargetRecord, TokenMap
 
 
 def headline(report: Report) -> str:
@@ -83,6 +83,14 @@ def why_not_measured(report: Report, target: TargetRecord) -> str:
 def skip_reasons(step: Step) -> list[tuple[str, int]]:
     """Each reason for leaving a layer alone and how many layers it held for, the most common first."""
     return Counter(skip.reason for skip in step.skipped).most_common()
+
+
+def left_out(model: ModelRecord) -> list[tuple[str, list[str]]]:
+    """Each reason for leaving inputs out, and their names."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in model.inputs_left_out:
+        by_reason.setdefault(entry.reason, []).append(entry.name)
+    return list(by_reason.items())
 
 
 def tokens_left(tokens: TokenMap) -> str:
