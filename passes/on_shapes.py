@@ -7,6 +7,7 @@ as attributes, grids in a function's cache. A later real call would find those a
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,14 @@ def on_shapes(module: nn.Module) -> Iterator[None]:
     state = {part: remembered(part) for part in module.modules()}
     caches = caches_of(module)
     before = [cache.cache_info().misses for cache in caches]
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it would print the stack of what is raised, too
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
+        log.setLevel(level)
         for part, attributes in state.items():
             restore(part, attributes)
         for cache, misses in zip(caches, before, strict=True):
@@ -39,9 +44,7 @@ def on_shapes(module: nn.Module) -> Iterator[None]:
 
 def remembered(part: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Each attribute, and what it holds where it is a container."""
-    return {
-        name: (value, value.copy() if isinstance(value, KEPT) else None) for name, value in part.__dict__.items()
-    }
+    return {name: (value, value.copy() if isinstance(value, KEPT) else None) for name, value in part.__dict__.items()}
 
 
 def restore(part: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
@@ -61,7 +64,9 @@ def same(one: Any, other: Any) -> bool:
         return list(map(id, one)) == list(map(id, other)) and list(map(id, one.values())) == list(
             map(id, other.values())
         )
-    return sorted(map(id, one)) == sorted(map(id, other)) if isinstance(one, set) else [*map(id, one)] == [*map(id, other)]
+    return (
+        sorted(map(id, one)) == sorted(map(id, other)) if isinstance(one, set) else [*map(id, one)] == [*map(id, other)]
+    )
 
 
 def caches_of(module: nn.Module) -> list[Any]:

@@ -31,6 +31,10 @@ BY_HAND = "write a function that returns the module with example inputs, and use
 """What helps with any module that a source cannot call."""
 
 
+SAID = 300
+"""Characters of a library's own error that ours quotes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """A figure from a paper and where it stands."""
@@ -167,11 +171,12 @@ def described(value: Any) -> str:
 
 
 def reason_of(cause: BaseException) -> str:
-    """The first line of an exception that says something, after its type unless it reads as a sentence."""
-    first = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
-    if type(cause) in (RuntimeError, ValueError) and first:
-        return first
-    return f"{type(cause).__name__}: {first}" if first else type(cause).__name__
+    """What an exception says, in one line, cut where it gets long; after its type unless it reads as a sentence."""
+    said = " ".join(str(cause).split())
+    said = f"{said[:SAID]} …" if len(said) > SAID else said
+    if type(cause) in (RuntimeError, ValueError) and said:
+        return said
+    return f"{type(cause).__name__}: {said}" if said else type(cause).__name__
 
 
 def interface_from(

@@ -149,7 +149,7 @@ def axis_faults(
     return []
 
 
-def value_range(tensor: Tensor, given: tuple[float, float] | None) -> dict[str, float | None]:
+def value_range(tensor: Tensor, given: tuple[float, float] | None) -> dict[str, Any]:
     """Limits that values are drawn from: those given, or an integer example's own."""
     if given is not None:
         return {"low": given[0], "high": given[1]}

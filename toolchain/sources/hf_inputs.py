@@ -22,7 +22,6 @@ from typing import Any
 from torch import nn
 
 from toolchain.errors import FaultsError, ToolchainError, unknown
-from toolchain.sources.contract import LeftOut
 from toolchain.sources.sizes import Limits, dim_of
 from validation.inputs import Dim, InputSpec
 
@@ -39,22 +38,6 @@ CHARACTERS = 0x110000
 
 PARTS = ("text_config", "vision_config", "audio_config", "backbone_config", "encoder_config", "encoder", "decoder")
 """Configurations inside a configuration."""
-
-TRAINING = r"labels?(_mask)?$|^(start|end)_positions$|^is_impossible$|^cls_index$|^p_mask$|^targets?$|^future_|^sampled_neg"
-REASONS = (
-    (TRAINING, "it is for training: with it the model computes a loss"),
-    (r"past_key_values|cache|^mems$|^state$", "it carries what earlier calls computed; every call stands for itself"),
-    (r"position_ids$|^cache_position$", "the model counts positions itself"),
-    (r"embeds$|^encoder_outputs$|embeddings$", "it stands in for what other inputs give"),
-    (r"^encoder_(hidden_states|attention_mask)$", "only a decoder that reads an encoder uses it"),
-    (r"^bool_masked_pos$|^mask_time_indices$", "it hides parts of the input, for pre-training"),
-    (r"^head_mask$|^perm_mask$|^target_mapping$", "nothing is masked by hand"),
-    (r"^token_type_ids$", "the model knows a single kind of segment"),
-    (r"^global_attention_mask$", "which tokens see all others decides the shapes inside"),
-    (r"^logits_to_keep$", "logits come for every position"),
-)
-"""Why an argument is left out, by its name; the first that fits."""
-OTHERWISE = "nothing is known here to give it; the model does without"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +112,29 @@ class Facts:
         limits = [n for n in (self.positions, said) if isinstance(n, int) and n > 0]
         return min(limits, default=None)
 
+    @property
+    def preprocessed(self) -> tuple[int, int] | None:
+        """Height and width that the preprocessor brings pictures to; None: not said."""
+        keys = ("size",) if self.preprocessor.get("do_center_crop") is False else ("crop_size", "size")
+        return next(filter(None, (pair(self.preprocessor.get(key)) for key in keys)), None)
+
+    @property
+    def configured(self) -> tuple[int, int] | None:
+        """Height and width that the configuration names; None: not said."""
+        return pair(self.get("image_size", "crop_size", "input_size", part="vision_config"))
+
     def picture_sizes(self) -> list[tuple[int, int]]:
         """Height and width by the preprocessor, then by the configuration."""
-        wanted = [pair(self.preprocessor.get(key)) for key in ("crop_size", "size")]
-        if self.preprocessor.get("do_center_crop") is False:
-            wanted = wanted[1:]
-        found = [size for size in wanted[:2] if size][:1]
-        own = pair(self.get("image_size", "crop_size", "input_size", part="vision_config"))
-        return list(dict.fromkeys([*found, own or (PICTURE, PICTURE)]))
+        found = [self.preprocessed, self.configured]
+        return list(dict.fromkeys(size for size in found if size)) or [(PICTURE, PICTURE)]
+
+    def says_who(self, size: tuple[int, int]) -> str:
+        """Where a size of pictures is from, in words."""
+        if size == self.preprocessed:
+            own = self.configured
+            other = f" (config.json: {own[0]} x {own[1]})" if own and own != size else ""
+            return f"as preprocessor_config.json has it{other}"
+        return "as config.json has it" if size == self.configured else "because neither file of settings says a size"
 
 
 def pair(size: Any) -> tuple[int, int] | None:
@@ -172,7 +170,8 @@ def readings(facts: Facts) -> Iterator[Reading]:
     """Every way to read the configuration that is worth a call, the likeliest first."""
     kinds = [name for name in ("input_ids", "pixel_values", "input_features", "input_values") if name in facts.known]
     towers = (True, False) if len(kinds) > 1 else (False,)
-    sizes = facts.picture_sizes() if "pixel_values" in kinds else [(PICTURE, PICTURE)]
+    seen = {"pixel_values", "pixel_values_videos"} & {*facts.known}
+    sizes = facts.picture_sizes() if seen else [(PICTURE, PICTURE)]
     pictures = range(len(picture_layouts(facts)) if "pixel_values" in kinds else 1)
     sounds = range(len(sound_layouts(facts)) if {"input_features", "input_values"} & {*kinds} else 1)
     for picture, size, sound, apart in itertools.product(pictures, sizes, sounds, towers):
@@ -188,18 +187,18 @@ def sound_layouts(facts: Facts) -> list[tuple[Dim | int, ...]]:
     """The shapes that sounds can have behind the batch."""
     if "input_values" in facts.known and "input_features" not in facts.known:
         length, bins = facts.get("max_length"), facts.get("num_mel_bins")
-        if isinstance(length, int) and isinstance(bins, int) and facts.get("max_length", part="") and length > 20:
+        if isinstance(length, int) and isinstance(bins, int):
             return [(length, bins)]
         samples = Dim(name="samples", **SAMPLES._asdict())
         return [(samples,), (facts.get("audio_channels") or 1, samples)]
     frames = Dim(name="frames", **FRAMES._asdict())
     bins = facts.get("num_mel_bins", "input_feat_per_channel", part="audio_config")
     found: list[tuple[Dim | int, ...]] = []
-    if half := facts.get("max_source_positions", part="audio_config"):
+    if bins and (half := facts.get("max_source_positions", part="audio_config")):
         found.append((bins, 2 * half))
     if width := facts.get("feature_projection_input_dim"):
         found.append((frames, width))
-    if side := facts.get("spec_size", part="audio_config"):
+    if bins and (side := facts.get("spec_size", part="audio_config")):
         found.append((1, side * max(side // bins, 1), bins))
     if bins:
         found.append((frames, bins * (facts.get("input_channels") or 1)))
@@ -215,7 +214,7 @@ def contract(facts: Facts, reading: Reading) -> tuple[InputSpec, ...]:
     inputs = Inputs(facts, reading)
     specs = {}
     for name in facts.known:
-        spec = getattr(inputs, name, None)() if name in RULES else None
+        spec = getattr(inputs, name)() if name in RULES else None
         if spec is not None:
             specs[name] = spec
     kind = type(facts.module).__name__
@@ -281,33 +280,40 @@ class Inputs:
         return self.tokens("input_ids", high or (CHARACTERS if self.facts.get("num_hash_buckets") else None))
 
     def attention_mask(self) -> InputSpec | None:
-        """1 for what counts, 0 for padding: of tokens (B, N), or of sounds (B, T) where the model was trained with it."""
+        """1 for what counts, 0 for padding: of tokens (B, N), or of sounds (B, T)."""
         if "input_ids" in self.facts.known:
             return InputSpec(name="attention_mask", shape=self.text(), dtype="int64", low=1, high=2)
-        return self.sound_mask("attention_mask", "int64")
+        return self.sound_mask()
 
-    def input_features_mask(self) -> InputSpec | None:
-        """The same for spectrograms."""
-        return self.sound_mask("input_features_mask", "int64")
+    def input_features_mask(self) -> InputSpec:
+        """The same for spectrograms (B, T), under the name that some models have for it."""
+        sound = self.input_features()
+        axis = next((i for i, d in enumerate(sound.shape) if i and isinstance(d, Dim)), len(sound.shape) - 1)
+        shape = (sound.shape[0], sound.shape[axis])
+        return InputSpec(name="input_features_mask", shape=shape, dtype="int64", low=1, high=2)
 
-    def sound_mask(self, name: str, dtype: str) -> InputSpec | None:
-        """A mask for sounds whose length changes."""
-        sound = self.input_features() if "input_features" in self.facts.known else self.input_values()
-        wanted = self.facts.preprocessor.get("return_attention_mask")
+    def sound_mask(self) -> InputSpec | None:
+        """The mask of sounds whose length changes, where the model was trained with one."""
         raw = "input_values" in self.facts.known
+        if self.facts.module.main_input_name not in ("input_values", "input_features"):
+            return None
+        sound = self.input_values() if raw else self.input_features()
+        wanted = self.facts.preprocessor.get("return_attention_mask")
         if wanted is None:
             wanted = self.facts.get("feat_extract_norm") == "layer" if raw else True
         length = next((d for d in sound.shape[1:] if isinstance(d, Dim)), None)
-        if not wanted or length is None or self.facts.module.main_input_name not in ("input_values", "input_features"):
+        if not wanted or length is None:
             return None
-        return InputSpec(name=name, shape=(sound.shape[0], length), dtype=dtype, low=1, high=2)
+        return InputSpec(name="attention_mask", shape=(sound.shape[0], length), dtype="int64", low=1, high=2)
 
     def token_type_ids(self) -> InputSpec | None:
         """Segments (B, N)."""
         return self.tokens("token_type_ids", self.facts.get("type_vocab_size", part="text_config"))
 
     def bbox(self) -> InputSpec | None:
-        """The box of each token on the page (B, N, 4), in thousandths of it or as fine as the model has positions."""
+        """The box of each token on the page (B, N, 4): as fine as the model has positions, or from 0 to 1."""
+        if self.facts.get("bbox_scale"):
+            return InputSpec(name="bbox", shape=(*self.text(), 4), low=0, high=1, corners=True)
         spec = self.tokens("bbox", self.facts.get("max_2d_position_embeddings"), 4)
         return spec and replace(spec, corners=True)
 
@@ -359,8 +365,10 @@ class Inputs:
         """Normalised pictures (B, C, H, W), or films (B, F, C, H, W)."""
         return self.pictures("pixel_values", picture_layouts(self.facts)[self.reading.pictures_layout], "num_frames")
 
-    def pixel_values_videos(self) -> InputSpec:
-        """Normalised films (B, F, C, H, W)."""
+    def pixel_values_videos(self) -> InputSpec | None:
+        """Normalised films (B, F, C, H, W), of models that see nothing else."""
+        if "pixel_values" in self.facts.known:
+            return None
         return self.pictures("pixel_values_videos", "BFCHW", "frames_per_clip")
 
     def pictures(self, name: str, layout: str, frames: str) -> InputSpec:
@@ -421,31 +429,3 @@ RULES = frozenset(name for name in vars(Inputs) if not name.startswith("_")) - f
 def fixed(name: str, size: int) -> Dim:
     """A dimension of one size, that has a name so that a user can ask for another."""
     return Dim(name=name, low=size, typical=size, high=size)
-
-
-def left_out(facts: Facts, taken: tuple[InputSpec, ...]) -> tuple[LeftOut, ...]:
-    """The arguments of ``forward`` that hold tensors and are no inputs, with reasons."""
-    names = {spec.name for spec in taken}
-    return tuple(
-        LeftOut(name=name, reason=reason_for(name, facts))
-        for name, parameter in facts.known.items()
-        if name not in names and holds_tensors(parameter)
-    )
-
-
-def holds_tensors(parameter: inspect.Parameter) -> bool:
-    """Whether an argument is for tensors, as far as its annotation says; without one, whether its name does."""
-    if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-        return False
-    if parameter.annotation is parameter.empty:
-        return parameter.default is None and not re.match(r"output_|return_|use_", parameter.name)
-    return re.search(r"Tensor|Cache", str(parameter.annotation)) is not None
-
-
-def reason_for(name: str, facts: Facts) -> str:
-    """Why an argument is no input."""
-    if name == "attention_mask":
-        norm = facts.get("feat_extract_norm")
-        told = f" (feat_extract_norm is {norm!r})" if norm else ""
-        return f"the model was made for sounds without one{told}"
-    return next((reason for pattern, reason in REASONS if re.search(pattern, name)), OTHERWISE)

@@ -16,7 +16,7 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,14 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolchain.errors import ToolchainError, require, unknown
+from toolchain.errors import FaultsError, ToolchainError, require, unknown
 from toolchain.sources import short
+from toolchain.sources.arguments import left_out, reason_for
 from toolchain.sources.contract import BY_HAND, Interface, Model, answer, files_from, interface_from, reason_of
 from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
-from toolchain.sources.hf_inputs import Facts, Reading, contract, left_out, preprocessor_of, readings
+from toolchain.sources.hf_inputs import Facts, Reading, contract, preprocessor_of, readings
 from toolchain.sources.hub import folder_of
-from toolchain.sources.pooling import read_modules
 from toolchain.sources.plain_calls import plain_call
+from toolchain.sources.pooling import read_modules
 from toolchain.sources.sentences import tokenizer_of
 from toolchain.sources.sizes import Limits, limits_from
 from validation.inputs import Arrays, Dim, InputSpec, draw
@@ -53,7 +54,7 @@ NEEDED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
 """Files that say how large pictures are."""
 TRIED = {"batch": 2, "texts": 3, "images": 2, "sounds": 2}
-"""Sizes of the call that shows what a network answers: texts and pictures of unlike number tell whether they are paired."""
+"""Sizes of the call that shows what a network answers: unlike numbers tell whether texts and pictures are paired."""
 
 
 def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
@@ -121,7 +122,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         tokenize=tokenizer_of(folder, inputs, trust_remote_code=trust_remote_code),
         carried=tuple(sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})),
         files=files_from(root, [*read, *settings]),
-        left_out=left_out(facts, inputs),
+        left_out=left_out(facts.module, names, why_left_out(facts)),
         notes=tuple(notes),
     )
 
@@ -158,7 +159,7 @@ def encoder_of(module: Any, part: str, *, where: str) -> Any:
         raise unknown("part of a transformers checkpoint", part, ["encoder"], where=where)
     encoder = module.get_encoder() if "decoder_input_ids" in arguments_of(module.forward) else module
     if encoder is module:
-        raise ToolchainError(f"{type(module).__name__} has no encoder apart", where=where, help="leave '#encoder' out")
+        raise ToolchainError(f"{type(module).__name__} has no encoder apart", where=where, help=BY_HAND)
     return encoder.eval()
 
 
@@ -173,16 +174,18 @@ def answered(facts: Facts) -> tuple[tuple[InputSpec, ...], Reading, Any]:
     Raises:
         ToolchainError: it answers none.
     """
-    errors = []
+    errors: dict[bool, ToolchainError] = {}  # the first of towers apart, and of towers together
     for reading in readings(facts):
         try:
             inputs = contract(facts, reading)
             example = {k: torch.from_numpy(v) for k, v in draw(inputs, seed=0, sizes=TRIED).items()}
             return inputs, reading, answer(facts.module, {**example, **always_of(facts)})
         except ToolchainError as error:
-            errors.append(error)
-    last = min(errors, key=lambda error: "cannot be called" not in error.message)
-    raise ToolchainError(last.message, where=last.where or facts.where, help=last.help or BY_HAND)
+            errors.setdefault(reading.towers, error)
+    first = errors[min(errors)]
+    if isinstance(first, FaultsError):
+        raise first
+    raise ToolchainError(first.message, where=first.where or facts.where, help=first.help or BY_HAND)
 
 
 def always_of(facts: Facts) -> dict[str, Any]:
@@ -210,13 +213,24 @@ def notes_of(facts: Facts, inputs: tuple[InputSpec, ...], reading: Reading) -> l
         said.append(f"texts have up to {length.high} tokens ({why}); '?sequence=1..64..{limit}' asks for more")
     if length and limit and length.high > limit:
         said.append(f"texts have up to {length.high} tokens, as asked; the model was made for {limit}")
-    sizes = facts.picture_sizes()
     if any(spec.name.startswith("pixel_values") for spec in inputs) and not always_asked(facts):
         height, width = reading.picture
-        by = "preprocessor_config.json" if len(sizes) > 1 and reading.picture == sizes[0] else "config.json"
-        other = f" (config.json: {sizes[-1][0]} x {sizes[-1][1]})" if by != "config.json" else ""
-        said.append(f"pictures are {height} x {width}, as {by} has it{other}; '?size=N' asks for another size")
+        said.append(
+            f"pictures are {height} x {width}, {facts.says_who(reading.picture)}; '?size=N' asks for another size"
+        )
     return said
+
+
+def why_left_out(facts: Facts) -> Callable[[str], str]:
+    """From an argument's name to why it is no input."""
+
+    def reason(name: str) -> str:
+        if name == "attention_mask" and "input_ids" not in facts.known:
+            norm = facts.get("feat_extract_norm")
+            return "the model was made without one" + (f" (feat_extract_norm is {norm!r})" if norm else "")
+        return reason_for(name)
+
+    return reason
 
 
 def always_asked(facts: Facts) -> bool:
@@ -232,10 +246,9 @@ def configuration(folder: Path, transformers: Any, trust_remote_code: bool) -> A
         )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as cause:
-        first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    except Exception as cause:  # configurations check themselves, each in its own way
         raise ToolchainError(
-            f"transformers cannot read this configuration: {first}",
+            f"transformers cannot read this configuration: {reason_of(cause)}",
             where=str(folder / "config.json"),
             help="code in the folder is run with --trust-remote-code only; a module of your own goes through py:",
         ) from cause
@@ -365,9 +378,16 @@ def constructed(cls: Any, config: Any, options: Mapping[str, Any]) -> Any:
 
 def converted(cls: Any, folder: Path, options: Mapping[str, Any], absent: list[str]) -> tuple[nn.Module, str]:
     """The module as transformers loads it, for checkpoints whose tensors it converts; refuses made-up weights."""
-    module, report = cls.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-    )
+    try:
+        module, report = cls.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+    except Exception as cause:  # whatever a model's own code raises
+        raise ToolchainError(
+            f"transformers cannot load {folder.name} as {cls.__name__}: {reason_of(cause)}",
+            where=str(folder),
+            help="check that configuration and weights belong together",
+        ) from cause
     lacking, wrong = sorted(report["missing_keys"]), sorted(str(entry) for entry in report["mismatched_keys"])
     if lacking or wrong:
         listed = "; ".join([*(f"missing {name}" for name in lacking), *(f"mismatched {name}" for name in wrong)][:8])

@@ -15,9 +15,13 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|\w+_vocab_size", 130),
     (r"(\w+_)?intermediate_size|\w*ffn_dim|d_ff|d_inner|n_inner|\w*ffn_size|feedforward_dim|d_inner_hid", 2 * WIDTH),
     (r"max_position_embeddings|n_positions|max_\w*positions?", 64),
-    (r"\w*hidden_size|\w*hidden_dim|d_model|\w*d_model|embed_dim|dim|n_embd|\w*embedding_size|\w*embed_dim|emb_dim", WIDTH),
+    (
+        r"\w*hidden_size|\w*hidden_dim|d_model|\w*d_model|embed_dim|dim|n_embd|\w*embedding_size|\w*embed_dim|emb_dim",
+        WIDTH,
+    ),
     (r"projection_dim|\w*projection_size|encoder_hidden_dim|encoder_hidden_size|cross_attention_hidden_size", WIDTH),
     (r"image_size", 64),
+    (r"rotary_dim|qk_rope_head_dim|qk_nope_head_dim", WIDTH // HEADS),
     (r"num_(local_)?experts|n_routed_experts|moe_num_experts|n_experts", 4),
     (r"num_queries|num_query_tokens", 6),
     (r"num_experts_per_tok|top_k|moe_topk|moe_k", 2),
@@ -35,6 +39,11 @@ def shrink(config: Any, depth: int = 0) -> Any:
             set_quietly(config, name, min(smaller, value) if value > 0 else value)
         elif isinstance(value, list | tuple) and re.fullmatch(r"depths|\w*_depths|num_blocks|\w*layers", name):
             set_quietly(config, name, type(value)(1 for _ in value))
+    layers, stages = getattr(config, "num_hidden_layers", None), getattr(config, "stage_names", None)
+    if isinstance(layers, int) and stages and len(stages) > layers + 1 and not hasattr(config, "depths"):
+        for name, value in (("stage_names", stages[: layers + 1]), ("_out_features", [stages[layers]])):
+            set_quietly(config, name, value)
+        set_quietly(config, "_out_indices", [layers])
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and name in ("layer_types", "mlp_layer_types") and value:
             count = getattr(config, "num_hidden_layers", LAYERS)
@@ -49,5 +58,5 @@ def set_quietly(config: Any, name: str, value: Any) -> None:
     """Set an attribute unless the configuration forbids it."""
     try:
         setattr(config, name, value)
-    except Exception:  # noqa: BLE001 - strict configurations check each other's values
+    except Exception:
         return
