@@ -173,7 +173,8 @@ def refuse_frozen(model: ir.Model, dynamic: Mapping[str, Mapping[int, tuple[str,
             if isinstance(value.shape[axis], int):
                 raise ToolchainError(
                     f"the exporter fixed dimension {name!r} of {value.name!r} at {value.shape[axis]}",
-                    help="something in the model holds for that size alone; make the dimension fixed in its inputs",
+                    help=f"something in the model holds for that size alone; fix the dimension: '?{name}={value.shape[axis]}' "
+                    "behind an hf: or onnx: model, in the example inputs of a py: model",
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,10 @@ def interface_of_answer(
     """
     tensors = flat(answer)
     if not tensors:
-        raise ToolchainError(f"the module returned a {type(answer).__name__} without a tensor", where=where)
+        held = is_dataclass(answer) and any(isinstance(value, Tensor) for value in vars(answer).values())
+        what = "whose tensors an exporter does not see" if held else "without a tensor"
+        tip = "return a tensor, or a tuple or dict of tensors"
+        raise ToolchainError(f"the module returned a {type(answer).__name__} {what}", where=where, help=tip)
     returns, found = "tuple", tuple(f"output_{i}" for i in range(len(tensors)))
     if isinstance(answer, Tensor):
         returns, found = "tensor", ("output",)

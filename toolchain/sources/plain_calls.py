@@ -40,8 +40,8 @@ def plain_call(
 def with_arguments(names: tuple[str, ...]) -> type[PlainCall]:
     """``PlainCall`` with a ``forward`` of these arguments: exporters read its signature."""
 
-    def forward(self: PlainCall, **inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.ask(**inputs)
+    def forward(self: PlainCall, *args: Tensor, **inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.ask(**dict(zip(names, args, strict=False)), **inputs)
 
     own = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
     forward.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
