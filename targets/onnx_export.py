@@ -173,8 +173,8 @@ def refuse_frozen(model: ir.Model, dynamic: Mapping[str, Mapping[int, tuple[str,
             if isinstance(value.shape[axis], int):
                 raise ToolchainError(
                     f"the exporter fixed dimension {name!r} of {value.name!r} at {value.shape[axis]}",
-                    help=f"something in the model holds for that size alone; fix the dimension: '?{name}={value.shape[axis]}' "
-                    "behind an hf: or onnx: model, in the example inputs of a py: model",
+                    help="something in the model holds for that size alone; fix the dimension: with "
+                    f"'?{name}={value.shape[axis]}' behind an hf: or onnx: model, in the inputs of a py: model",
                 )
 
 
@@ -322,8 +322,8 @@ def check(path: Path, linked: Iterable[Path]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         shutil.copyfile(path, copy)
-        own = path.with_suffix(".safetensors")
-        for file in (*(path.parent / LINKED).iterdir(), *([own] if own.exists() else [])):
+        # Every file of weights, because halves of one graph read what was written for the whole.
+        for file in (*(path.parent / LINKED).iterdir(), *path.parent.glob("*.safetensors")):
             stand_in = Path(folder) / file.relative_to(path.parent)
             stand_in.parent.mkdir(exist_ok=True)
             with stand_in.open("wb") as empty:

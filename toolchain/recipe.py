@@ -18,7 +18,6 @@ optional = true         # this target's absence is no failure
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -33,6 +32,7 @@ from passes.contract import WORDS, Pass
 from targets.contract import Target
 from toolchain import catalog, sources
 from toolchain.errors import FaultsError, ToolchainError, invalid, raise_faults
+from toolchain.reading import read_toml
 from validation.gates import GateBound, parse
 from validation.gates import gate_names as gates_of
 from validation.metrics import load_metrics
@@ -181,12 +181,7 @@ def read(path: Path) -> Recipe:
     Raises:
         ToolchainError: every fault at once, each with file and key.
     """
-    try:
-        content = tomllib.loads(path.read_text())
-    except FileNotFoundError as cause:
-        raise ToolchainError(f"there is no recipe {str(path)!r}") from cause
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
-        raise ToolchainError(f"the recipe is not TOML: {cause}", where=str(path)) from cause
+    content = read_toml(path, what="the recipe", absent=f"there is no recipe {str(path)!r}")
     return make(content, where=path.name, folder=path.parent)
 
 
@@ -263,7 +258,14 @@ def read_step(table: Mapping[str, Any], where: str) -> Pass:
     if not isinstance(name, str):
         raise ToolchainError('a step needs pass = "NAME"', where=where)
     cls = catalog.pass_class(name, where=where)
-    return placed(lambda: cls(**{key: value for key, value in table.items() if key != "pass"}), where)
+
+    def build() -> Pass:
+        step = cls(**{key: value for key, value in table.items() if key != "pass"})
+        step.refuse_incomplete()
+        return step
+
+    step: Pass = placed(build, where)
+    return step
 
 
 def read_target(table: Mapping[str, Any], where: str) -> TargetStep:
@@ -293,11 +295,27 @@ def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
     """Steps that stand after one that they cannot follow."""
     faults = []
     for i, step in enumerate(steps):
-        for earlier in steps[:i]:
-            if any(fnmatchcase(earlier.name(), pattern) for pattern in step.not_after):
-                message = f"{step.name()} cannot come after {earlier.name()}"
-                faults.append(ToolchainError(message, where=at(where, f"steps[{i}]"), help="change their order"))
+        place = at(where, f"steps[{i}]")
+        faults += [order_fault(step, earlier, place) for earlier in steps[:i] if cannot_follow(step, earlier)]
     return faults
+
+
+def cannot_follow(step: Pass, earlier: Pass) -> bool:
+    """Whether a step says that another may not stand before it."""
+    return any(fnmatchcase(earlier.name(), pattern) for pattern in step.not_after)
+
+
+def order_fault(step: Pass, earlier: Pass, where: str) -> ToolchainError:
+    """Why a step cannot follow another, and what can be done: the other order, where that one goes."""
+    reason = f", which leaves {left}" if (left := earlier.destroyed()) else ""
+    message = f"{step.name()} cannot come after {earlier.name()}{reason}"
+    if step.name() == earlier.name():
+        help_ = "a recipe can hold it once: put both settings into one step, or leave one out"
+    elif cannot_follow(earlier, step):
+        help_ = f"nor can {earlier.name()} come after {step.name()}: they exclude each other, so leave one out"
+    else:
+        help_ = f"change their order: {step.name()} first"
+    return ToolchainError(message, where=where, help=help_)
 
 
 def kind_faults(steps: list[Pass], model: str, where: str) -> list[ToolchainError]:

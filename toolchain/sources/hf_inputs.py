@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from toolchain.errors import FaultsError, ToolchainError, unknown
+from toolchain.reading import read_json
 from toolchain.sources.sizes import Limits, dim_of
 from validation.inputs import Dim, InputSpec
 
@@ -153,12 +153,7 @@ def preprocessor_of(folder: Path) -> dict[str, Any]:
     """Settings of the pictures and sounds that a folder's model wants; empty where no file has them."""
     found: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
-        try:
-            content = json.loads((folder / name).read_text())
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as cause:
-            raise ToolchainError(f"{name} cannot be read: {cause}", where=str(folder / name)) from cause
+        content = read_json(folder / name, what=name) if (folder / name).is_file() else None
         if isinstance(content, dict):
             inner = [content.get(key) for key in ("image_processor", "feature_extractor")]
             for part in (content, *inner):

@@ -8,7 +8,6 @@ Shapes: B sentences, N tokens, D width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.errors import ToolchainError
+from toolchain.reading import read_json
 from toolchain.sources.filling import fill, read_all, shards
 
 MODULES = "modules.json"
@@ -164,14 +164,14 @@ def read_modules(folder: Path) -> SentenceFolder | None:
     path = folder / MODULES
     if not path.is_file():
         return None
-    entries = read_json(path)
+    entries = content_of(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ToolchainError(f"{MODULES} is no list of modules", where=str(path))
     parts = [(str(entry.get("type", "")).rpartition(".")[2], str(entry.get("path", ""))) for entry in entries]
     if outside := [place for _, place in parts if Path(place).is_absolute() or ".." in Path(place).parts]:
         raise ToolchainError(f"{MODULES} points outside its folder: {outside[0]!r}; refused", where=str(path))
     (kind, encoder), *rest = parts or [("", "")]
-    files, settings = [path], read_json(folder / encoder / "sentence_bert_config.json")
+    files, settings = [path], content_of(folder / encoder / "sentence_bert_config.json")
     strange = [name for name in ([] if kind == "Transformer" else [kind]) + [n for n, _ in rest] if name not in KNOWN]
     notes = prompts_of(folder)
     steps: tuple[nn.Module, ...] = ()
@@ -205,7 +205,7 @@ def is_read(path: Path) -> bool:
 
 def prompts_of(folder: Path) -> list[str]:
     """What the folder puts before sentences, which an engine cannot."""
-    found = read_json(folder / "config_sentence_transformers.json")
+    found = content_of(folder / "config_sentence_transformers.json")
     prompts = found.get("prompts") if isinstance(found, dict) else None
     named = [name for name, text in (prompts or {}).items() if text] if isinstance(prompts, dict) else []
     if not named:
@@ -253,20 +253,15 @@ def filled(layer: nn.Module, prefix: str, folder: Path) -> None:
 
 def settings_of(folder: Path) -> Mapping[str, Any]:
     """A module's ``config.json``."""
-    found = read_json(folder / "config.json")
+    found = content_of(folder / "config.json")
     if not isinstance(found, dict) or not found:
         raise ToolchainError(f"{folder.name} has no config.json with settings", where=str(folder))
     return found
 
 
-def read_json(path: Path) -> Any:
+def content_of(path: Path) -> Any:
     """Content of a JSON file; an empty mapping where there is no file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as cause:
-        raise ToolchainError(f"{path.name} cannot be read: {cause}", where=str(path)) from cause
+    return read_json(path, what=path.name) if path.is_file() else {}
 
 
 KNOWN: Mapping[str, Callable[[Path], nn.Module | None]] = {

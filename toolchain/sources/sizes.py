@@ -8,6 +8,9 @@ from typing import NamedTuple
 from toolchain.errors import ToolchainError, raise_faults
 from validation.inputs import Dim
 
+LIMITS = re.compile(r"-?[0-9]{1,19}(\.\.-?[0-9]{1,19}){0,2}")
+"""A size, or two or three of them; no longer than the numbers that a size can be."""
+
 
 class Limits(NamedTuple):
     """Smallest, typical and largest."""
@@ -23,7 +26,7 @@ def limits_from(asked: str, where: str) -> dict[str, Limits]:
     faults = []
     for part in asked.split(",") if asked else []:
         name, _, text = part.rpartition("=")
-        numbers = [int(n) for n in text.split("..")] if re.fullmatch(r"-?\d+(\.\.-?\d+){0,2}", text) else []
+        numbers = [int(n) for n in text.split("..")] if LIMITS.fullmatch(text) else []
         if not name or not numbers or numbers != sorted(numbers):
             message = f"{part!r} is not NAME=SIZE, NAME=LOW..HIGH or NAME=LOW..TYPICAL..HIGH"
             faults.append(ToolchainError(message, where=where))

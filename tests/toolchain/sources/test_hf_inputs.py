@@ -236,7 +236,7 @@ def test_a_validated_export_works_for_a_model_that_remembers_tensors_and_its_rep
     recipe = make({"model": f"hf:{folder_of('beit')}", "targets": targets, "validation": validation})
     report, _ = pipeline.export(recipe, tmp_path / "out", force=False, progress=Progress(quiet=True))
     assert min(figure.cosine for figure in report.targets[0].fidelity) > 0.9999
-    assert [entry.name for entry in report.model.inputs_left_out] == ["bool_masked_pos"]
+    assert "bool_masked_pos" in [entry.name for entry in report.model.inputs_left_out]
     assert any("pictures are 16 x 16" in note for note in report.model.notes)
     for page in ("report.html", "report.md"):
         assert "for pre-training" in (tmp_path / "out" / page).read_text()
@@ -356,5 +356,5 @@ def test_a_configuration_that_contradicts_itself(folder_of: Folders, tmp_path: P
     config = json.loads((folder_of("bert") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 5}))
     (tmp_path / "model.safetensors").symlink_to(folder_of("bert") / "model.safetensors")
-    with pytest.raises(ToolchainError, match="BertModel cannot be built from this configuration: .*multiple"):
+    with pytest.raises(ToolchainError, match=r"BertModel cannot be built from this configuration: .*multiple"):
         sources.load(f"hf:{tmp_path}")
