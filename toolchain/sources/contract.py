@@ -19,8 +19,10 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.on_shapes import on_shapes
+from targets import stored
 from toolchain.errors import ToolchainError
 from toolchain.reading import first_line
 from validation.contract import SamplingTask
@@ -152,10 +154,11 @@ def answer(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
     try:
         with torch.no_grad():
             try:
-                with on_shapes(module):
+                with on_shapes(module), WeightsStay(module):
                     return module(**inputs)
             except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-                return module(**inputs)
+                with WeightsStay(module):
+                    return module(**inputs)
     except ToolchainError:
         raise
     except Exception as cause:  # whatever a model's own code raises
@@ -163,6 +166,31 @@ def answer(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
         raise ToolchainError(
             f"{type(module).__name__} cannot be called with {given}: {reason_of(cause)}", help=BY_HAND
         ) from cause
+
+
+class WeightsStay(TorchDispatchMode):
+    """Refuses to write into a module's weights: they are constants in an engine, and lie in files that are only read.
+
+    A write would end the process without a word.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.kind = type(module).__name__
+        in_files = [pair for pair in module.named_buffers() if stored.place_of(pair[1])]
+        self.names = {id(tensor): name for name, tensor in (*module.named_parameters(), *in_files)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, unless it writes into a weight."""
+        written = zip(func._schema.arguments, args, strict=False) if func._schema.is_mutable else ()
+        for argument, value in written:
+            if argument.alias_info and argument.alias_info.is_write and id(value) in self.names:
+                raise ToolchainError(
+                    f"{self.kind} changes its own weights while it is called ({self.names[id(value)]}); those of an "
+                    "engine are constants",
+                    help=f"{BY_HAND}, with the weights as they are after a call",
+                )
+        return func(*args, **(kwargs or {}))
 
 
 def described(value: Any) -> str:

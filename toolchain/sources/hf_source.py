@@ -1,8 +1,13 @@
-"""Checkpoints of transformers: ``hf:FOLDER`` or ``hf:HUB_ID``.
+"""Checkpoints of transformers: ``hf:FOLDER`` or ``hf:HUB_ID``, then ``#encoder``, then ``?NAME=SIZE,...``.
 
-What goes in follows from the architecture that ``config.json`` names: its ``forward`` and ``main_input_name`` say which
-inputs there are, the configuration how large. Served: encoders of text, images and speech, classifiers on top of them,
-CLIP-like pairs of towers, and the prefill step of causal language models (token ids in, logits out, no cache).
+What goes in follows from the ``forward`` of the architecture that ``config.json`` names, the configuration and, for
+pictures, the preprocessor's settings; arguments that are no inputs are named with a reason. Served: encoders of text,
+images, films and speech, classifiers and detectors on top of them, CLIP-like pairs of towers, the encoder of an
+encoder-decoder (``#encoder``), sentence-transformers folders with their pooling, and the prefill step of causal language
+models (token ids in, logits out, no cache).
+
+Sizes are guessed, or given behind a question mark: ``hf:FOLDER?sequence=16..128..2048,batch=1`` or ``?size=512``. A
+dimension takes one size, or smallest..largest, or smallest..typical..largest; ``size`` is height and width.
 
 The module is built from its configuration and given tensors that stay in the checkpoint's files. Where transformers
 converts the tensors of a checkpoint on loading, they are converted in memory, and the report says so.

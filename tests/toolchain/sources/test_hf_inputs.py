@@ -98,6 +98,16 @@ MODELS: dict[str, Callable[[], Any]] = {
     "t5": lambda: T.T5ForConditionalGeneration(T.T5Config(**T5)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "vit": lambda: T.ViTModel(T.ViTConfig(**IMAGE)),
+    "rwkv": lambda: T.RwkvModel(
+        T.RwkvConfig(
+            vocab_size=50,
+            hidden_size=32,
+            num_hidden_layers=2,
+            context_length=64,
+            attention_hidden_size=32,
+            intermediate_size=64,
+        )
+    ),
     "choice": lambda: T.BertForMultipleChoice(T.BertConfig(**TEXT)),
     "depth": lambda: T.DepthAnythingForDepthEstimation(
         T.DepthAnythingConfig(
@@ -350,6 +360,11 @@ def test_what_a_network_raises_is_told_in_one_sentence(folder_of: Folders) -> No
     assert "BertForMultipleChoice cannot be called with input_ids (2, 40) int64, attention_mask (2, 40)" in message
     assert "invalid for input of size" in message
     assert "py:FILE:FUNCTION" in message
+
+
+def test_a_network_that_writes_into_its_weights_is_refused_and_does_not_end_the_process(folder_of: Folders) -> None:
+    with pytest.raises(ToolchainError, match=r"RwkvModel changes its own weights while it is called \(blocks\.0\."):
+        sources.load(f"hf:{folder_of('rwkv')}")
 
 
 def test_a_configuration_that_contradicts_itself(folder_of: Folders, tmp_path: Path) -> None:
