@@ -3,8 +3,8 @@
 What goes in follows from the ``forward`` of the architecture that ``config.json`` names, the configuration and, for
 pictures, the preprocessor's settings; arguments that are no inputs are named with a reason. Served: encoders of text,
 images, films and speech, classifiers and detectors on top of them, CLIP-like pairs of towers, the encoder of an
-encoder-decoder (``#encoder``), sentence-transformers folders with their pooling, and the prefill step of causal language
-models (token ids in, logits out, no cache).
+encoder-decoder (``#encoder``), sentence-transformers folders with their pooling, and the prefill step of causal
+language models (token ids in, logits out, no cache).
 
 Sizes are guessed, or given behind a question mark: ``hf:FOLDER?sequence=16..128..2048,batch=1`` or ``?size=512``. A
 dimension takes one size, or smallest..largest, or smallest..typical..largest; ``size`` is height and width.
