@@ -28,9 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
 from passes.on_shapes import on_shapes
+from passes.surgery import follow, several_names
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import parse_json, read_tensors, read_text
+from toolchain.writing import write_text
 
 Inputs = dict[str, Tensor]
 Json = Any
@@ -114,6 +116,10 @@ def without(context: Context, names: Sequence[str]) -> Context:
     )
 
 
+PLAN_SCHEMA = 1
+"""Of written plans; raised when one that was written before would be carried out otherwise."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A pass's decision, small enough to read and review.
@@ -159,9 +165,15 @@ class Plan:
             raise ToolchainError("the plan's arrays are not those that it was made with")
         return Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"], arrays=arrays)
 
-    def write(self, path: Path) -> None:
-        """Write ``path`` as JSON and, where there are arrays, a safetensors file beside it."""
-        path.write_text(self.as_json())
+    def write(self, path: Path, *, version: str = "") -> None:
+        """Write ``path`` as JSON and, where there are arrays, a safetensors file beside it.
+
+        Args:
+            path: the file.
+            version: of the toolchain, for who reads it later.
+        """
+        content = {"schema": PLAN_SCHEMA, "version": version, **json.loads(self.as_json())}
+        write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
         if self.arrays:
             # Each on its own: safetensors refuses tensors that share memory, as a tied weight does.
             whole = {name: array.detach().clone().contiguous() for name, array in self.arrays.items()}
@@ -169,13 +181,34 @@ class Plan:
 
     @staticmethod
     def read(path: Path) -> Plan:
-        """Read what ``write`` wrote."""
+        """Read what ``write`` wrote.
+
+        Raises:
+            ToolchainError: it is no plan, or one of another schema.
+        """
         beside = path.with_suffix(".safetensors")
         arrays = read_tensors(beside, what="the plan's arrays") if beside.exists() else {}
         try:
+            refuse_schema(path)
             return Plan.from_json(read_text(path, what="the plan"), arrays)
         except ToolchainError as fault:
-            raise ToolchainError(fault.message, where=fault.where or str(path), help="export again") from fault
+            raise ToolchainError(
+                fault.message, where=fault.where or str(path), help=fault.help or "export again"
+            ) from fault
+
+
+def refuse_schema(path: Path) -> None:
+    """Raise for a plan of another schema, with the command that writes its artifact anew."""
+    content = parse_json(read_text(path, what="the plan"), what="the plan", where=str(path))
+    found = content.get("schema", PLAN_SCHEMA) if isinstance(content, dict) else PLAN_SCHEMA
+    if found != PLAN_SCHEMA:
+        by = f", written by version {content['version']}" if content.get("version") else ""
+        recipe = path.parent.parent / "recipe.toml"
+        raise ToolchainError(
+            f"the plan has schema {found!r}{by}; this version reads {PLAN_SCHEMA}",
+            where=str(path),
+            help=f"write the artifact anew: enginewright run {recipe} -o NEW",
+        )
 
 
 def digest_of(array: Tensor) -> str:
@@ -335,13 +368,31 @@ class Pass(BaseModel, ABC):
             )
 
     def carry_out(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
-        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come."""
-        if self.works_on == "graph" or not self.by_layer:
+        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come.
+
+        A layer that the model holds under several names is planned under the first; the others follow it.
+        """
+        if self.works_on == "graph":
             return self.rewrite(model, plan)
-        for path, decision in plan.choice.items():
-            model = self.rewrite(model, replace(plan, choice={path: decision}))
-            context.put(model.get_submodule(path))
+        places = several_names(model)
+        olds = {path: old for path in plan.choice if (old := module_at(model, path)) is not None and id(old) in places}
+        parts = [replace(plan, choice={path: plan.choice[path]}) for path in plan.choice] if self.by_layer else [plan]
+        for part in parts:
+            model = self.rewrite(model, part)
+            for path in part.choice:
+                if path in olds and (new := module_at(model, path)) is not None:
+                    follow(olds[path], new, places[id(olds[path])])
+                if self.by_layer:
+                    context.put(model.get_submodule(path))
         return model
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of a plan, if it names one."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def moved_function(text: str, path: Callable[[str], str]) -> str:
@@ -364,7 +415,8 @@ def there_is(model: nn.Module) -> str:
 def cost(model: nn.Module, example: Inputs | None) -> Cost:
     """Count parameters, weight bytes and, given an example call, multiply-accumulates.
 
-    Integer matrices held as buffers (a quantized layer's weights) count as parameters; other buffers do not. Of an ONNX
+    Matrices of 8-bit numbers held as buffers named ``weight`` (a quantized layer's) count as parameters; other buffers,
+    such as masks, do not. Of an ONNX
     graph its float tensors and int8 matrices count, and no multiply-accumulates. Weights of a module that says
     ``weight_bits`` count as the bits that they have in a file.
     """
@@ -373,9 +425,7 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
     bits: dict[int, Any] = {
         id(part.weight): part.weight_bits for part in model.modules() if hasattr(part, "weight_bits")
     }
-    held = [
-        b for name, b in model.named_buffers() if b.dtype.itemsize == 1 and b.ndim > 1 and not name.endswith("scales")
-    ]
+    held = [buffer for name, buffer in model.named_buffers() if is_weight(name, buffer)]
     weights = [*model.parameters(), *held]
     return Cost(
         parameter_count=sum(t.numel() for t in weights),
@@ -384,6 +434,11 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
             t.numel() * bits.get(id(t), 8 * t.element_size()) // 8 for t in (*model.parameters(), *model.buffers())
         ),
     )
+
+
+def is_weight(name: str, buffer: Tensor) -> bool:
+    """Whether a buffer holds the weights of a quantized layer."""
+    return name.rpartition(".")[2] == "weight" and buffer.dtype.itemsize == 1 and buffer.ndim > 1
 
 
 def graph_cost(model: GraphModule) -> Cost:

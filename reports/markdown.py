@@ -18,6 +18,7 @@ def render(report: Report) -> str:
         "\n".join(step_line(step) for step in report.steps),
         source(report),
         "\n".join(f"> **{plain(name)}**: {plain(text)}" for name, text in summary.warnings(report)),
+        "\n".join(f"* {plain(note)}" for note in report.notes),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

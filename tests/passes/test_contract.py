@@ -27,7 +27,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "approximate_by_accuracy": {"score": "smallness"},
     "select_heads": {"score": "smallness"},
     "fix_inputs": {"inputs": {"t": 500.0}},
-    "fold_adapters": {"file": "adapter.safetensors"},
+    "fold_adapters": {"file": "adapter.safetensors", "alpha": 2.0},
     "merge_models": {"teachers": ("1", "2"), "steps": 1, "batch": 1},
     "hoist_constants": {"constant": ["y"]},
     "merge_guidance": {"condition": "y", "none": 4, "scale": 3.0},
@@ -169,6 +169,17 @@ def test_cost_counts_by_hand() -> None:
     net = torch.nn.Linear(8, 4)
     found = cost(net, {"input": torch.zeros(3, 8)})
     assert (found.parameter_count, found.macs, found.bytes) == (36, 96, 144)
+
+
+def test_a_mask_held_as_a_buffer_is_no_parameter() -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = torch.nn.Linear(4, 4)
+            self.register_buffer("bias", torch.ones(1, 1, 64, 64, dtype=torch.bool).tril())
+            self.register_buffer("bytes", torch.zeros(64, 64, dtype=torch.uint8))
+
+    assert cost(Masked(), None).parameter_count == 20
 
 
 def test_attention_is_counted_too() -> None:
