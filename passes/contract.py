@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
+from passes.on_shapes import on_shapes
 from passes.surgery import follow, several_names
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
@@ -488,7 +488,7 @@ def counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
 def counted_on_shapes(model: nn.Module, example: Inputs) -> FlopCounterMode | None:
     """A counter that has seen one call on shapes alone; None where shapes depend on what tensors hold."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with on_shapes(model):
             return called(model, example)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
         return None

@@ -17,10 +17,17 @@ def render(report: Report) -> str:
         targets(report),
         "\n".join(f"* **{plain(t.name)}** {plain(text)}" for t in report.targets if (text := summary.sizes_run(t))),
         "\n".join(step_line(step) for step in report.steps),
+        source(report),
         "\n".join(f"> **{plain(name)}**: {plain(text)}" for name, text in summary.warnings(report)),
         "\n".join(f"* {plain(note)}" for note in report.notes),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def source(report: Report) -> str:
+    """What the model's source chose, added and left out."""
+    absent = [f"not an input: {', '.join(names)} ({reason})" for reason, names in summary.left_out(report.model)]
+    return "\n".join(f"* {plain(line)}" for line in (*report.model.notes, *absent))
 
 
 def gates(report: Report) -> str:

@@ -217,6 +217,13 @@ class Samples(Part):
     caption: str
 
 
+class LeftOut(Part):
+    """An argument of the original that the engines have no input for."""
+
+    name: str
+    reason: str
+
+
 class ModelRecord(Part):
     """The model as it came in."""
 
@@ -225,6 +232,9 @@ class ModelRecord(Part):
     parameter_count: int
     macs: int | None
     bytes: int
+    inputs_left_out: list[LeftOut] = []
+    notes: list[str] = []
+    """What its source chose or left out, and what it added, as sentences without full stops."""
 
 
 class Report(Part):

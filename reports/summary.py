@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from reports import words
-from reports.record import Fidelity, Report, SizeCheck, Step, TargetRecord, TokenMap
+from reports.record import Fidelity, ModelRecord, Report, SizeCheck, Step, TargetRecord, TokenMap
 
 UNTOUCHED = "the untouched original"
 """What engines are compared with unless a step means to compute something else."""
@@ -165,6 +165,14 @@ def sizes_text(check: SizeCheck) -> str:
 def skip_reasons(step: Step) -> list[tuple[str, int]]:
     """Each reason for leaving a layer alone and how many layers it held for, the most common first."""
     return Counter(skip.reason for skip in step.skipped).most_common()
+
+
+def left_out(model: ModelRecord) -> list[tuple[str, list[str]]]:
+    """Each reason for leaving inputs out, and their names."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in model.inputs_left_out:
+        by_reason.setdefault(entry.reason, []).append(entry.name)
+    return list(by_reason.items())
 
 
 def tokens_left(tokens: TokenMap) -> str:

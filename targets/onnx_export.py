@@ -177,7 +177,8 @@ def refuse_frozen(model: ir.Model, dynamic: Axes) -> None:
             if low < high and isinstance(value.shape[axis], int):
                 raise ToolchainError(
                     f"the exporter fixed dimension {name!r} of {value.name!r} at {value.shape[axis]}",
-                    help="something in the model holds for that size alone; make the dimension fixed in its inputs",
+                    help="something in the model holds for that size alone; fix the dimension: with "
+                    f"'?{name}={value.shape[axis]}' behind an hf: or onnx: model, in the inputs of a py: model",
                 )
 
 

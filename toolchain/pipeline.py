@@ -505,6 +505,8 @@ def make_report(
             parameter_count=first.parameter_count,
             macs=first.macs,
             bytes=first.bytes,
+            inputs_left_out=[record.LeftOut(**vars(each)) for each in run.model.left_out],
+            notes=list(run.model.notes),
         ),
         verdict=verdict(gates, targets),
         steps=[step_record(*entry, run.step_notes.get(number, [])) for number, entry in enumerate(run.results)],
