@@ -11,7 +11,7 @@ from reports.record import Report, Step, TargetRecord
 def render(report: Report) -> str:
     """GitHub-flavoured Markdown; what comes from the record cannot break out of its cell."""
     parts = [
-        f"## {words.GLYPH[report.verdict]} {plain(report.model.name)}: {words.VERDICT[report.verdict]}",
+        f"## {summary.glyph(report)} {plain(report.model.name)}: {summary.outcome(report)}",
         plain(summary.headline(report)),
         gates(report),
         targets(report),
@@ -40,7 +40,7 @@ def targets(report: Report) -> str:
     """One line a target: size, speed, nearness, quality; or why not."""
     rows = [target_row(report, target) for target in report.targets]
     return (
-        table(("Target", "Size", "Time of a call, original = 1", "Cosine", "Relative L2", "Quality"), rows)
+        table(("Target", "To copy", "Time of a call, original = 1", "Cosine", "Relative L2", "Quality"), rows)
         if rows
         else ""
     )
@@ -53,6 +53,8 @@ def target_row(report: Report, target: TargetRecord) -> tuple[str, ...]:
         return (target.name, size, f"not measured: {summary.why_not_measured(report, target)}", "", "", "")
     timed = target.latency
     speed = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high) if timed else words.NOT_MEASURED
+    if timed:
+        speed += f": {summary.speed(report, target)}"
     quality = ", ".join(
         f"{figure.name} {words.figure(figure.value, figure.unit)}"
         for figure in target.quality

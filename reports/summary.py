@@ -8,10 +8,25 @@ from reports import words
 from reports.record import Report, Step, TargetRecord, TokenMap
 
 
+def outcome(report: Report) -> str:
+    """How a run ended, in words; one that was measured and asked for no gates is done, and not unmeasured."""
+    if report.verdict == "not_measured" and not report.gates:
+        if any(target.fidelity or target.latency for target in report.targets):
+            return "done, no gates asked"
+        if not report.targets:
+            return "done, no targets asked"
+    return words.VERDICT[report.verdict]
+
+
+def glyph(report: Report) -> str:
+    """The sign of the outcome; that of something met only where something was asked."""
+    return "•" if outcome(report).startswith("done") else words.GLYPH[report.verdict]
+
+
 def headline(report: Report) -> str:
     """How many gates were met, missed and not measured."""
     if not report.gates:
-        return "No gates were asked for, so there is nothing to meet."
+        return "No gates were asked for, so there is nothing to meet or to miss."
     counts = Counter(gate.verdict for gate in report.gates)
     parts = [f"{counts[verdict]} {word}" for verdict, word in words.VERDICT.items() if counts[verdict]]
     faulty = [target.name for target in report.targets if target.faults]
@@ -50,7 +65,26 @@ def _speed(report: Report, target: TargetRecord) -> str:
     timed = target.latency
     if timed is None:
         return f"its speed was not measured: {why_not_measured(report, target)}"
-    return words.ratio_phrase(timed.ratio, timed.ratio_low, timed.ratio_high)
+    return speed(report, target)
+
+
+def speed(report: Report, target: TargetRecord) -> str:
+    """How fast an engine is beside the original and, where that is known, beside the same graph in fp32."""
+    timed = target.latency
+    if timed is None:
+        return words.NOT_MEASURED
+    first = words.times(timed.ratio, timed.ratio_low, timed.ratio_high, original(report))
+    return first if target.fp32_ratio is None else f"{first}; {words.beside_fp32(target.fp32_ratio)}"
+
+
+def original(report: Report) -> str:
+    """What engines are timed against: modules run in PyTorch, graphs in ONNX Runtime."""
+    return "the original in ONNX Runtime" if report.model.name.startswith("onnx:") else "the original in PyTorch"
+
+
+def place(target: TargetRecord) -> str:
+    """What has to be copied for an engine to run elsewhere."""
+    return words.listing(target.folders) or "nothing"
 
 
 def _nearness(report: Report, target: TargetRecord) -> str:

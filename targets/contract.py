@@ -84,11 +84,13 @@ class Built:
         resolved: parameters that were ``auto`` and what they became.
         notes: sentences for the report.
         bytes: size of the engine, where that is not the size of the files in its folder.
+        fp32_ratio: its time over that of the same graph in fp32, where both were timed.
     """
 
     resolved: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     bytes: int | None = None
+    fp32_ratio: float | None = None
 
 
 class Runner(Protocol):
@@ -116,7 +118,7 @@ class Target(BaseModel, ABC):
         try:
             super().__init__(**parameters)
         except ValidationError as error:
-            raise_faults(invalid(error, what=self.name()))
+            raise_faults(invalid(error, what=self.name(), model=type(self)))
 
     @classmethod
     def name(cls) -> str:

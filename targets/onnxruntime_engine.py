@@ -118,7 +118,7 @@ class OnnxRuntime(Target):
         notes.append(outcome if share < 1 else f"8 bits are NOT faster than fp32 here: {outcome}")
         keep_only(forms[form], folder)
         choose(forms[form], folder)
-        return Built(resolved={"int8": form}, notes=tuple(notes), bytes=graph_bytes(forms[form]))
+        return Built(resolved={"int8": form}, notes=tuple(notes), bytes=graph_bytes(forms[form]), fp32_ratio=share)
 
     def choose_form(self, sessions: Mapping[str, Any], seconds: Mapping[str, float], graph: Graph) -> tuple[str, str]:
         """The faster 8-bit form, unless it is much further from fp32 than the other; and a sentence about it."""

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from toolchain import catalog
+from toolchain import catalog, sources
 from toolchain.arguments import recipe_from, sizes_from
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.progress import Progress
+from toolchain.screen import show, table
 
 
 def answer(chosen: Namespace, data: Any, text: Callable[[], Any]) -> None:
-    """Print ``data`` as JSON when asked to, or else say it."""
-    if chosen.json:
-        print(json.dumps(data, indent=2))
-    else:
-        text()
+    """Print ``data`` as one JSON document when asked to, or else say it.
 
-
-def table(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> None:
-    """Print aligned columns; the last one may be long."""
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads) - 1)]
-    for row in (heads, *rows):
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+    A reader that has gone (``| head``) changes nothing about how the command ends.
+    """
+    try:
+        if chosen.json:
+            print(json.dumps(data, indent=2), file=getattr(chosen, "answers", None) or sys.stdout)
+        else:
+            text()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again when it ends
 
 
 def list_command(chosen: Namespace) -> int:
-    """Names and summaries of one kind."""
-    found = [{"name": entry.name, "summary": entry.summary} for entry in catalog.entries(chosen.kind).values()]
-    answer(chosen, found, lambda: table([(e["name"], e["summary"]) for e in found], ("NAME", "SUMMARY")))
+    """Names and summaries of one kind, or of every kind."""
+    if chosen.kind:
+        found = [{"name": name, "summary": summary} for name, summary in catalog.listing(chosen.kind)]
+        answer(chosen, found, lambda: table([(e["name"], e["summary"]) for e in found], ("NAME", "SUMMARY")))
+        return DONE
+    rows = [(kind, *entry) for kind in catalog.KINDS for entry in catalog.listing(kind)]
+    data = [dict(zip(("kind", "name", "summary"), row, strict=True)) for row in rows]
+    answer(chosen, data, lambda: table(rows, ("KIND", "NAME", "SUMMARY")))
     return DONE
 
 
@@ -55,6 +63,13 @@ def run_command(chosen: Namespace) -> int:
     from toolchain.recipe import read
 
     path = Path(chosen.recipe)
+    if path.is_dir():
+        held = path / "recipe.toml"
+        help_ = f"write: enginewright run {held}" if held.is_file() else "to export a model, use: enginewright export"
+        raise ToolchainError(f"{chosen.recipe!r} is a folder, and a recipe is a TOML file", help=help_)
+    if chosen.recipe.partition(":")[0] in sources.prefixes():
+        help_ = f"write: enginewright export {chosen.recipe}"
+        raise ToolchainError(f"{chosen.recipe!r} is a model, and no recipe", help=help_)
     if not path.is_file() and "/" not in chosen.recipe and path.suffix != ".toml":
         path = catalog.recipe_path(chosen.recipe)
     return export(read(path), chosen)
@@ -62,7 +77,7 @@ def run_command(chosen: Namespace) -> int:
 
 def export(recipe: Any, chosen: Namespace) -> int:
     """Run a recipe and say how it went; a pipeline gives one artifact for each of its networks."""
-    from toolchain import artifact, sources
+    from toolchain import artifact
 
     parts = sources.parts_of(recipe.model)
     if not parts:
@@ -84,14 +99,17 @@ def export(recipe: Any, chosen: Namespace) -> int:
 
 def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any], int, Callable[[], None]]:
     """One artifact: its report, the exit code, and a way to say it."""
-    from reports import markdown
+    from reports import markdown, terminal
     from toolchain import pipeline
 
     report, code = pipeline.export(recipe, out, force=chosen.force, progress=Progress(quiet=chosen.quiet))
 
     def text() -> None:
-        print(markdown.render(report))
-        print(f"wrote {out}: open {out / 'report.html'}")
+        if chosen.markdown:
+            print(markdown.render(report), end="")
+            return
+        show(terminal.blocks(report))
+        print(f"\nwrote {out}: open {out / 'report.html'}; {out / 'README.md'} tells how to run it elsewhere")
 
     return {**json.loads((out / "report.json").read_text()), "exit_code": code}, code, text
 
@@ -256,12 +274,16 @@ def check_command(chosen: Namespace) -> int:
     """Hold an artifact's figures against a baseline."""
     from reports import junit, record
     from toolchain import artifact
+    from toolchain.asking import place_for
     from validation import regression
 
-    artifact.read_manifest(chosen.artifact)
+    place_for(chosen.junit)
+    there = (chosen.artifact / artifact.MANIFEST).is_file()
+    wanted = regression.read(chosen.baseline) if there and not chosen.update else None
+    artifact.read_manifest(chosen.artifact)  # after the baseline, because it reads every file
     report = record.read(chosen.artifact / "report.json")
     content = json.loads((chosen.artifact / "report.json").read_text())
-    if chosen.update:
+    if wanted is None:
         keep = regression.read(chosen.baseline) if chosen.baseline.exists() else None
         baseline = regression.baseline_from(content, keep=keep)
         chosen.baseline.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +291,7 @@ def check_command(chosen: Namespace) -> int:
         written = {"wrote": str(chosen.baseline), "figures": len(baseline.figures)}
         answer(chosen, written, lambda: print(f"wrote {chosen.baseline}: {len(baseline.figures)} figures"))
         return DONE
-    comparisons = regression.check(regression.read(chosen.baseline), content)
+    comparisons = regression.check(wanted, content)
     failed = [c for c in comparisons if c.failed]
     if chosen.junit:
         cases = [(c.key, c.reason or f"was {c.baseline}, is {c.current}" if c.failed else "") for c in comparisons]

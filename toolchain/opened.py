@@ -23,8 +23,12 @@ from toolchain.pipeline import Run
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
 from toolchain.sources.contract import Model, read_interface
+from toolchain.sources.mistaken import mistaken
 from toolchain.sources.onnx_source import inputs_of
 from validation.inputs import InputSpec
+
+MODELS = ("config.json", "model_index.json", "modules.json", "adapter_config.json")
+"""Files of folders that hold a model, and no artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,8 @@ def open_subject(text: str, *, threads: int | None = None, source: Sequence[Path
     threads = threads or threads_here()
     place, _, wanted = text.partition("#")
     if Path(place).is_dir():
+        if any((Path(place) / name).is_file() for name in MODELS) and (fault := mistaken(place)):
+            raise fault
         return open_artifact(reopen(Path(place), (*source, None)), Path(place), wanted, threads)
     if place.endswith(".onnx") and sources.gives(place) == "module":
         return open_onnx(Path(place), threads)

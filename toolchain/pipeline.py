@@ -21,7 +21,7 @@ from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, origin, scoring, sources, teachers
+from toolchain import artifact, calibration, environment, origin, preflight, scoring, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
@@ -131,7 +131,8 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
     """Run a recipe into ``out``; returns the report and the exit code."""
     began = time.perf_counter()
     run = Run(recipe, progress)
-    for note in recipe.notes:
+    preflight.check_files(recipe)
+    for note in (*recipe.notes, *preflight.check_targets(recipe)):
         progress.line(note)
     with artifact.staging(out, force=force) as folder:
         with progress.stage(f"load {recipe.head.model}"):
@@ -404,5 +405,6 @@ class Decision:
 def decide(recipe: Recipe, progress: Progress) -> list[Decision]:
     """Plan every step; each is carried out in memory, because the next one plans on its result. Writes nothing."""
     run = Run(recipe, progress)
+    preflight.check_files(recipe)
     run.optimize()
     return [Decision(step_record(*entry), entry[1].plan) for entry in run.results]

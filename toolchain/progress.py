@@ -35,6 +35,9 @@ class Progress:
         try:
             yield
             done = True
+        except Exception as error:
+            error.add_note(f"while: {title}")
+            raise
         finally:
             if self.status is not None:
                 self.status.stop()

@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from passes.contract import WORDS, Pass
 from targets.contract import Target
 from toolchain import catalog, sources
+from toolchain.asking import DTYPES, LARGEST_SEED
 from toolchain.errors import FaultsError, ToolchainError, invalid, raise_faults
 from validation.gates import GateBound, parse
 from validation.gates import gate_names as gates_of
@@ -62,6 +63,12 @@ class Export(Table):
     )
     embed_weights: bool = Field(False, description="copy weights that are on disk, so that the folder stands alone")
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def by_short_name(cls, name: Any) -> Any:
+        """``fp16`` and the like stand for the whole names."""
+        return DTYPES.get(name, name) if isinstance(name, str) else name
+
 
 class Validation(Table):
     """How engines are compared with the original."""
@@ -81,7 +88,7 @@ class Head(Table):
     schema_version: Literal[1] = Field(1, alias="schema")
     model: str
     weights: str | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     trust_remote_code: bool = Field(False, description="run code that a checkpoint folder brings along")
     gates: tuple[str, ...] = ()
     export: Export = Export()
@@ -214,7 +221,7 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
     try:
         head = Head.model_validate(rest)
     except ValidationError as error:
-        faults.extend(invalid(error, what="recipe", where=where))
+        faults.extend(invalid(error, what="recipe", where=where, model=Head))
     steps = [
         attempt(partial(read_step, table, at(where, f"steps[{i}]")))
         for i, table in enumerate(tables(content, "steps", where, faults))
@@ -296,7 +303,9 @@ def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
         for earlier in steps[:i]:
             if any(fnmatchcase(earlier.name(), pattern) for pattern in step.not_after):
                 message = f"{step.name()} cannot come after {earlier.name()}"
-                faults.append(ToolchainError(message, where=at(where, f"steps[{i}]"), help="change their order"))
+                turned = any(fnmatchcase(step.name(), pattern) for pattern in earlier.not_after)
+                help_ = "they exclude each other: leave one out" if turned else "change their order"
+                faults.append(ToolchainError(message, where=at(where, f"steps[{i}]"), help=help_))
     return faults
 
 
