@@ -15,6 +15,11 @@ def outcome(report: Report) -> str:
             return "done, no gates asked"
         if not report.targets:
             return "done, no targets asked"
+    missed = sum(gate.verdict == "missed" for gate in report.gates)
+    if missed:
+        return f"missed {missed} of {words.plural(len(report.gates), 'gate')}"
+    if report.verdict == "met" and all(gate.verdict == "met" for gate in report.gates):
+        return f"met {'its gate' if len(report.gates) == 1 else f'all {len(report.gates)} gates'}"
     return words.VERDICT[report.verdict]
 
 
@@ -53,7 +58,9 @@ def target_sentence(report: Report, target: TargetRecord) -> str:
     """One target: built or not, how large, how fast, how far off."""
     if not target.built:
         return f"{target.name} was not built: {why_not_measured(report, target)}."
-    built = f"{target.name} was built: {words.size(report.model.bytes)} became {words.size(target.bytes)}"
+    built = f"{target.name} was built: {words.size(report.model.bytes)} of weights became {words.size(target.bytes)}"
+    if target.folders:
+        built += f" to copy ({place(target)})"
     if target.faults:
         return f"{built}, but it is unusable: {target.faults[0]}."
     if not target.fidelity and target.latency is None:
@@ -84,7 +91,7 @@ def original(report: Report) -> str:
 
 def place(target: TargetRecord) -> str:
     """What has to be copied for an engine to run elsewhere."""
-    return words.listing(target.folders) or "nothing"
+    return words.listing(target.folders)
 
 
 def _nearness(report: Report, target: TargetRecord) -> str:
@@ -112,6 +119,12 @@ def why_not_measured(report: Report, target: TargetRecord) -> str:
     """Why a target has no figures."""
     reasons = [*target.faults[:1], target.reason, str(report.validation.get("skipped") or "")]
     return next(filter(None, reasons), "the record gives no reason").rstrip(".")
+
+
+def has_quality(report: Report) -> bool:
+    """Whether anything is to be said of whole sampling runs: a figure, a gate on one, or that they were not run."""
+    asked = any(gate.name.startswith("quality.") for gate in report.gates)
+    return asked or bool(report.samples) or any(target.quality for target in report.targets)
 
 
 def skip_reasons(step: Step) -> list[tuple[str, int]]:

@@ -67,7 +67,7 @@ def said(report: Report, target: TargetRecord) -> str:
     """One target in a sentence: what is to be copied, how fast."""
     if not target.built:
         return f"not built: {summary.why_not_measured(report, target)}"
-    built = f"copy {summary.place(target)}, {words.size(target.bytes)}"
+    built = f"copy {summary.place(target)}, {words.size(target.bytes)}" if target.folders else "built"
     if target.latency is None:
         return f"{built}; not measured: {summary.why_not_measured(report, target)}"
     return f"{built}; {summary.speed(report, target)}"

@@ -117,10 +117,18 @@ def times(value: float, low: float, high: float, than: str) -> str:
     """A ratio of times as people say it: ``1.58x faster than …``; nothing is claimed where its interval holds 1."""
     said = tendency(low, high)
     if said == "faster" and low > 0:
-        return f"{number(1 / value)}x faster than {than} ({number(1 / high)}x to {number(1 / low)}x)"
+        return f"{speed(value, low, high)} than {than} ({number(1 / high)}x to {number(1 / low)}x)"
     if said == "slower":
-        return f"{number(value)}x slower than {than} ({number(low)}x to {number(high)}x)"
+        return f"{speed(value, low, high)} than {than} ({number(low)}x to {number(high)}x)"
     return f"no measurable difference from {than}: {interval(value, low, high)} of its time"
+
+
+def speed(value: float, low: float, high: float) -> str:
+    """The same without what it is beside."""
+    said = tendency(low, high)
+    if said == "faster" and low > 0:
+        return f"{number(1 / value)}x faster"
+    return f"{number(value)}x slower" if said == "slower" else "no measurable difference"
 
 
 def beside_fp32(value: float) -> str:

@@ -169,9 +169,7 @@ class OnnxRuntime(Target):
     def session(self, path: Path, threads: int) -> Any:
         """An inference session; a graph that ONNX Runtime refuses is a ``ToolchainError`` with its reason."""
         runtime = require("onnxruntime", extra="gpu")
-        opset = max(entry.version for entry in check_onnx(path).opset_import if entry.domain in ("", "ai.onnx"))
-        # From opset 21 on it writes pairs without a zero point that ONNX Runtime 1.32 itself refuses.
-        without = ["QDQPropagationTransformer"] if opset >= 21 else []
+        without = disabled_optimizers(check_onnx(path))
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -194,6 +192,13 @@ class OnnxRuntime(Target):
     def open(self, path: Path, threads: int) -> Runner:
         """Ready any ONNX file."""
         return SessionRunner(self.session(path, threads), path)
+
+
+def disabled_optimizers(model: Any) -> list[str]:
+    """Optimizers of ONNX Runtime that a graph is loaded without, by its opset."""
+    opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    # From opset 21 on it writes pairs without a zero point that ONNX Runtime 1.32 itself refuses.
+    return ["QDQPropagationTransformer"] if opset >= 21 else []
 
 
 class SessionRunner:

@@ -16,12 +16,12 @@ from torch import nn
 from passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
 from passes.graph.module import GraphModule
 from passes.surgery import share
-from reports import record, rendering
+from reports import deploying, record, rendering
 from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, origin, preflight, scoring, sources, teachers
+from toolchain import artifact, calibration, environment, origin, preflight, scoring, shipping, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
@@ -45,6 +45,7 @@ class Run:
     progress: Progress
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shipped: dict[str, list[deploying.Engine]] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> Model:
@@ -237,14 +238,18 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built[0].resolved)
-    size = sum(each.bytes or 0 for each in built)
-    files = [path for engine in engines for path in engine.rglob("*") if path.is_file()]
+    run.shipped[name] = shipped = shipping.engines_of(step, parts, run.exported.inputs, folder)
+    files = {path: size for engine in shipped for path, size in engine.files.items()}
+    beside_fp32 = [each.fp32_ratio for each in built if each.fp32_ratio is not None]
     return found.model_copy(
         update={
             "built": True,
             "parameters": {**found.parameters, **built[0].resolved},
             "seconds": round(time.perf_counter() - began, 3),
-            "bytes": size or sum(path.stat().st_size for path in files) or None,
+            "bytes": sum(files.values()) or None,
+            "files": files,
+            "folders": deploying.placed(shipped),
+            "fp32_ratio": max(beside_fp32, default=None),
             "notes": list(dict.fromkeys(note for each in built for note in each.notes)),
         }
     )
@@ -374,6 +379,7 @@ def exit_code(report: record.Report) -> int:
 def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
     """Everything but the graph, the plans and the engines: recipe, report and manifest."""
     (folder / "recipe.toml").write_text(run.recipe.moved(folder).as_toml(run.resolved))
+    (folder / "README.md").write_text(deploying.render(report, run.shipped))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:
