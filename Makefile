@@ -1,9 +1,10 @@
 # make demo   sets up .venv and runs the main job
 # make test   sets up .venv and passes the checks and tests
+# make test-all   the slow tests and every pass on every small model as well (an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-all lint
 
 setup: .venv/.ready
 
@@ -25,3 +26,6 @@ lint: setup
 test: lint demo
 	$(BIN)/enginewright check out/demo --baseline reports/baselines/dit-digits.json --junit out/check.xml
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-all: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not gpu'

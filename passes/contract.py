@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -30,6 +30,7 @@ from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
+from toolchain.reading import parse_json, read_tensors, read_text
 
 Inputs = dict[str, Tensor]
 Json = Any
@@ -144,7 +145,10 @@ class Plan:
         Raises:
             ToolchainError: an array is missing, unknown or has another content than it had.
         """
-        content = json.loads(text)
+        content = parse_json(text, what="the plan")
+        parts = (content.get(key) for key in ("choice", "skipped", "facts")) if isinstance(content, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts) or not isinstance(content.get("arrays", {}), dict):
+            raise ToolchainError("the plan lacks choice, skipped or facts: no plan of ours")
         arrays = arrays or {}
         named = content.get("arrays", {})
         if named.keys() != arrays.keys() or any(digest_of(arrays[name]) != named[name] for name in named):
@@ -163,7 +167,11 @@ class Plan:
     def read(path: Path) -> Plan:
         """Read what ``write`` wrote."""
         beside = path.with_suffix(".safetensors")
-        return Plan.from_json(path.read_text(), load_file(beside) if beside.exists() else {})
+        arrays = read_tensors(beside, what="the plan's arrays") if beside.exists() else {}
+        try:
+            return Plan.from_json(read_text(path, what="the plan"), arrays)
+        except ToolchainError as fault:
+            raise ToolchainError(fault.message, where=fault.where or str(path), help="export again") from fault
 
 
 def digest_of(array: Tensor) -> str:

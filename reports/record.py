@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
+from toolchain.reading import read_json
 
 SCHEMA: Literal[1] = 1
 Verdict = Literal["met", "missed", "not_measured"]
+
+
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+"""A time of one call."""
 
 
 class Part(BaseModel):
@@ -102,12 +107,12 @@ class Latency(Part):
     The ratio is engine / original, of medians; its limits are a 95 % bootstrap interval.
     """
 
-    samples_s: list[float]
-    original_samples_s: list[float]
-    median_s: float
-    p90_s: float
-    p99_s: float
-    original_median_s: float
+    samples_s: list[Seconds]
+    original_samples_s: list[Seconds]
+    median_s: Seconds
+    p90_s: Seconds
+    p99_s: Seconds
+    original_median_s: Seconds
     spread: float
     ratio: float
     ratio_low: float
@@ -207,12 +212,7 @@ def read(path: Path) -> Report:
     Raises:
         ToolchainError: not JSON, another schema, or a key that is missing, unknown or of the wrong type.
     """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as cause:
-        raise ToolchainError(f"there is no report at {path.name!r}", where=str(path.parent)) from cause
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
-        raise ToolchainError(f"{path.name} is not JSON: {cause}", where=str(path)) from cause
+    content = read_json(path, what=path.name, absent=f"there is no report at {path.name!r}", finite=False)
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ToolchainError(f"{path.name} has schema {found!r}; this version reads {SCHEMA}", where=str(path))

@@ -18,10 +18,14 @@ def check_onnx(path: Path) -> onnx.ModelProto:
         ToolchainError: not there, cut short, not ONNX, or its external data leaves the folder or the file.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ToolchainError(f"{path.name!r} is no file, and no ONNX file", where=str(path))
         model = onnx.load(path, load_external_data=False)
     except FileNotFoundError as cause:
         raise ToolchainError(f"there is no ONNX file {path.name!r}", where=str(path)) from cause
-    except DecodeError as cause:
+    except OSError as cause:
+        raise ToolchainError(f"{path.name} cannot be read: {cause.strerror}", where=str(path)[:200]) from cause
+    except (DecodeError, RecursionError, ValueError) as cause:
         raise ToolchainError(
             f"{path.name} is not an ONNX file, or was cut short", where=str(path), help="export or copy it again"
         ) from cause
@@ -82,7 +86,12 @@ def check_location(tensor: onnx.TensorProto, path: Path) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     folder = path.resolve().parent
-    file = (folder / location).resolve()
+    try:
+        file = (folder / location).resolve()
+        missing = not file.is_file()
+    except (OSError, RuntimeError, ValueError) as cause:  # too long, links in a circle, a NUL
+        where = f"{path}, tensor {tensor.name[:80]!r}"
+        raise ToolchainError(f"external data at {location[:80]!r} cannot be found", where=where) from cause
     where = f"{path}, tensor {tensor.name!r}"
     if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
         raise ToolchainError(
@@ -90,10 +99,10 @@ def check_location(tensor: onnx.TensorProto, path: Path) -> None:
             where=where,
             help="keep the weights beside the ONNX file",
         )
-    if not file.is_file():
+    if missing:
         raise ToolchainError(f"external data file {location!r} is missing", where=where)
     try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
+        offset, length = (int(entries.get(key, "0")[:20]) for key in ("offset", "length"))
     except ValueError as cause:
         raise ToolchainError(
             f"external data of {tensor.name!r} has an offset that is no number", where=where

@@ -31,6 +31,7 @@ from targets.four_bits import multiply_out
 from targets.onnx_export import LINKED, module_path, save
 from targets.onnx_files import check_onnx, external_bytes, graph_bytes
 from toolchain.errors import ToolchainError, require
+from toolchain.reading import read_setting
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -183,7 +184,7 @@ class OnnxRuntime(Target):
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module] | None = None) -> Runner:
         """Ready the graph that ``engine.json`` names."""
         del module
-        named = json.loads((folder / ENGINE).read_text())["graph"]
+        named = read_setting(folder / ENGINE, "graph", str)
         path = (folder / named).resolve()
         if not path.is_relative_to(folder.resolve().parent.parent):
             raise ToolchainError(f"engine.json names {named!r}, outside the artifact; refused", where=str(folder))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
 from targets.onnx_files import check_onnx
 from toolchain.errors import ToolchainError
+from toolchain.reading import read_setting
 
 ENGINE = "engine.json"
 
@@ -39,7 +40,7 @@ class PyTorch(Target):
 
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:
         """Run the module that the artifact's plans give."""
-        names = json.loads((folder / ENGINE).read_text())["outputs"]
+        names = read_setting(folder / ENGINE, "outputs", list)
         return EagerRunner(module(), threads=threads, outputs=names)
 
 

@@ -7,8 +7,8 @@ did on the way (renamed, tied, assigned), the tensor is either these very bytes 
 
 from __future__ import annotations
 
-import json
 import mmap
+import os
 import warnings
 import weakref
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from toolchain.errors import ToolchainError
+from toolchain.reading import parse_json
 
 TYPES = {
     "F64": torch.float64,
@@ -33,6 +34,9 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+LARGEST_SIZE = 2**40
+"""Of one dimension."""
+
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format."""
 
@@ -86,10 +90,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= LARGEST_HEADER:
                 raise damaged
-            header = json.loads(file.read(length))
+            if length > os.fstat(file.fileno()).st_size - 8:  # before so much memory is taken
+                raise damaged
+            header = parse_json(file.read(length), what="the header")
     except FileNotFoundError as cause:
         raise ToolchainError(f"there is no weights file {path.name!r}", where=str(path)) from cause
-    except (ValueError, UnicodeDecodeError) as cause:
+    except OSError as cause:
+        raise ToolchainError(f"{path.name} cannot be read: {cause.strerror}", where=str(path)) from cause
+    except ToolchainError as cause:
         raise damaged from cause
     if not isinstance(header, dict):
         raise damaged
@@ -100,8 +108,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 def one_tensor(mapped: mmap.mmap, name: str, entry: Any, start: int, size: int, path: Path) -> Tensor:
     """One tensor of a mapped file, after checking that it lies inside and is as long as its shape says."""
     try:
-        dtype, shape = TYPES[entry["dtype"]], [int(n) for n in entry["shape"]]
-        first, last = (start + int(n) for n in entry["data_offsets"])
+        dtype, shape = TYPES[entry["dtype"]], [whole(n) for n in entry["shape"]]
+        first, last = (start + whole(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as cause:
         raise ToolchainError(f"{path.name}: the entry of {name!r} cannot be read", where=str(path)) from cause
     count = 1
@@ -116,10 +124,19 @@ def one_tensor(mapped: mmap.mmap, name: str, entry: Any, start: int, size: int, 
             help="copy or download it again",
         )
     if not count:
+        if max(shape) > LARGEST_SIZE:
+            raise ToolchainError(f"{path.name}: the entry of {name!r} contradicts itself", where=str(path))
         return torch.empty(shape, dtype=dtype)
     if first % dtype.itemsize:
         return torch.frombuffer(bytearray(mapped[first:last]), dtype=dtype).view(shape)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=first).view(shape)
+
+
+def whole(value: Any) -> int:
+    """A whole number of a header, which no text, truth or fraction may stand for."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
 
 
 def place_of(tensor: Tensor) -> Place | None:

@@ -81,6 +81,8 @@ def named(key: str, text: str) -> dict[str, Any]:
             table[setting.strip()] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             table[setting.strip()] = value
+        except (RecursionError, ValueError) as cause:
+            raise ToolchainError(f"{value[:40]}… is no value", where=f"--{key} {text[:40]}…") from cause
     return table
 
 
@@ -90,7 +92,7 @@ def sizes_from(texts: Sequence[str], specs: Sequence[InputSpec]) -> dict[str, in
     sizes, faults = {}, []
     for text in texts:
         name, _, number = text.partition("=")
-        if name not in known or not (number.isascii() and number.isdigit()):
+        if name not in known or not re.fullmatch("[0-9]{1,18}", number):
             names = ", ".join(known) or "none"
             faults.append(
                 ToolchainError(f"{text!r} is not NAME=N", where="--size", help=f"dynamic dimensions: {names}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ToolchainError
+from toolchain.reading import read_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -122,6 +123,16 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(text)
 
 
+LONGEST_NAME = 1000
+"""Characters of a file's path in an artifact."""
+
+
+def is_entry(wanted: Any) -> bool:
+    """Whether what a manifest says of one file is its size and digest."""
+    sound = isinstance(wanted, dict) and wanted.keys() >= {"bytes", "sha256"}
+    return sound and type(wanted["bytes"]) is int and isinstance(wanted["sha256"], str)
+
+
 _digests: dict[tuple[int, ...], str] = {}
 
 
@@ -142,19 +153,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ToolchainError: no artifact, another schema, or files missing or changed (all listed).
     """
     path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError) as cause:
-        raise ToolchainError(
-            f"{str(folder)!r} is no artifact: it has no {MANIFEST}",
-            help="make one with: enginewright export MODEL -o DIR",
-        ) from cause
-    except json.JSONDecodeError as cause:
-        raise ToolchainError(f"{MANIFEST} is not JSON: {cause}", where=str(path)) from cause
+    content = read_json(
+        path,
+        what=MANIFEST,
+        absent=f"{str(folder)!r} is no artifact: it has no {MANIFEST}",
+        help="make one with: enginewright export MODEL -o DIR",
+    )
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("files"), dict):
         raise ToolchainError(f"{MANIFEST} has another schema; this version reads {SCHEMA}", where=str(path))
     faults = []
     for name, wanted in content["files"].items():
+        if "\0" in name or len(name) > LONGEST_NAME or not is_entry(wanted):
+            faults.append(f"the entry of {name[:80]!r} cannot be read")
+            continue
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):
             faults.append(f"{name} lies outside the folder")

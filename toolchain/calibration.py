@@ -12,12 +12,28 @@ import torch
 
 from passes.contract import Inputs
 from toolchain.errors import ToolchainError, raise_faults
+from toolchain.reading import read_tensors, read_text
 from toolchain.recipe import Recipe
 from toolchain.sources.contract import Model
 from validation.inputs import Arrays, Dim, InputSpec
 
 CALIBRATION_SEED, VALIDATION_SEED, TRAINING_SEED = 1_000, 2_000, 1_000_000
 """Added to the recipe's seed, so that the kinds of inputs never meet; training takes one seed after another."""
+
+
+NUMPY_KNOWS = frozenset(
+    (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    )
+)
 
 
 def inputs(recipe: Recipe, model: Model) -> list[Inputs]:
@@ -59,13 +75,8 @@ def from_sentences(path: Path, model: Model, count: int) -> list[Arrays]:
             where=str(path),
             help="give a safetensors file with an array per input, or a model whose folder holds a tokenizer (hf:)",
         )
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError as cause:
-        raise ToolchainError(f"there is no calibration file {path.name!r}", where=str(path)) from cause
-    except UnicodeDecodeError as cause:
-        raise ToolchainError(f"{path.name} is not UTF-8 text: {cause}", where=str(path)) from cause
-    sentences = [line for line in lines if line]
+    text = read_text(path, what=path.name, absent=f"there is no calibration file {path.name!r}")
+    sentences = [line.strip() for line in text.splitlines() if line.strip()]
     if not sentences:
         raise ToolchainError(f"{path.name} holds no sentences", where=str(path))
     batch = next(spec.sizes()[0] for spec in model.inputs)
@@ -78,15 +89,10 @@ def from_file(path: Path, specs: tuple[InputSpec, ...]) -> list[Arrays]:
     Raises:
         ToolchainError: not there, cut short, an input missing or unknown, or of the wrong shape or type; all at once.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        arrays = load_file(path)
-    except FileNotFoundError as cause:
-        raise ToolchainError(f"there is no calibration file {path.name!r}", where=str(path)) from cause
-    except SafetensorError as cause:
-        raise ToolchainError(f"{path.name} is not a whole safetensors file: {cause}", where=str(path)) from cause
+    found_tensors = read_tensors(path, what=path.name, absent=f"there is no calibration file {path.name!r}")
+    if strange := sorted({str(t.dtype) for t in found_tensors.values() if t.dtype not in NUMPY_KNOWS}):
+        raise ToolchainError(f"{path.name} holds {', '.join(strange)}, which numpy does not know", where=str(path))
+    arrays = {name: tensor.numpy() for name, tensor in found_tensors.items()}
     faults = []
     for spec in specs:
         if spec.name not in arrays:

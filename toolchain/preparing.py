@@ -21,6 +21,8 @@ from passes.graph.module import GraphModule
 from passes.hoisting import hoisted
 from targets.contract import ShapeRange
 from targets.split_graph import Halves, split_graph
+from toolchain.errors import ToolchainError
+from toolchain.reading import first_line, read_json
 from validation.contract import Runner
 from validation.inputs import Arrays, InputSpec, draw
 
@@ -46,7 +48,14 @@ def read_halves(folder: Path) -> Halves | None:
     path = folder / TABLE
     if not path.exists():
         return None
-    return Halves(**{key: tuple(names) for key, names in json.loads(path.read_text()).items()})
+    content = read_json(path, what=TABLE)
+    try:
+        halves = Halves(**{key: tuple(names) for key, names in content.items()})
+        if not all(isinstance(name, str) for names in vars(halves).values() for name in names):
+            raise ValueError("a name that is no text")
+        return halves
+    except (TypeError, ValueError, AttributeError) as cause:
+        raise ToolchainError(f"{TABLE} cannot be read: {first_line(cause)}", where=str(path)) from cause
 
 
 def fed(

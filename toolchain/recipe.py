@@ -18,7 +18,6 @@ optional = true         # this target's absence is no failure
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -34,6 +33,7 @@ from targets.contract import Target
 from toolchain import catalog, sources
 from toolchain.asking import DTYPES, LARGEST_SEED
 from toolchain.errors import FaultsError, ToolchainError, invalid, raise_faults
+from toolchain.reading import read_toml
 from validation.gates import GateBound, parse
 from validation.gates import gate_names as gates_of
 from validation.metrics import load_metrics
@@ -188,12 +188,7 @@ def read(path: Path) -> Recipe:
     Raises:
         ToolchainError: every fault at once, each with file and key.
     """
-    try:
-        content = tomllib.loads(path.read_text())
-    except FileNotFoundError as cause:
-        raise ToolchainError(f"there is no recipe {str(path)!r}") from cause
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
-        raise ToolchainError(f"the recipe is not TOML: {cause}", where=str(path)) from cause
+    content = read_toml(path, what="the recipe", absent=f"there is no recipe {str(path)!r}")
     return make(content, where=path.name, folder=path.parent)
 
 

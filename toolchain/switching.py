@@ -18,6 +18,8 @@ from passes.contract import NewInput
 from passes.variants import REUSED, ByTimestep, Walk
 from passes.variants import Reusing as ReusingModule
 from toolchain.added import with_inputs
+from toolchain.errors import ToolchainError
+from toolchain.reading import first_line, read_json
 from toolchain.sources.contract import Model
 from validation.contract import Runner
 from validation.inputs import Arrays
@@ -82,10 +84,16 @@ def read_table(folder: Path) -> Table | None:
     path = folder / TABLE
     if not path.exists():
         return None
-    content = json.loads(path.read_text())
-    table = Table(input=content["input"], timesteps=tuple(content["timesteps"]), table=tuple(content["table"]))
-    reused = content.get("reused")
-    return table if reused is None else replace(table, reused=tuple(reused), dtype=content["dtype"])
+    content = read_json(path, what=TABLE)
+    try:
+        table = Table(input=content["input"], timesteps=tuple(content["timesteps"]), table=tuple(content["table"]))
+        reused = content.get("reused")
+        sound = all(isinstance(t, int | float) for t in table.timesteps) and all(type(n) is int for n in table.table)
+        if not sound or not isinstance(table.input, str) or not table.table:
+            raise ValueError("no table of timesteps")
+        return table if reused is None else replace(table, reused=tuple(reused), dtype=content["dtype"])
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise ToolchainError(f"{TABLE} cannot be read: {first_line(cause)}", where=str(path)) from cause
 
 
 def switching(runners: Sequence[Runner], table: Table) -> Switching:

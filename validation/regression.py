@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
+from toolchain.reading import read_json
 from validation.metrics import load_metrics
 
 SCHEMA: Literal[1] = 1
@@ -177,16 +178,13 @@ def read(path: Path) -> Baseline:
     Raises:
         ToolchainError: not there, not JSON, another schema, or a key that is missing, unknown or wrong.
     """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as cause:
-        raise ToolchainError(
-            f"there is no baseline at {path.name!r}", where=str(path), help="write one with --update"
-        ) from cause
-    except OSError as cause:
-        raise ToolchainError(f"the baseline cannot be read: {cause.strerror}", where=str(path)) from cause
-    except ValueError as cause:
-        raise ToolchainError(f"{path.name} is not JSON: {cause}", where=str(path)) from cause
+    content = read_json(
+        path,
+        what=path.name,
+        absent=f"there is no baseline at {path.name!r}",
+        help="write one with --update",
+        finite=False,
+    )
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ToolchainError(f"{path.name} has schema {found!r}; this version reads {SCHEMA}", where=str(path))
@@ -324,7 +322,8 @@ def _other_machine(target: str, then: Mapping[str, Any], now: Mapping[str, Any])
     for part in ("cpu", "gpu"):
         if then.get(part) != now.get(part):
             return f"another {part.upper()}: {then.get(part)} then, {now.get(part)} now"
-    threads = [side.get("latency_threads", {}).get(target) for side in (then, now)]
+    counts = [side.get("latency_threads") for side in (then, now)]
+    threads = [count.get(target) if isinstance(count, Mapping) else None for count in counts]
     return "" if threads[0] == threads[1] else f"another number of threads: {threads[0]} then, {threads[1]} now"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
 from toolchain.errors import ToolchainError
+from toolchain.reading import parse_json, read_text
 
 
 class SearchLog:
@@ -32,10 +34,13 @@ class SearchLog:
         """Take the scores of an earlier run."""
         where = str(self.path)
         try:
-            head, *rest = (json.loads(line) for line in lines)
+            head, *rest = (parse_json(line, what="a line of the log") for line in lines)
             found = head["search"]
-            self.scores = {entry["of"]: float(entry["score"]) for entry in rest}
-        except (ValueError, KeyError, TypeError) as cause:
+            scores = {entry["of"]: float(entry["score"]) for entry in rest}
+            if not all(isinstance(of, str) and math.isfinite(score) for of, score in scores.items()):
+                raise ValueError("a score that is no number")
+            self.scores = scores
+        except (ValueError, KeyError, TypeError, OverflowError, ToolchainError) as cause:
             raise ToolchainError("this is no log of a search", where=where, help="name another file") from cause
         if found != search:
             raise ToolchainError(
@@ -61,7 +66,7 @@ class SearchLog:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file; a last one that was cut off while it was written is taken out of the file."""
-    text = path.read_text()
+    text = read_text(path, what="the log of the search")
     whole, newline, rest = text.rpartition("\n")
     if rest:
         os.truncate(path, len((whole + newline).encode()))

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from toolchain.errors import ToolchainError
+from toolchain.reading import first_line, parse_json
 
 FILE = "distill.safetensors"
 
@@ -73,7 +74,9 @@ def load(folder: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.opt
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as cause:
+    except OSError as cause:
+        raise ToolchainError(f"{FILE} cannot be read: {cause.strerror or cause}", where=str(path)) from cause
+    except (SafetensorError, ValueError, RuntimeError) as cause:
         raise ToolchainError(f"{FILE} is not a whole checkpoint: {cause}", where=str(path)) from cause
     if metadata.get("settings") != settings:
         raise ToolchainError(
@@ -81,18 +84,45 @@ def load(folder: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.opt
             where=str(path),
             help="give this run a folder of its own, or delete the file",
         )
+    try:
+        return restored(tensors, metadata, weights, optimizer)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as cause:
+        raise ToolchainError(
+            f"{FILE} is not a whole checkpoint: {first_line(cause)}",
+            where=str(path),
+            help="delete it, or copy it again",
+        ) from cause
+
+
+def restored(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> State:
+    """Give weights, optimizer and the random state what ``save`` kept; raises where it is not whole."""
+    kept = {name: tensors[f"weight.{name}"] for name in weights}
+    state = State(**parse_json(metadata["state"], what="the state of the checkpoint"))
+    moments = optimizer_state(tensors)
+    if any(kept[name].shape != weight.shape for name, weight in weights.items()) or type(state.step) is not int:
+        raise ValueError("a tensor of another shape, or no number of steps")
+    fresh = optimizer.state_dict()
+    optimizer.load_state_dict({"param_groups": fresh["param_groups"], "state": moments})
+    torch.set_rng_state(tensors["random"])
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(tensors[f"weight.{name}"])
-    fresh = optimizer.state_dict()
-    optimizer.load_state_dict({"param_groups": fresh["param_groups"], "state": optimizer_state(tensors)})
-    torch.set_rng_state(tensors["random"])
-    return State(**json.loads(metadata["state"]))
+            weight.copy_(kept[name])
+    return state
 
 
 def difference(old: str, new: str) -> str:
     """Which settings are not the same, both as JSON."""
-    before, after = json.loads(old), json.loads(new)
+    try:
+        before, after = parse_json(old, what="what the checkpoint says of its run"), json.loads(new)
+    except ToolchainError:
+        before = None
+    if not isinstance(before, dict):
+        return "what it says of its run cannot be read"
     return ", ".join(key for key in sorted({*before, *after}) if before.get(key) != after.get(key))
 
 

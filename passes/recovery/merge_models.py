@@ -20,8 +20,6 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from passes.contract import Context, Inputs, NewInput, Pass, Plan
@@ -40,6 +38,7 @@ from passes.recovery.styles import (
 )
 from passes.surgery import share
 from toolchain.errors import ToolchainError
+from toolchain.reading import read_tensors
 
 APART = {"teachers", "style", "start"}
 """Parameters that do not mean what they mean in ``distill``."""
@@ -205,12 +204,7 @@ def teacher_of(text: str, model: nn.Module, context: Context) -> nn.Module:
 
 def read(text: str, context: Context) -> dict[str, Tensor]:
     """Tensors of a file."""
-    try:
-        return load_file(context.folder / text)
-    except FileNotFoundError as cause:
-        raise ToolchainError(f"there is no file {text!r}") from cause
-    except SafetensorError as cause:
-        raise ToolchainError(f"{text!r} is not a whole safetensors file: {cause}") from cause
+    return read_tensors(context.folder / text, what=repr(text), absent=f"there is no file {text!r}")
 
 
 def loaded(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

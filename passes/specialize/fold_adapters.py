@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
 from passes.surgery import share
 from toolchain.errors import ToolchainError
+from toolchain.reading import read_tensors
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "text_encoder.", "model.")
 """What files put before the path inside the network."""
@@ -92,12 +91,8 @@ class FoldAdapters(Pass):
         """The file's tensors."""
         if not self.file:
             raise ToolchainError(f"{self.name()} needs file: a safetensors file with an adapter")
-        try:
-            return load_file(context.folder / self.file)
-        except FileNotFoundError as cause:
-            raise ToolchainError(f"there is no adapter file {self.file!r}") from cause
-        except SafetensorError as cause:
-            raise ToolchainError(f"{self.file!r} is not a whole safetensors file: {cause}") from cause
+        absent = f"there is no adapter file {self.file!r}"
+        return read_tensors(context.folder / self.file, what=repr(self.file), absent=absent)
 
 
 @dataclass

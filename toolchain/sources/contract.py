@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toolchain.errors import ToolchainError
+from toolchain.reading import first_line
 from validation.contract import SamplingTask
 from validation.inputs import Arrays, Dim, InputSpec, draw
 
@@ -155,9 +157,36 @@ def read_interface(manifest: Mapping[str, Any]) -> tuple[tuple[InputSpec, ...], 
     if "interface" not in manifest:
         raise ToolchainError("the artifact does not say how its engines are called", help="export it again")
     content = manifest["interface"]
-    inputs = tuple(
-        InputSpec(**{**entry, "shape": tuple(Dim(**d) if isinstance(d, dict) else d for d in entry["shape"])})
-        for entry in content["inputs"]
-    )
-    call = {**content["call"], **{key: tuple(content["call"][key]) for key in ("arguments", "keys")}}
-    return inputs, tuple(content["outputs"]), Interface(**call)
+    try:
+        inputs = tuple(
+            InputSpec(**{**entry, "shape": tuple(Dim(**d) if isinstance(d, dict) else d for d in entry["shape"])})
+            for entry in content["inputs"]
+        )
+        call = {**content["call"], **{key: tuple(content["call"][key]) for key in ("arguments", "keys")}}
+        found = inputs, tuple(content["outputs"]), Interface(**call)
+        refuse_odd(*found)
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise ToolchainError(
+            f"what the manifest says of calling its engines cannot be read: {first_line(cause)}", help="export it again"
+        ) from cause
+    return found
+
+
+def refuse_odd(inputs: Sequence[InputSpec], outputs: Sequence[Any], call: Interface) -> None:
+    """Raise ``ValueError`` for an interface with parts of types that no export writes."""
+    texts = [*outputs, *call.arguments, *call.keys, call.returns, call.module, call.original]
+    texts += [text for spec in inputs for text in (spec.name, spec.dtype)]
+    texts += [d.name for spec in inputs for d in spec.shape if isinstance(d, Dim)]
+    if not all(isinstance(text, str) and "\0" not in text for text in texts):
+        raise ValueError("a name that is no text")
+    sizes = [
+        n for spec in inputs for d in spec.shape for n in ((d.low, d.typical, d.high) if isinstance(d, Dim) else (d,))
+    ]
+    if not all(type(size) is int and 0 <= size < 2**40 for size in sizes):
+        raise ValueError("a size that is no whole number")
+    if not isinstance(call.config, Mapping):
+        raise ValueError("a configuration that is no table")
+    for spec in inputs:
+        np.dtype(spec.dtype)
+        if not all(v is None or isinstance(v, int | float) for v in (spec.low, spec.high, spec.default)):
+            raise ValueError(f"{spec.name} has a range that is no number")

@@ -7,7 +7,6 @@ no code that a folder brings along is run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolchain.errors import ToolchainError, require, unknown
+from toolchain.reading import read_json
 from toolchain.sources import short
 from toolchain.sources.autoencoders import DECODERS, ENCODERS
 from toolchain.sources.contract import Model, files_from
@@ -89,7 +89,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     part = choose(text, name, parts_of(folder_of(place, [INDEX, CONFIG])))
     whole = folder_of(place, part.patterns())
     folder = whole / part.folder
-    config = read_json(folder / CONFIG)
+    config = settings_in(folder / CONFIG)
     cls = class_name(config, part, folder)
     if cls not in part.families:
         raise uncovered(cls, part, folder)
@@ -143,7 +143,7 @@ def parts_of(folder: Path) -> dict[str, Part]:
         ToolchainError: neither a pipeline's folder nor a network's.
     """
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
+        index = settings_in(folder / INDEX)
         named = {
             name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]
         }
@@ -162,7 +162,7 @@ def parts_of(folder: Path) -> dict[str, Part]:
             where=str(folder),
             help="give the folder that save_pretrained of diffusers wrote",
         )
-    cls = str(read_json(folder / CONFIG).get("_class_name", ""))
+    cls = str(settings_in(folder / CONFIG).get("_class_name", ""))
     if cls.startswith("Autoencoder"):
         return {half: Part(cls=cls, families=families) for half, families in halves_of(cls).items()}
     return {"": Part(cls=cls, families=DENOISERS)}
@@ -261,14 +261,9 @@ def as_named_today(tensors: dict[str, Tensor], network: nn.Module, part: Part) -
     return tensors
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def settings_in(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError as cause:
-        raise ToolchainError(f"there is no {path.name} in {path.parent.name!r}", where=str(path)) from cause
-    except (OSError, ValueError) as cause:
-        raise ToolchainError(f"{path.name} cannot be read: {cause}", where=str(path)) from cause
+    found = read_json(path, what=path.name, absent=f"there is no {path.name} in {path.parent.name!r}")
     if not isinstance(found, dict):
         raise ToolchainError(f"{path.name} holds no settings", where=str(path))
     return found

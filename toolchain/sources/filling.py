@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from targets import stored
 from toolchain.errors import ToolchainError
+from toolchain.reading import read_json
+
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 
 SHOWN = 8
 """Tensors that an error names."""
@@ -111,13 +115,13 @@ def shards(folder: Path, stem: str) -> list[Path]:
             if other
             else "is the download complete?",
         )
-    import json
-
     try:
-        listed: dict[str, Any] = json.loads(index.read_text())["weight_map"]
+        listed: dict[str, Any] = read_json(index, what=index.name)["weight_map"]
         names = sorted({str(name) for name in listed.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (ToolchainError, KeyError, TypeError, AttributeError) as cause:
         raise ToolchainError(f"{index.name} cannot be read as an index of shards", where=str(index)) from cause
+    if odd := [name for name in names if not name.isprintable() or len(name.encode()) > LONGEST_NAME]:
+        raise ToolchainError(f"{index.name} names a file that cannot be: {odd[0][:80]!r}", where=str(index))
     if outside := [name for name in names if Path(name).name != name]:
         raise ToolchainError(f"{index.name} points outside its folder: {outside[0]!r}; refused", where=str(index))
     if absent := [name for name in names if not (folder / name).is_file()]:

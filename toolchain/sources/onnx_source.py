@@ -9,8 +9,9 @@ written keeps its open dimensions: fixed ones can contradict a branch that such 
 from __future__ import annotations
 
 import collections
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ LEADING, OTHER = (1, 2, 8), (16, 64, 256)
 
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/[\w.-]+/[\w./-]+|\b[A-Za-z]:\\\w")
 """A path of the machine that made a file; not a node's name, which is kept whatever it looks like."""
+
+
+LIMITS = re.compile(r"-?[0-9]{1,19}(\.\.-?[0-9]{1,19}){0,2}")
 
 
 class Limits(NamedTuple):
@@ -61,6 +65,8 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     proto = check_onnx(path)
     given = limits_from(asked, text)
     inputs = inputs_of(proto, given, where=text)
+    refuse_large(inputs, text)
+    refuse_endless(proto.graph, path)
     check_valid(proto, path)
     graph = ir.load(path)
     refuse_strange_operators(graph, path)
@@ -79,13 +85,70 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     )
 
 
+LARGEST_INPUT = 2**30
+"""Elements of one input at its typical size: more would take gigabytes before anything is compared."""
+
+LONGEST_LOOP = 10**7
+"""Trips of a loop that nothing but its count ends."""
+
+
+def refuse_large(inputs: Sequence[InputSpec], where: str) -> None:
+    """Raise for an input whose typical size no machine here would draw."""
+    for spec in inputs:
+        if (count := math.prod(spec.sizes())) > LARGEST_INPUT:
+            raise ToolchainError(
+                f"input {spec.name!r} has {count:,} elements at its typical size; drawn are up to {LARGEST_INPUT:,}",
+                where=where,
+                help="give smaller sizes: onnx:FILE.onnx?NAME=LOW..TYPICAL..HIGH",
+            )
+
+
+def refuse_endless(graph: onnx.GraphProto, path: Path) -> None:
+    """Raise for a loop that runs longer than any run would wait, and that its condition never ends."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants |= {
+        node.output[0]: each.t
+        for node in graph.node
+        for each in node.attribute
+        if node.op_type == "Constant" and node.output and each.name == "value"
+    }
+    for node in graph.node:
+        bodies = [each.g for each in node.attribute if each.type == onnx.AttributeProto.GRAPH]
+        if node.op_type == "Loop" and bodies and node.input and (count := constants.get(node.input[0])) is not None:
+            trips = int(onnx.numpy_helper.to_array(count).reshape(-1)[0]) if not count.external_data else 0
+            if trips > LONGEST_LOOP and never_ends(bodies[0]):
+                raise ToolchainError(
+                    f"loop {node.name or node.output[0]!r} runs {trips:,} times, and nothing ends it before; refused",
+                    where=str(path),
+                )
+        for body in bodies:
+            refuse_endless(body, path)
+
+
+def never_ends(body: onnx.GraphProto) -> bool:
+    """Whether the condition that a loop's body gives is the one that it was handed, or a constant."""
+    if not body.output or len(body.input) < 2:
+        return True
+    name = body.output[0].name
+    made_by = {output: node for node in body.node for output in node.output}
+    while (node := made_by.get(name)) is not None and node.op_type in ("Identity", "Cast"):
+        name = node.input[0]
+    return node is None or node.op_type == "Constant"
+
+
 def check_valid(proto: onnx.ModelProto, path: Path) -> None:
     """Raise for outputs that cannot be compared, and for what the standard forbids."""
     for output in proto.graph.output:
         refuse_type(output, "output", str(path))
     try:
         onnx.checker.check_model(path)
-    except (onnx.checker.ValidationError, ValueError) as cause:
+    except (
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        ValueError,
+        RuntimeError,
+        OSError,
+    ) as cause:
         first = next((line for line in str(cause).splitlines() if line.strip()), "")
         raise ToolchainError(f"{path.name} is not valid ONNX: {first}", where=str(path)) from cause
 
@@ -96,8 +159,11 @@ def refuse_type(value: onnx.ValueInfoProto, what: str, where: str) -> None:
     if kind != "tensor_type":
         said = (kind or "untyped").removesuffix("_type")
         raise ToolchainError(f"{what} {value.name!r} is no tensor but: {said}", where=where)
-    name = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
-    if onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).kind not in "biuf":
+    number = value.type.tensor_type.elem_type
+    if number not in onnx.TensorProto.DataType.values() or number == onnx.TensorProto.UNDEFINED:
+        raise ToolchainError(f"{what} {value.name!r} has element type {number}, which ONNX does not know", where=where)
+    name = onnx.TensorProto.DataType.Name(number)
+    if onnx.helper.tensor_dtype_to_np_dtype(number).kind not in "biuf":
         raise ToolchainError(
             f"{what} {value.name!r} is of type {name}; only tensors of numbers can be drawn and compared",
             where=where,
@@ -117,7 +183,7 @@ def limits_from(asked: str, where: str) -> dict[str, Limits]:
     faults = []
     for part in asked.split(",") if asked else []:
         name, _, text = part.rpartition("=")
-        numbers = [int(n) for n in text.split("..")] if re.fullmatch(r"-?\d+(\.\.-?\d+){0,2}", text) else []
+        numbers = [int(n) for n in text.split("..")] if re.fullmatch(LIMITS, text) else []
         if not name or not numbers or numbers != sorted(numbers):
             message = f"{part!r} is not NAME=SIZE, NAME=LOW..HIGH or NAME=LOW..TYPICAL..HIGH"
             faults.append(ToolchainError(message, where=where))

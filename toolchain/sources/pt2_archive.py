@@ -15,6 +15,7 @@ import logging
 import pickle
 import re
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,15 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 
 from toolchain.errors import ToolchainError
+from toolchain.reading import LARGEST_TEXT, parse_json
 
 MODEL = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"
 CONSTANTS = "data/constants/model_constants_config.json"
 EXAMPLE = "data/sample_inputs/model.pt"
+
+LARGEST_RATIO = 20
+"""Bytes of a record over its bytes in the file."""
 
 IDENTIFIER = re.compile(r"([A-Za-z_]\w*)?", re.ASCII)
 PLAIN = re.compile(r"[\w.\-+/: ]*", re.ASCII)
@@ -87,11 +92,16 @@ def read(path: Path) -> ExportedProgram:
 def check(path: Path) -> str:
     """Look an archive through; returns the version of torch that wrote it."""
     try:
-        names = zipfile.ZipFile(path).namelist()
+        if path.exists() and not path.is_file():
+            raise ToolchainError(f"there is no exported program {path.name!r}: it is no file", where=str(path))
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
     except OSError as cause:
         raise ToolchainError(f"there is no exported program {path.name!r}", where=str(path)) from cause
-    except zipfile.BadZipFile as cause:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as cause:
         raise ToolchainError(f"{path.name} is no whole exported program", where=str(path), help=SAVE_AGAIN) from cause
+    check_sizes(entries, path)
+    names = [entry.filename for entry in entries]
     if len({name.partition("/")[0] for name in names}) != 1:  # the layout of old, which is read by unpickling
         raise refused(path, "has the layout of torch 2.7 or older")
     try:
@@ -101,9 +111,9 @@ def check(path: Path) -> str:
         raise ToolchainError(f"{path.name} is no whole exported program", where=str(path), help=SAVE_AGAIN) from cause
     check_records(records, path)
     try:
-        program = json.loads(reader.read_string(MODEL))
-        check_payloads(json.loads(reader.read_string(WEIGHTS))["config"], "weight_", path)
-        check_payloads(json.loads(reader.read_string(CONSTANTS))["config"], "tensor_", path)
+        program, weights, constants = (json_record(reader, name, path) for name in (MODEL, WEIGHTS, CONSTANTS))
+        check_payloads(weights["config"], "weight_", path)
+        check_payloads(constants["config"], "tensor_", path)
         check_text(program, "", path)
         check_example(reader.read_bytes(EXAMPLE), path)
         return str(program["torch_version"])
@@ -111,9 +121,28 @@ def check(path: Path) -> str:
         raise ToolchainError(f"{path.name} is damaged: {cause!r}", where=str(path), help=SAVE_AGAIN) from cause
 
 
+def json_record(reader: PT2ArchiveReader, name: str, path: Path) -> Any:
+    """One JSON record of an archive."""
+    try:
+        return parse_json(reader.read_string(name), what=name, finite=False)
+    except ToolchainError as fault:
+        raise ToolchainError(f"{path.name} is damaged: {fault.message}", where=str(path), help=SAVE_AGAIN) from fault
+
+
 def refused(path: Path, why: str) -> ToolchainError:
     """The error for an archive that holds more than a plain program."""
     return ToolchainError(f"{path.name} {why}; refused", where=str(path), help=SAVE_AGAIN)
+
+
+def check_sizes(entries: Sequence[zipfile.ZipInfo], path: Path) -> None:
+    """Refuse what would take far more memory than the file has bytes: torch compresses nothing."""
+    for entry in entries:
+        if entry.file_size > max(entry.compress_size, 1) * LARGEST_RATIO:
+            raise refused(
+                path, f"holds {entry.filename!r}, {entry.file_size:,} bytes packed into {entry.compress_size:,}"
+            )
+        if entry.filename.endswith(".json") and entry.file_size > LARGEST_TEXT:
+            raise refused(path, f"holds {entry.filename!r} of {entry.file_size:,} bytes; read are {LARGEST_TEXT:,}")
 
 
 def check_records(records: set[str], path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from toolchain.errors import ToolchainError
+from toolchain.reading import first_line
 from toolchain.sources import examples, pt2_archive
 from toolchain.sources.contract import Model, files_from
 
@@ -37,6 +38,20 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     del seed, trust_remote_code
     path = Path(text.removeprefix("pt2:")).absolute()
     program = pt2_archive.read(path)
+    try:
+        return model_of(program, path)
+    except ToolchainError:
+        raise
+    except Exception as cause:  # what the loader let pass may still contradict itself, anywhere in torch
+        raise ToolchainError(
+            f"{path.name} holds a program that cannot be run: {first_line(cause)}",
+            where=str(path),
+            help=pt2_archive.SAVE_AGAIN,
+        ) from cause
+
+
+def model_of(program: ExportedProgram, path: Path) -> Model:
+    """The model that a program is, after one call of it."""
     where = str(path)
     refuse_state(program, where)
     module = as_module(program, where)
