@@ -64,7 +64,7 @@ class OnnxRuntime(Target):
 
     def availability(self) -> Availability:
         """Needs the package, and for CUDA and TensorRT also that provider in it and a GPU."""
-        found = machine.installed("onnxruntime", extra="gpu")
+        found = machine.installed("onnxruntime", extra="cpu" if self.provider == "cpu" else "gpu")
         imports = machine.importable("onnxruntime") if found.yes else Answer(False, "not installed")
         runs = imports
         if imports.yes and self.provider != "cpu":
@@ -169,7 +169,7 @@ class OnnxRuntime(Target):
 
     def session(self, path: Path, threads: int) -> Any:
         """An inference session; a graph that ONNX Runtime refuses is a ``ToolchainError`` with its reason."""
-        runtime = require("onnxruntime", extra="gpu")
+        runtime = require("onnxruntime", extra="cpu")
         without = disabled_optimizers(check_onnx(path))
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -220,7 +220,7 @@ class SessionRunner:
 
         Runs the unoptimized graph with every float value as an output.
         """
-        runtime = require("onnxruntime", extra="gpu")
+        runtime = require("onnxruntime", extra="cpu")
         model = ir.load(self.path)
         nodes = {
             value.name: node

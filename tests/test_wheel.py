@@ -68,9 +68,36 @@ def test_the_wheel_holds_weights_recipes_templates_and_no_tests(wheel: Path) -> 
         "toolchain/recipes/dit-digits-int8.toml",
         "reports/report.html.j2",
         "targets/tensorrt_worker.py",
+        "toolchain/models/weights/digits-reference.safetensors",
     ):
         assert wanted in names
-    assert not any(name.startswith(("tests/", "out/")) for name in names)
+    apart = ("tests/", "out/", "reports/benchmarks/", "reports/results/", "reports/baselines/", "toolchain/training/")
+    assert not any(name.startswith(apart) for name in names)
+    assert len([name for name in names if name.endswith(".safetensors")]) == 3
+
+
+def test_the_wheel_is_typed_and_says_what_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        (place,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = file.read(place).decode()
+    for package in ("toolchain", "passes", "targets", "validation", "reports"):
+        assert f"{package}/py.typed" in names
+    assert "Classifier: Typing :: Typed" in metadata
+    assert "Classifier: Programming Language :: Python :: 3.11" in metadata
+    wanted = re.findall(r"Requires-Dist: (onnxruntime[\w-]*)(?: ?[<>=!~][^;]*)?(?:; extra == \"(\w+)\")?", metadata)
+    assert sorted(wanted) == [("onnxruntime", "cpu"), ("onnxruntime-gpu", "gpu")], "each by choice, never both"
+
+
+def test_no_module_that_runs_needs_what_the_wheel_leaves_out(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for room in ("toolchain", "passes", "targets", "validation", "reports"):
+        for path in (ROOT / room).rglob("*.py"):
+            if path.relative_to(ROOT).as_posix() not in names:
+                continue
+            text = path.read_text()
+            assert "toolchain.training" not in text, path
+            assert "reports.benchmarks" not in text, path
 
 
 def test_every_documented_command_works_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:

@@ -330,12 +330,19 @@ def doctor_command(chosen: Namespace) -> int:
         answers = {key: getattr(able, key) for key in ("installed", "importable", "buildable", "runnable")}
         reason = next((given.reason for given in answers.values() if not given.yes), "")
         targets.append({"name": name, **{key: given.yes for key, given in answers.items()}, "reason": reason})
-    data = {"targets": targets, "environment": environment.describe(), "versions": environment.versions()}
+    data = {
+        "targets": targets,
+        "problems": environment.problems(),
+        "environment": environment.describe(),
+        "versions": environment.versions(),
+    }
 
     def text() -> None:
         keys = ("installed", "importable", "buildable", "runnable")
         rows = [(str(t["name"]), *("yes" if t[key] else "no" for key in keys), str(t["reason"])) for t in targets]
         table(rows, ("TARGET", *(key.upper() for key in keys), "WHY NOT"))
+        for problem in environment.problems():
+            print(f"problem: {problem}")
         print()
         for section in (environment.describe(), environment.versions()):
             table([(key, str(value)) for key, value in section.items()], ("", ""))
