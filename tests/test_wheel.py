@@ -15,18 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-
-
-def documented_commands() -> list[list[str]]:
-    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
-    return [shlex.split(line) for line in lines]
-
-
-def documented_files() -> dict[str, str]:
-    """Python blocks whose first line names a file."""
-    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return dict(blocks)
+from tests.test_readme import documented_commands, stand_in
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +94,7 @@ def test_every_documented_command_works_from_the_installed_wheel(installed: Path
     assert len(commands) > 8
     used = {command[1] for command in commands}
     assert used >= {"export", "run", "bench", "compare", "check", "plan", "list", "show", "doctor"}
-    for name, text in documented_files().items():
-        (tmp_path / name).write_text(text)
+    stand_in(tmp_path)
     for command in commands:
         assert command[0] == "enginewright"
         run = subprocess.run(
@@ -128,6 +116,7 @@ def test_every_option_in_the_readme_is_one_that_exists() -> None:
     from toolchain.cli import parser
 
     text = (ROOT / "README.md").read_text()
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("pip "))
     known = {option for action in subparsers(parser()) for option in action._option_string_actions}
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)):
         assert option in known, option
