@@ -42,6 +42,9 @@ NEWEST_TRACED = 22
 """Newest opset that models are traced for; later ones join attention into one operator. A graph that holds a later
 type gets the later number afterwards: the operators that are there only learned more types."""
 
+LEAST_SHARE = 0.4
+"""Of a weight file, to be linked beside a graph and not to have its tensors written anew."""
+
 LINKED = "weights"
 """Folder beside a graph with the weight files that were on disk before."""
 
@@ -245,13 +248,26 @@ def save(model: ir.Model, path: Path, *, embed: bool = False) -> None:
         and value.const_value.nbytes >= INLINE_BYTES
         and value.const_value.dtype in SAFETENSORS_TYPES
     }
-    places = {} if embed else {name: place for name, value in large.items() if (place := place_of(value))}
+    places = {} if embed else worth_linking({n: place for n, value in large.items() if (place := place_of(value))})
     point_at(model.graph.initializers, places, path.parent)
     if rest := {name: value for name, value in large.items() if name not in places}:
         write_external(rest, path.with_suffix(".safetensors"))
     take_in(model, apart=set(large.values()))
     ir.save(model, path)
     check(path, {place.path for place in places.values()})
+
+
+def worth_linking(places: Mapping[str, stored.Place]) -> dict[str, stored.Place]:
+    """Places in files that a graph reads a good part of.
+
+    A link takes no space here, but whoever copies the graph copies the whole file: what is left of a file after most of
+    its tensors were changed is written anew instead.
+    """
+    used: dict[Path, int] = {}
+    for path, _, size in set(places.values()):
+        used[path] = used.get(path, 0) + size
+    kept = {path for path, size in used.items() if size >= LEAST_SHARE * path.stat().st_size}
+    return {name: place for name, place in places.items() if place.path in kept}
 
 
 def take_in(model: ir.Model, *, apart: set[ir.Value]) -> None:

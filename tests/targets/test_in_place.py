@@ -147,3 +147,15 @@ def test_a_long_graph_without_rewrite_rules_computes_the_same(
     path = export(module, tmp_path / "out")
     assert set(locations(path).values()) == {"weights/w.safetensors"}
     np.testing.assert_allclose(run(path), module(X).detach(), atol=1e-6)
+
+
+def test_a_file_of_which_little_is_left_is_not_copied_along(tmp_path: Path) -> None:
+    """Who copies a graph copies the files that it reads, whole."""
+    (tmp_path / "w.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "v.safetensors").write_bytes(bytes(1000))
+    little = stored.Place(tmp_path / "w.safetensors", 0, 200)
+    much = stored.Place(tmp_path / "v.safetensors", 0, 800)
+    tied = {"a": little, "tied to a": little, "tied again": little, "b": much}
+    assert onnx_export.worth_linking(tied) == {"b": much}
+    rest = {"c": stored.Place(tmp_path / "w.safetensors", 200, 300)}
+    assert onnx_export.worth_linking({**tied, **rest}) == {**tied, **rest}
