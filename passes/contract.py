@@ -76,6 +76,8 @@ class Context:
         calls_in: the calls of a safetensors file with an array for each input.
         teacher_of: the model that a model string names.
         folder: where relative paths start.
+        shared: inputs that have no row for each sample of a call (``passes/rows.py``), as far as that is known.
+        ranges: the least and the greatest value of inputs that say so.
     """
 
     calibration: Sequence[Inputs] = ()
@@ -90,6 +92,8 @@ class Context:
     calls_in: Callable[[str], list[Inputs]] = lambda text: no_calls(text)
     teacher_of: Callable[[str], nn.Module] = lambda text: no_teacher(text)
     folder: Path = Path()
+    shared: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def without(context: Context, names: Sequence[str]) -> Context:
@@ -217,6 +221,13 @@ class NewInput:
     default: float = 0.0
 
 
+SCORE_HELP = (
+    "score = 'FILE.py:FUNCTION' names a function of yours, def FUNCTION(module) -> float, higher is better; it calls "
+    "the module on your data and counts what is right. Models with a sampling task also know metrics of samples "
+    "(enginewright list metrics)"
+)
+"""How to give a score."""
+
 WORDS = {"module": "PyTorch modules", "graph": "ONNX graphs"}
 """What a pass works on, in words."""
 
@@ -233,6 +244,12 @@ class Pass(BaseModel, ABC):
     """Whether rewriting one layer of the plan after the other gives what rewriting all at once gives."""
     not_after: ClassVar[tuple[str, ...]] = ()
     """Passes that may not stand before this one in a recipe, as glob patterns of names."""
+    leaves: ClassVar[str] = ""
+    """What a model is after this pass, in words that finish "which leaves": why another cannot follow."""
+    looks_for: ClassVar[str] = "layers that it could change"
+    """What the pass looks for in a model, in the plural: said where a model has none of them."""
+    functions: ClassVar[tuple[str, ...]] = ()
+    """Parameters that may name a function of the user's, ``FILE.py:FUNCTION``."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -253,7 +270,16 @@ class Pass(BaseModel, ABC):
 
     def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> Self:
         """The same pass for a recipe in another folder: its paths and model strings, where it has any, changed."""
-        return self
+        del model
+        found = {name: moved_function(getattr(self, name), path) for name in self.functions}
+        return self.model_copy(update=found) if found else self
+
+    def refuse_incomplete(self) -> None:
+        """Raise ``ToolchainError`` where settings that no default could fit are missing; asked before any work."""
+
+    def destroyed(self) -> str:
+        """What a pass after this one would miss, in words that finish "which leaves"; empty where nothing is said."""
+        return self.leaves or ("its weights in " + " and ".join(self.formats) if self.formats else "")
 
     @abstractmethod
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -285,11 +311,20 @@ class Pass(BaseModel, ABC):
             raise ToolchainError(f"{self.name()} works on {WORDS[self.works_on]}, and was handed another model")
         if self.needs_calibration and not context.calibration:
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
+        self.refuse_incomplete()
         before = cost(model, context.example)
-        plan = self.plan(model, context)
+        plan = self.with_reason(model, self.plan(model, context))
         model = self.carry_out(model, plan, context)
         example = without(context, self.removed_inputs(plan)).example
         return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))
+
+    def with_reason(self, model: nn.Module, plan: Plan) -> Plan:
+        """The plan; one that names nothing says what was looked for, and what there is instead."""
+        if plan.choice or plan.skipped:
+            return plan
+        reason = f"it has no {self.looks_for}{there_is(model)}"
+        notes = [*plan.facts.get("notes", []), f"{self.name()} changed nothing: {reason}"]
+        return replace(plan, skipped={"": reason}, facts={**plan.facts, "notes": notes})
 
     def check_calibration(self, context: Context, asked: str, *, otherwise: str) -> None:
         """Raise ``ToolchainError`` where a setting (``asked``, in words) has no calibration inputs to work with."""
@@ -307,6 +342,23 @@ class Pass(BaseModel, ABC):
             model = self.rewrite(model, replace(plan, choice={path: decision}))
             context.put(model.get_submodule(path))
         return model
+
+
+def moved_function(text: str, path: Callable[[str], str]) -> str:
+    """``FILE.py:FUNCTION`` with the file's path changed; any other text as it is."""
+    file, _, name = text.rpartition(":")
+    return f"{path(file)}:{name}" if file.endswith(".py") else text
+
+
+def there_is(model: nn.Module) -> str:
+    """What kinds of layers a model is made of, for a pass that found none of its own."""
+    if isinstance(model, GraphModule):
+        return ""
+    weighted = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    kinds = list(dict.fromkeys(type(module).__name__ for module in weighted))
+    if not kinds:
+        return "; none of its modules has weights"
+    return f"; its weights are in {', '.join(kinds[:8])}{', …' if len(kinds) > 8 else ''}"
 
 
 def cost(model: nn.Module, example: Inputs | None) -> Cost:

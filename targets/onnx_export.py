@@ -337,8 +337,8 @@ def check(path: Path, linked: Iterable[Path]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         shutil.copyfile(path, copy)
-        own = path.with_suffix(".safetensors")
-        for file in (*(path.parent / LINKED).iterdir(), *([own] if own.exists() else [])):
+        # Every file of weights, because halves of one graph read what was written for the whole.
+        for file in (*(path.parent / LINKED).iterdir(), *path.parent.glob("*.safetensors")):
             stand_in = Path(folder) / file.relative_to(path.parent)
             stand_in.parent.mkdir(exist_ok=True)
             with stand_in.open("wb") as empty:

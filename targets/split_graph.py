@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from targets.onnx_export import check, place_of
 from toolchain.errors import ToolchainError
 
 ENLARGING = {"Expand", "Tile"}
@@ -52,7 +52,7 @@ def split_graph(path: Path, constant: Sequence[str], prepare: Path, step: Path) 
     first, second = first_half(whole.clone(), passed), second_half(whole.clone(), passed, constant)
     for half, place in ((first, prepare), (second, step)):
         ir.save(half, place)
-        onnx.checker.check_model(place)
+        check(place, linked_by(half))
     path.unlink()
     outer = [name_of(value) for value in second.graph.inputs]
     return Halves(
@@ -60,6 +60,11 @@ def split_graph(path: Path, constant: Sequence[str], prepare: Path, step: Path) 
         step=tuple(name for name in outer if name not in passed),
         passed=tuple(passed),
     )
+
+
+def linked_by(model: ir.Model) -> set[Path]:
+    """Weight files that a graph reads where a link to them lies."""
+    return {place.path for value in model.graph.initializers.values() if (place := place_of(value))}
 
 
 def crossing(graph: ir.Graph, constant: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
-DONE, MISSED, WRONG_USE, CANNOT, BUG = 0, 1, 2, 3, 70
+DONE, MISSED, WRONG_USE, CANNOT, INTERNAL = 0, 1, 2, 3, 70
 
 
 class ToolchainError(Exception):
@@ -40,18 +40,23 @@ class ToolchainError(Exception):
 
 
 class InternalError(Exception):
-    """A fault of ours: a step or a backend broke a promise that no input can explain.
+    """A fault of ours, found while we worked: no user can mend it. The cause keeps its traceback.
 
     Args:
-        message: what went wrong.
-        where: the step or layer at fault.
+        message: what went wrong, in one line.
+        where: the step at fault, and the steps before it.
     """
 
-    exit_code = BUG
+    exit_code = INTERNAL
 
     def __init__(self, message: str, *, where: str | None = None) -> None:
         super().__init__(message)
         self.message, self.where = message, where
+        self.help = "this is a bug of ours, not a fault of yours; please report it with the traceback"
+
+    def __str__(self) -> str:
+        lines = [self.message, *([f"  --> {self.where}"] if self.where else []), f"  help: {self.help}"]
+        return "\n".join(lines)
 
 
 class UnavailableError(ToolchainError):

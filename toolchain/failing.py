@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from toolchain.errors import BUG, FaultsError, InternalError, ToolchainError
+from toolchain.errors import INTERNAL, FaultsError, InternalError, ToolchainError
 
 DEBUG = "ENGINEWRIGHT_DEBUG"
 """An environment variable; where it is set, whole tracebacks are shown."""
@@ -96,7 +96,7 @@ def told_bug(error: Exception, *, as_json: bool) -> int:
     cause = {
         MemoryError: "memory ran out",
         RecursionError: "something is nested too deeply",
-    }.get(type(error), str(error).strip() or type(error).__name__)
+    }.get(type(error), str(getattr(error, "message", error)).strip() or type(error).__name__)
     where = error.where if isinstance(error, InternalError) else None
     stage = next((note for note in getattr(error, "__notes__", ())), "")
     if as_json:
@@ -113,4 +113,4 @@ def told_bug(error: Exception, *, as_json: bool) -> int:
     if where or stage:
         print(f"  --> {where or stage}", file=sys.stderr)
     print(f"  help: {REPORT}", file=sys.stderr)
-    return BUG if not isinstance(error, InternalError) else error.exit_code
+    return INTERNAL

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,16 @@ from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, calibration, environment, origin, preflight, scoring, shipping, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
-from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
+from toolchain.errors import (
+    CANNOT,
+    DONE,
+    MISSED,
+    FaultsError,
+    InternalError,
+    ToolchainError,
+    raise_faults,
+    unknown,
+)
 from toolchain.measure import judge_gates, measure
 from toolchain.preparing import fed, part_in_two, read_halves, said_of
 from toolchain.progress import Progress
@@ -34,7 +44,7 @@ from toolchain.sources.contract import Model, write_interface
 from toolchain.switching import parts_of, read_table, table_of, write_table
 from validation.contract import Runner
 from validation.fidelity import non_finite
-from validation.inputs import Dim, completed, draw
+from validation.inputs import Dim, completed, draw, shared_by_rows
 
 
 @dataclass
@@ -46,6 +56,8 @@ class Run:
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
     shipped: dict[str, list[deploying.Engine]] = field(default_factory=dict)
+    compared: Model | None = None
+    """What the steps done so far are compared with; None before the first."""
 
     @cached_property
     def model(self) -> Model:
@@ -58,8 +70,8 @@ class Run:
 
     @property
     def reference(self) -> Model:
-        """What engines are compared with: the original, without the inputs that steps removed."""
-        return compared_with(self.model, [(step, result.plan) for step, result, _ in self.results])
+        """What engines are compared with: the original, as the steps mean to change it."""
+        return self.compared or self.model
 
     @property
     def exported(self) -> Model:
@@ -80,18 +92,21 @@ class Run:
     def context(self, scratch: Path | None) -> Context:
         """What passes may look at."""
         keep = {"put": Scratch(scratch).put} if scratch else {}
+        calls = calibration.inputs(self.recipe, self.model) if self.recipe.steps else []
         return Context(
-            calibration=calibration.inputs(self.recipe, self.model) if self.recipe.steps else (),
+            calibration=calls,
             example=self.example(batch=1),
             seed=self.recipe.head.seed,
             original=self.model.module,
-            score_of=lambda text: scoring.score_of(text, self.model, self.recipe),
+            score_of=lambda text: scoring.score_of(text, self.model, self.recipe, calls),
             losses_of=lambda text: scoring.losses_of(text, self.recipe.folder),
             say=self.progress.count,
             draw=calibration.drawn_by(self.recipe, self.model),
             calls_in=lambda text: calibration.calls_in(self.recipe.path(text), self.model.inputs),
             teacher_of=lambda text: teachers.teacher_of(text, self.recipe),
             folder=self.recipe.folder,
+            shared=shared_by_rows(self.model.inputs),
+            ranges={s.name: (s.low, s.high) for s in self.model.inputs if s.low is not None and s.high is not None},
             **keep,
         )
 
@@ -107,16 +122,27 @@ class Run:
             before = ", ".join(s.name() for s in self.recipe.steps[:number]) or "none"
             with self.progress.stage(f"step {number + 1}: {step.name()}"):
                 began = time.perf_counter()
-                try:
+                with placed(f"step {number + 1} ({step.name()}); steps before it: {before}"):
                     result = step.apply(module, context)
-                except ToolchainError as error:
-                    where = f"step {number + 1} ({step.name()}); steps before it: {before}"
-                    raise ToolchainError(error.message, where=error.where or where, help=error.help) from error
+                    self.compared = compared_with(self.reference, [(step, result.plan)])
                 module = result.model
-                context = without(context, step.removed_inputs(result.plan))
+                context = self.after(context, step, result.plan)
                 self.results.append((step, result, time.perf_counter() - began))
-            self.progress.line(f"  changed {len(result.changed)}, left alone {len(result.plan.skipped)}")
+            self.progress.line(f"  {said(result)}")
         return module.eval()
+
+    def after(self, context: Context, step: Pass, plan: Plan) -> Context:
+        """What the passes after a step may look at: they learn from, and are judged by, what it is compared with."""
+        gone = step.removed_inputs(plan)
+        context = without(context, gone)
+        reference, teacher_of = self.reference, context.teacher_of
+        return replace(
+            context,
+            original=reference.module,
+            score_of=lambda text: scoring.score_of(text, reference, self.recipe, context.calibration),
+            # Another model to learn from is called as the student is.
+            teacher_of=(lambda text: step.reference(teacher_of(text), plan)) if gone else teacher_of,
+        )
 
     def hints(self) -> dict[str, dict[str, Any]]:
         """What the plans say about layers, for targets."""
@@ -126,6 +152,28 @@ class Run:
                 if isinstance(choice, Mapping):
                     found.setdefault(path, {}).update(choice)
         return found
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Say of every fault which step it is of; what no pass foresaw is our own fault, and keeps its traceback."""
+    try:
+        yield
+    except ToolchainError as error:
+        kind = ToolchainError if isinstance(error, FaultsError) else type(error)
+        raise kind(error.message, where=error.where or where, help=error.help) from error
+    except (InternalError, MemoryError, OSError):  # a full disk is nobody's bug
+        raise
+    except Exception as error:
+        raise InternalError(f"{type(error).__name__}: {error}", where=where) from error
+
+
+def said(result: Result) -> str:
+    """One line on what a step did."""
+    skipped = result.plan.skipped
+    if not result.changed and set(skipped) == {""}:
+        return f"changed nothing: {skipped['']}"
+    return f"changed {len(result.changed)}, left alone {len(skipped)}"
 
 
 def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tuple[record.Report, int]:

@@ -68,9 +68,10 @@ def files_of(recipe: Recipe) -> Iterator[Wanted]:
     if recipe.head.calibration.file:
         yield Wanted(recipe.head.calibration.file, "calibration.file", "calibration file")
     for number, step in enumerate(recipe.steps):
-        kept = (getattr(step, "checkpoint", None), getattr(step, "log", None))  # written where they are not there
+        made = (getattr(step, "checkpoint", None), getattr(step, "log", None))  # written where they are not there
+        apart = {*made, *(score.rpartition(":")[0] for score in scores_of(step))}
         for text in paths_of(step):
-            if text not in kept:
+            if text not in apart:
                 yield Wanted(text, f"steps[{number}] ({step.name()})", "file")
 
 

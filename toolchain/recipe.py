@@ -265,7 +265,14 @@ def read_step(table: Mapping[str, Any], where: str) -> Pass:
     if not isinstance(name, str):
         raise ToolchainError('a step needs pass = "NAME"', where=where)
     cls = catalog.pass_class(name, where=where)
-    return placed(lambda: cls(**{key: value for key, value in table.items() if key != "pass"}), where)
+
+    def build() -> Pass:
+        step = cls(**{key: value for key, value in table.items() if key != "pass"})
+        step.refuse_incomplete()
+        return step
+
+    step: Pass = placed(build, where)
+    return step
 
 
 def read_target(table: Mapping[str, Any], where: str) -> TargetStep:
@@ -295,13 +302,27 @@ def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
     """Steps that stand after one that they cannot follow."""
     faults = []
     for i, step in enumerate(steps):
-        for earlier in steps[:i]:
-            if any(fnmatchcase(earlier.name(), pattern) for pattern in step.not_after):
-                message = f"{step.name()} cannot come after {earlier.name()}"
-                turned = any(fnmatchcase(step.name(), pattern) for pattern in earlier.not_after)
-                help_ = "they exclude each other: leave one out" if turned else "change their order"
-                faults.append(ToolchainError(message, where=at(where, f"steps[{i}]"), help=help_))
+        place = at(where, f"steps[{i}]")
+        faults += [order_fault(step, earlier, place) for earlier in steps[:i] if cannot_follow(step, earlier)]
     return faults
+
+
+def cannot_follow(step: Pass, earlier: Pass) -> bool:
+    """Whether a step says that another may not stand before it."""
+    return any(fnmatchcase(earlier.name(), pattern) for pattern in step.not_after)
+
+
+def order_fault(step: Pass, earlier: Pass, where: str) -> ToolchainError:
+    """Why a step cannot follow another, and what can be done: the other order, where that one goes."""
+    reason = f", which leaves {left}" if (left := earlier.destroyed()) else ""
+    message = f"{step.name()} cannot come after {earlier.name()}{reason}"
+    if step.name() == earlier.name():
+        help_ = "a recipe can hold it once: put both settings into one step, or leave one out"
+    elif cannot_follow(earlier, step):
+        help_ = f"nor can {earlier.name()} come after {step.name()}: they exclude each other, so leave one out"
+    else:
+        help_ = f"change their order: {step.name()} first"
+    return ToolchainError(message, where=where, help=help_)
 
 
 def kind_faults(steps: list[Pass], model: str, where: str) -> list[ToolchainError]:

@@ -36,6 +36,8 @@ class Sparsify24(Pass):
     """2:4 sparse linear layers; faster on GPUs with sparse tensor cores, and no faster on any CPU."""
 
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "sparsify_2_4")
+    leaves: ClassVar[str] = "two of four weights at zero, a pattern that other weights would break"
+    looks_for: ClassVar[str] = "linear layers"
 
     method: Literal["magnitude", "sparsegpt"] = Field(
         "magnitude", description="magnitude keeps the two largest of four; sparsegpt also needs calibration inputs"

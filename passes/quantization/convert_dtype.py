@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from passes.contract import Context, Inputs, Pass, Plan
 from passes.selection import check_patterns, excluded_by
 from passes.surgery import share
+from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,6 +34,7 @@ class ConvertDtype(Pass):
 
     needs_calibration: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("convert_dtype", "quantize_*", "search_precision")
+    looks_for: ClassVar[str] = "weights in fp32"
 
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="floating type to compute in")
     headroom: float = Field(2, ge=1, description="a layer stays in fp32 when its values times this would overflow")
@@ -136,7 +138,8 @@ class ConvertDtype(Pass):
             take(module)
             if not entry["wide"]:
                 give(module, dtype)
-        give(model, torch.float32)
+        for network in model.variants if isinstance(model, ByTimestep) else [model]:
+            give(network, torch.float32)
         return model
 
 

@@ -37,6 +37,8 @@ class SearchPrecision(Pass):
 
     needs_calibration: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
+    leaves: ClassVar[str] = "weights in several formats"
+    looks_for: ClassVar[str] = "linear layers"
 
     candidates: tuple[dict[str, Any], ...] = Field(
         ({"pass": "quantize_int8"},),
