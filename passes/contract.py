@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
+from passes.surgery import follow, several_names
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import parse_json, read_tensors, read_text
@@ -335,13 +336,31 @@ class Pass(BaseModel, ABC):
             )
 
     def carry_out(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
-        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come."""
-        if self.works_on == "graph" or not self.by_layer:
+        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come.
+
+        A layer that the model holds under several names is planned under the first; the others follow it.
+        """
+        if self.works_on == "graph":
             return self.rewrite(model, plan)
-        for path, decision in plan.choice.items():
-            model = self.rewrite(model, replace(plan, choice={path: decision}))
-            context.put(model.get_submodule(path))
+        places = several_names(model)
+        olds = {path: old for path in plan.choice if (old := module_at(model, path)) is not None and id(old) in places}
+        parts = [replace(plan, choice={path: plan.choice[path]}) for path in plan.choice] if self.by_layer else [plan]
+        for part in parts:
+            model = self.rewrite(model, part)
+            for path in part.choice:
+                if path in olds and (new := module_at(model, path)) is not None:
+                    follow(olds[path], new, places[id(olds[path])])
+                if self.by_layer:
+                    context.put(model.get_submodule(path))
         return model
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of a plan, if it names one."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def moved_function(text: str, path: Callable[[str], str]) -> str:
@@ -364,7 +383,8 @@ def there_is(model: nn.Module) -> str:
 def cost(model: nn.Module, example: Inputs | None) -> Cost:
     """Count parameters, weight bytes and, given an example call, multiply-accumulates.
 
-    Integer matrices held as buffers (a quantized layer's weights) count as parameters; other buffers do not. Of an ONNX
+    Matrices of 8-bit numbers held as buffers named ``weight`` (a quantized layer's) count as parameters; other buffers,
+    such as masks, do not. Of an ONNX
     graph its float tensors and int8 matrices count, and no multiply-accumulates. Weights of a module that says
     ``weight_bits`` count as the bits that they have in a file.
     """
@@ -373,9 +393,7 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
     bits: dict[int, Any] = {
         id(part.weight): part.weight_bits for part in model.modules() if hasattr(part, "weight_bits")
     }
-    held = [
-        b for name, b in model.named_buffers() if b.dtype.itemsize == 1 and b.ndim > 1 and not name.endswith("scales")
-    ]
+    held = [buffer for name, buffer in model.named_buffers() if is_weight(name, buffer)]
     weights = [*model.parameters(), *held]
     return Cost(
         parameter_count=sum(t.numel() for t in weights),
@@ -384,6 +402,11 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
             t.numel() * bits.get(id(t), 8 * t.element_size()) // 8 for t in (*model.parameters(), *model.buffers())
         ),
     )
+
+
+def is_weight(name: str, buffer: Tensor) -> bool:
+    """Whether a buffer holds the weights of a quantized layer."""
+    return name.rpartition(".")[2] == "weight" and buffer.dtype.itemsize == 1 and buffer.ndim > 1
 
 
 def graph_cost(model: GraphModule) -> Cost:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from passes.contract import Pass, Plan
+from passes.contract import Context, Pass, Plan
 from passes.surgery import share
 from targets.contract import Runner
 from targets.onnx_files import check_onnx
@@ -158,7 +158,7 @@ def replay(run: Run, folder: Path) -> nn.Module:
     """An artifact's optimized PyTorch module: the source, and each step's recorded plan carried out again."""
     module = share(run.model.module)
     for step, plan in recorded(run, folder):
-        module = step.rewrite(module, plan)
+        module = step.carry_out(module, plan, Context())
     return module.eval()
 
 

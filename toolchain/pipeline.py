@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
+from passes.contract import Context, Inputs, Pass, Plan, Result, cost, module_at, without
 from passes.graph.module import GraphModule
+from passes.patterns import PATTERN, keeps_pattern
 from passes.surgery import share
 from reports import deploying, record, rendering
 from targets.contract import Built, Graph, ShapeRange
@@ -56,6 +58,16 @@ class Run:
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
     shipped: dict[str, list[deploying.Engine]] = field(default_factory=dict)
+    sparse: dict[str, nn.Module] = field(default_factory=dict)
+    """Layers of the 2:4 pattern as they were made, by path; those that lost it are out."""
+    layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
+    """Layers that plans say something about, by the path that they had then."""
+    step_notes: dict[int, list[str]] = field(default_factory=dict)
+    """What a step, by number, did beside its plan."""
+    module: nn.Module | None = None
+    """The optimized module, once there is one."""
+    part_hints: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Hints under the paths of each exported network, by what tells its files apart."""
     compared: Model | None = None
     """What the steps done so far are compared with; None before the first."""
 
@@ -126,10 +138,12 @@ class Run:
                     result = step.apply(module, context)
                     self.compared = compared_with(self.reference, [(step, result.plan)])
                 module = result.model
+                self.note_patterns(module, result.plan)
                 context = self.after(context, step, result.plan)
                 self.results.append((step, result, time.perf_counter() - began))
             self.progress.line(f"  {said(result)}")
-        return module.eval()
+        self.module = module.eval()
+        return self.module
 
     def after(self, context: Context, step: Pass, plan: Plan) -> Context:
         """What the passes after a step may look at: they learn from, and are judged by, what it is compared with."""
@@ -144,14 +158,55 @@ class Run:
             teacher_of=(lambda text: step.reference(teacher_of(text), plan)) if gone else teacher_of,
         )
 
-    def hints(self) -> dict[str, dict[str, Any]]:
-        """What the plans say about layers, for targets."""
+    def note_patterns(self, module: nn.Module, plan: Plan) -> None:
+        """Keep account of layers of the 2:4 pattern, and say of a step that it took the pattern away."""
+        lost = [path for path, layer in self.sparse.items() if not still_sparse(module, path, layer)]
+        for path in lost:
+            del self.sparse[path]
+        if lost:
+            listed = ", ".join(lost[:4]) + (", …" if len(lost) > 4 else "")
+            note = f"the 2:4 zeros of {len(lost)} layers are gone after this step, and no target builds them as sparse"
+            self.step_notes[len(self.results)] = [f"{note}: {listed}"]
+        for path, choice in plan.choice.items():
+            if isinstance(choice, Mapping) and (layer := module_at(module, path)) is not None:
+                self.layers[path] = weakref.ref(layer)
+                if choice.get("pattern") == PATTERN:
+                    self.sparse[path] = layer
+
+    def hints(self, network: nn.Module | None = None) -> dict[str, dict[str, Any]]:
+        """What the plans say about layers, for targets.
+
+        Args:
+            network: the one that is exported, whose own paths are used: a layer may lie elsewhere in it than in the
+                model that a pass saw, as each of several networks by timestep does. None: the paths of the plans.
+        """
         found: dict[str, dict[str, Any]] = {}
         for _, result, _ in self.results:
             for path, choice in result.plan.choice.items():
                 if isinstance(choice, Mapping):
                     found.setdefault(path, {}).update(choice)
-        return found
+        for path, hint in found.items():
+            if hint.get("pattern") == PATTERN and path not in self.sparse:
+                found[path] = {key: value for key, value in hint.items() if key != "pattern"}
+        if network is None or self.module is None:
+            return found
+        at = {id(layer): path for path, layer in network.named_modules()}
+        moved: dict[str, dict[str, Any]] = {}
+        for path, hint in found.items():
+            layer = self.layers[path]() if path in self.layers else None
+            if layer is None or not any(each is layer for each in self.module.modules()):
+                layer = module_at(self.module, path)  # a later step put another in its place
+            if (name := at.get(id(layer))) is not None:
+                moved[name] = hint
+        return moved
+
+
+def still_sparse(module: nn.Module, path: str, layer: nn.Module) -> bool:
+    """Whether a layer of the 2:4 pattern has it still, where it was or where a later step put it."""
+    now = module_at(module, path)
+    if now is None or (now is not layer and not keeps_pattern(now)):
+        now = next((each for each in module.modules() if each is layer), None)
+    return now is not None and keeps_pattern(now)
 
 
 @contextmanager
@@ -198,6 +253,7 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
             table = table_of(module)
             for name, part in parts_of(module).items():
                 called = table.model_of(name, run.exported) if table else run.exported
+                run.part_hints[name] = run.hints(part)
                 write_graph(run, called, part, folder / f"model{name}.onnx")
             write_table(module, folder)
             part_in_two(module, folder)
@@ -235,7 +291,7 @@ def write_plans(run: Run, folder: Path) -> None:
 def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
     """``model.onnx``, called as ``model`` is, with its weights beside it."""
     if isinstance(module, GraphModule):
-        save(module.graph.clone(), path)
+        save(module.graph.clone(), path, embed=run.recipe.head.export.embed_weights)
         return
     # At least 2, because the tracer takes a dimension of 1 for a constant.
     sizes = {d.name: max(d.typical, 2) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
@@ -317,7 +373,7 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
         path=folder / f"model{part}.onnx",
         ranges=ranges,
         examples=examples,
-        hints=run.hints(),
+        hints=run.part_hints.get(part, run.part_hints.get("", {})),
         threads=run.threads,
         say=run.progress.say,
     )
@@ -376,7 +432,7 @@ def make_report(
             bytes=first.bytes,
         ),
         verdict=verdict(gates, targets),
-        steps=[step_record(*entry) for entry in run.results],
+        steps=[step_record(*entry, run.step_notes.get(number, [])) for number, entry in enumerate(run.results)],
         targets=targets,
         gates=gates,
         samples=pictures,
@@ -387,8 +443,8 @@ def make_report(
     )
 
 
-def step_record(step: Pass, result: Result, seconds: float) -> record.Step:
-    """What one step did."""
+def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str] = ()) -> record.Step:
+    """What one step did; ``notes`` are what its plan could not know."""
     before, after = result.before, result.after
     return record.Step(
         name=step.name(),
@@ -400,7 +456,7 @@ def step_record(step: Pass, result: Result, seconds: float) -> record.Step:
         macs=record.BeforeAfter(before=before.macs, after=after.macs),
         bytes=record.BeforeAfter(before=before.bytes, after=after.bytes),
         seconds=round(seconds, 3),
-        notes=list(result.plan.facts.get("notes", [])),
+        notes=[*result.plan.facts.get("notes", []), *notes],
         curve=result.plan.facts.get("curve"),
         maps=result.plan.facts.get("maps", []),
     )

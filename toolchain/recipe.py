@@ -237,6 +237,7 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
     faults.extend(order_faults([step for step in steps if step], where))
     if head:
         faults.extend(kind_faults([step for step in steps if step], head.model, where))
+        faults.extend(setting_faults(head, where))
     found, notes = format_faults([step for step in steps if step], [target for target in targets if target], where)
     raise_faults([*faults, *found])
     assert head is not None
@@ -337,6 +338,19 @@ def kind_faults(steps: list[Pass], model: str, where: str) -> list[ToolchainErro
             help=f"passes for {WORDS[given]}: {', '.join(fitting)}",
         )
         for i, step in wrong.items()
+    ]
+
+
+def setting_faults(head: Head, where: str) -> list[ToolchainError]:
+    """Export settings that an ONNX graph cannot follow: nothing computes it again in another type."""
+    if sources.gives(head.model) != "graph" or head.export.dtype is None:
+        return []
+    return [
+        ToolchainError(
+            f"dtype is {head.export.dtype!r}; {head.model!r} is an ONNX graph, which keeps the types it was written in",
+            where=at(where, "export.dtype"),
+            help="export the PyTorch model in that type, or leave --dtype out",
+        )
     ]
 
 

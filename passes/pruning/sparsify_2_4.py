@@ -20,12 +20,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
+from passes.patterns import PATTERN
 from passes.pruning.factorize import refuse_meta, squares_of_inputs
 from passes.selection import check_patterns, excluded_by
 from passes.surgery import linear_like, put_at
 from toolchain.errors import ToolchainError
 
-PATTERN = "2:4"
 DAMPING = 0.01
 """Of the mean of the diagonal of X^T X, added to the diagonal; the release's value."""
 BLOCK = 128

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from passes.contract import Context, Inputs
+from passes.patterns import mask_of
 from passes.recovery import checkpoints
 from passes.recovery.checkpoints import State
 from passes.recovery.devices import Devices
@@ -62,6 +63,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.settings.lr, weight_decay=self.settings.weight_decay
         )
+        self.masks = [mask_of(parameter) for parameter in self.parameters]
         self.aligns = any(guide.aligns for guide in self.guides)
         for module in self.student.modules():
             if hasattr(module, "learns"):  # routers: of experts, and of tokens that stay or that run
@@ -97,8 +99,8 @@ class Training:
         loss, gradients = self.gradients()
         # Rounding has nothing to teach, and Adam would turn it into steps of full size.
         if loss > NOISE:
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient
+            for parameter, gradient, mask in zip(self.parameters, gradients, self.masks, strict=True):
+                parameter.grad = gradient if mask is None else gradient * mask  # 2:4 zeros stay zero
             nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.lr * schedule(self.state.step, self.settings.steps, self.settings.warm_up)

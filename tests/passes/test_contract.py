@@ -171,6 +171,17 @@ def test_cost_counts_by_hand() -> None:
     assert (found.parameter_count, found.macs, found.bytes) == (36, 96, 144)
 
 
+def test_a_mask_held_as_a_buffer_is_no_parameter() -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = torch.nn.Linear(4, 4)
+            self.register_buffer("bias", torch.ones(1, 1, 64, 64, dtype=torch.bool).tril())
+            self.register_buffer("bytes", torch.zeros(64, 64, dtype=torch.uint8))
+
+    assert cost(Masked(), None).parameter_count == 20
+
+
 def test_attention_is_counted_too() -> None:
     class Attention(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
