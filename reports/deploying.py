@@ -43,6 +43,8 @@ class Engine:
         outputs: what it gives.
         provider: of ONNX Runtime.
         disabled: optimizers of ONNX Runtime that would make a graph that it refuses itself.
+        plain: whether ONNX Runtime must optimize nothing at all.
+        options: of the session.
         passed: inputs that the engine before it gives.
     """
 
@@ -54,6 +56,8 @@ class Engine:
     outputs: Sequence[Value] = ()
     provider: str = "CPUExecutionProvider"
     disabled: Sequence[str] = ()
+    plain: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
     passed: Sequence[str] = ()
 
 
@@ -125,9 +129,7 @@ def onnx_code(engines: Sequence[Engine]) -> list[str]:
     """Lines that run engines with ONNX Runtime."""
     lines = ["import numpy as np", "import onnxruntime", ""]
     for engine in engines:
-        options = f', disabled_optimizers=["{chr(34).join(engine.disabled)}"]' if engine.disabled else ""
-        path = f"{engine.folder}/{engine.file}"
-        lines.append(f'session = onnxruntime.InferenceSession("{path}", providers=["{engine.provider}"]{options})')
+        lines += session_lines(engine)
         lines.append("inputs = {")
         lines += [f"    {call_of(value, 'np')}" for value in engine.inputs if value.name not in engine.passed]
         lines.append("}")
@@ -142,6 +144,21 @@ def onnx_code(engines: Sequence[Engine]) -> list[str]:
             names = ", ".join(f'"{name}"' for name in following)
             lines.append(f"passed = dict(zip([{names}], outputs.values()))")
     return lines
+
+
+def session_lines(engine: Engine) -> list[str]:
+    """Lines that open a graph as it was opened when it was measured."""
+    lines, more = [], ""
+    if engine.plain or engine.options:
+        lines, more = ["options = onnxruntime.SessionOptions()"], ", options"
+        lines += [f'options.add_session_config_entry("{key}", "{value}")' for key, value in engine.options.items()]
+    if engine.plain:
+        lines.append("options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL")
+    if engine.disabled:
+        more += f", disabled_optimizers=[{', '.join(f'{chr(34)}{name}{chr(34)}' for name in engine.disabled)}]"
+    path = f"{engine.folder}/{engine.file}"
+    providers = f'providers=["{engine.provider}"]'
+    return [*lines, f'session = onnxruntime.InferenceSession("{path}"{more}, {providers})']
 
 
 def tensorrt_code(engine: Engine) -> list[str]:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from toolchain.recipe import Recipe
     from validation.inputs import InputSpec
 
+WEIGHT_MODES = ("auto", "copy", "link")
+"""What may become of weights that are on disk."""
+
 
 def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
     """The recipe that ``export`` or ``plan`` was asked for. Unknown names are found before anything heavy loads."""
@@ -30,9 +33,10 @@ def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
     check_names(content)
     if chosen.trust_remote_code:
         content["trust_remote_code"] = True
-    content["export"] = given(dtype=chosen.dtype, embed_weights=chosen.embed_weights or None)
-    if chosen.weights:
-        content["weights"] = chosen.weights
+    mode, file = weights_from(chosen.weights)
+    content["export"] = given(dtype=chosen.dtype, embed_weights=chosen.embed_weights or None, weights=mode)
+    if file:
+        content["weights"] = file
     content["calibration"] = given(file=chosen.calibration, calls=chosen.calibration_calls)
     content["validation"] = validation_from(chosen)
     from toolchain.recipe import make
@@ -52,6 +56,18 @@ def validation_from(chosen: Namespace) -> dict[str, Any]:
 def given(**settings: Any) -> dict[str, Any]:
     """Those settings that were asked for."""
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def weights_from(texts: Sequence[str]) -> tuple[str | None, str | None]:
+    """What ``--weights`` was given: what becomes of weights on disk, and a file of weights; a file called copy is
+    ``./copy``.
+    """
+    modes = [text for text in texts if text in WEIGHT_MODES]
+    files = [text for text in texts if text not in WEIGHT_MODES]
+    for several in (modes, files):
+        if len(several) > 1:
+            raise ToolchainError(f"--weights was given twice: {several[0]!r} and {several[1]!r}", where="--weights")
+    return next(iter(modes), None), next(iter(files), None)
 
 
 def check_names(content: dict[str, Any]) -> None:

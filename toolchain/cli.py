@@ -117,16 +117,23 @@ def parser() -> Parser:
     one.add_argument("model", help=MODEL_HELP)
     recipe_options(one)
     validation_options(one)
+    trust_option(one)
     output_options(one)
     one.add_argument("--no-validate", action="store_true", help="build only: measure nothing")
 
     one = command("run", "do what a recipe says; export writes the recipe it ran")
-    one.add_argument("recipe", help="a TOML file, or the name of a recipe that ships (see: list recipes)")
+    one.add_argument(
+        "recipe", help="a TOML file, or the name of a recipe that ships (see: list recipes); code that it names is run"
+    )
+    trust_option(one)
     output_options(one)
 
     one = command("plan", "decide and estimate, change nothing")
-    one.add_argument("subject", metavar="MODEL", help=f"a recipe file, or a model; {MODEL_HELP}")
+    one.add_argument(
+        "subject", metavar="MODEL", help=f"a recipe file (code that it names is run), or a model; {MODEL_HELP}"
+    )
     recipe_options(one)
+    trust_option(one)
 
     one = command("bench", "paired latency of engines and their original")
     one.add_argument("subject", help="an artifact folder, or a model")
@@ -135,6 +142,7 @@ def parser() -> Parser:
     one.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads; default: every core allowed")
     size_option(one)
     source_option(one)
+    trust_option(one)
 
     one = command("compare", "fidelity of two artifacts, engines or models on the same inputs")
     one.add_argument("original", help="artifact folder (FOLDER#TARGET for one engine), model, or .onnx file")
@@ -142,6 +150,7 @@ def parser() -> Parser:
     one.add_argument("--calls", type=whole(1), default=8, metavar="N", help="calls to compare on; default: 8")
     one.add_argument("--gate", action="append", default=[], metavar="BOUND", help="such as 'fidelity.cosine >= 0.999'")
     source_option(one)
+    trust_option(one)
 
     one = command("check", "regression gate: an artifact's figures against a baseline file")
     one.add_argument("artifact", type=Path, help="artifact folder")
@@ -185,13 +194,18 @@ def recipe_options(one: argparse.ArgumentParser) -> None:
         "'onnxruntime: latency.ratio <= 0.8' (see: list metrics)",
     )
     one.add_argument(
-        "--weights", metavar="FILE", help="safetensors file for a reference model; default: shipped, or random"
+        "--weights",
+        action="append",
+        default=[],
+        metavar="FILE|copy|link",
+        help="safetensors file for a reference model, not shipped or random weights; or what becomes of weights "
+        "that are on disk: copy or link them into the artifact; default: copy up to 2 GB",
     )
     one.add_argument("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
     one.add_argument(
         "--dtype", type=dtype, metavar="TYPE", help="compute in fp32, fp16 or bf16; default: as the weights are"
     )
-    one.add_argument("--embed-weights", action="store_true", help="copy the weights, so that the folder stands alone")
+    one.add_argument("--embed-weights", action="store_true", help="write all weights anew, in the type computed in")
     one.add_argument(
         "--calibration",
         metavar="FILE",
@@ -238,6 +252,15 @@ def source_option(one: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATH",
         help="where the file or folder that an artifact was made from is now, if it was moved; must be the same",
+    )
+
+
+def trust_option(one: argparse.ArgumentParser) -> None:
+    """Whether artifacts may run code."""
+    one.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the Python code that an artifact's model is made by (a py: file, a checkpoint's own code)",
     )
 
 

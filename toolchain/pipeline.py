@@ -24,7 +24,19 @@ from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, origin, preflight, scoring, shipping, sources, teachers
+from targets.weights import settle_weights
+from toolchain import (
+    __version__,
+    artifact,
+    calibration,
+    environment,
+    origin,
+    preflight,
+    scoring,
+    shipping,
+    sources,
+    teachers,
+)
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import (
@@ -58,6 +70,12 @@ class Run:
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
     shipped: dict[str, list[deploying.Engine]] = field(default_factory=dict)
+    trust_code: bool = False
+    """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
+    links: bool = False
+    """Whether the artifact's weights are links to files that lie elsewhere."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about the artifact for the report."""
     sparse: dict[str, nn.Module] = field(default_factory=dict)
     """Layers of the 2:4 pattern as they were made, by path; those that lost it are out."""
     layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
@@ -115,7 +133,7 @@ class Run:
             say=self.progress.count,
             draw=calibration.drawn_by(self.recipe, self.model),
             calls_in=lambda text: calibration.calls_in(self.recipe.path(text), self.model.inputs),
-            teacher_of=lambda text: teachers.teacher_of(text, self.recipe),
+            teacher_of=lambda text: teachers.teacher_of(text, self.recipe, trust_code=self.trust_code),
             folder=self.recipe.folder,
             shared=shared_by_rows(self.model.inputs),
             ranges={s.name: (s.low, s.high) for s in self.model.inputs if s.low is not None and s.high is not None},
@@ -231,10 +249,12 @@ def said(result: Result) -> str:
     return f"changed {len(result.changed)}, left alone {len(skipped)}"
 
 
-def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tuple[record.Report, int]:
+def export(
+    recipe: Recipe, out: Path, *, force: bool, progress: Progress, trust_code: bool = False
+) -> tuple[record.Report, int]:
     """Run a recipe into ``out``; returns the report and the exit code."""
     began = time.perf_counter()
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     preflight.check_files(recipe)
     for note in (*recipe.notes, *preflight.check_targets(recipe)):
         progress.line(note)
@@ -257,10 +277,14 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
                 write_graph(run, called, part, folder / f"model{name}.onnx")
             write_table(module, folder)
             part_in_two(module, folder)
+            run.links, linked = settle_weights(folder, recipe.head.export.weights)
+            if linked:
+                run.notes.append(linked)
+                progress.line(linked)
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
-        write_artifact(run, report, folder)
+        write_artifact(run, report, folder, artifact.place_of(out))
     return report, exit_code(report)
 
 
@@ -276,7 +300,8 @@ def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
     """An original whose own output is not finite cannot be a reference."""
     runner = EagerRunner(model.module, threads=threads, outputs=model.outputs)
     arrays = {name: tensor.numpy() for name, tensor in example.items()}
-    if faults := non_finite([runner(arrays)]):
+    given = runner(arrays)
+    if faults := non_finite([given]):
         layer = runner.first_non_finite(arrays)
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
 
@@ -285,7 +310,7 @@ def write_plans(run: Run, folder: Path) -> None:
     """``plans/NN-name.json`` for each step."""
     (folder / "plans").mkdir()
     for number, (step, result, _) in enumerate(run.results):
-        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json")
+        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", version=__version__)
 
 
 def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
@@ -342,7 +367,8 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built[0].resolved)
-    run.shipped[name] = shipped = shipping.engines_of(step, parts, run.exported.inputs, folder)
+    shipped = shipping.engines_of(step, parts, run.exported.inputs, folder, [each.left_out for each in built])
+    run.shipped[name] = shipped
     files = {path: size for engine in shipped for path, size in engine.files.items()}
     beside_fp32 = [each.fp32_ratio for each in built if each.fp32_ratio is not None]
     return found.model_copy(
@@ -376,6 +402,8 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
         hints=run.part_hints.get(part, run.part_hints.get("", {})),
         threads=run.threads,
         say=run.progress.say,
+        links=run.links,
+        untouched=not run.results and isinstance(run.model.module, GraphModule),
     )
     return step.target.build(graph, engine)
 
@@ -440,6 +468,7 @@ def make_report(
         environment=environment.describe(),
         versions=environment.versions(),
         seconds=round(seconds, 3),
+        notes=list(run.notes),
     )
 
 
@@ -480,9 +509,17 @@ def exit_code(report: record.Report) -> int:
     return CANNOT if unbuilt or unmeasured else DONE
 
 
-def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
-    """Everything but the graph, the plans and the engines: recipe, report and manifest."""
-    (folder / "recipe.toml").write_text(run.recipe.moved(folder).as_toml(run.resolved))
+def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> None:
+    """Everything but the graph, the plans and the engines: recipe, README, report and manifest.
+
+    Args:
+        run: what was done.
+        report: its record.
+        folder: where to write.
+        out: where that will lie in the end, which is where the paths of its recipe start.
+    """
+    recipe = run.recipe.with_weights("link" if run.links else "copy").moved(out)
+    (folder / "recipe.toml").write_text(recipe.as_toml(run.resolved))
     (folder / "README.md").write_text(deploying.render(report, run.shipped))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
@@ -492,6 +529,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
     artifact.write_manifest(
         folder,
         {
+            "version": __version__,
             "model": report.model.model_dump(),
             "plans": {
                 f"plans/{number + 1:02d}-{step.name()}.json": result.plan.digest()
@@ -512,9 +550,9 @@ class Decision:
     plan: Plan
 
 
-def decide(recipe: Recipe, progress: Progress) -> list[Decision]:
+def decide(recipe: Recipe, progress: Progress, *, trust_code: bool = False) -> list[Decision]:
     """Plan every step; each is carried out in memory, because the next one plans on its result. Writes nothing."""
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     preflight.check_files(recipe)
     run.optimize()
     return [Decision(step_record(*entry), entry[1].plan) for entry in run.results]

@@ -61,7 +61,13 @@ class Export(Table):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="floating type to compute in; None: as the weights are"
     )
-    embed_weights: bool = Field(False, description="copy weights that are on disk, so that the folder stands alone")
+    weights: Literal["auto", "copy", "link"] = Field(
+        "auto",
+        description="weights that are on disk: copy what is read, as it is; or link the files; auto: copy up to 2 GB",
+    )
+    embed_weights: bool = Field(
+        False, description="write all weights anew into model.safetensors, in the type that is computed in"
+    )
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -129,6 +135,11 @@ class Recipe:
     def part(self, name: str) -> Recipe:
         """The same recipe for one network of a pipeline."""
         return replace(self, head=self.head.model_copy(update={"model": f"{self.head.model}#{name}"}))
+
+    def with_weights(self, mode: Literal["copy", "link"]) -> Recipe:
+        """The same recipe with what became of weights on disk said."""
+        export = self.head.export.model_copy(update={"weights": mode})
+        return replace(self, head=self.head.model_copy(update={"export": export}))
 
     def moved(self, folder: Path) -> Recipe:
         """The same recipe for a file in another folder: relative paths lead to where they did, absolute ones stay."""

@@ -13,14 +13,25 @@ from onnx import helper
 from reports.deploying import Engine, Value
 from targets.contract import Target
 from targets.onnx_files import external_files
-from targets.onnxruntime_engine import ENGINE, PROVIDERS, disabled_optimizers
+from targets.onnxruntime_engine import (
+    ACCURACY,
+    ENGINE,
+    EVERY_OPTIMIZER,
+    FOUR_BITS_OPTION,
+    PROVIDERS,
+    disabled_optimizers,
+    four_bit_products,
+)
 from targets.tensorrt_builder import ENGINE as PLAN
+from targets.weights import load_graph
 from toolchain.preparing import STEP, read_halves
 from toolchain.recipe import TargetStep
 from validation.inputs import Dim, InputSpec
 
 
-def engines_of(step: TargetStep, parts: Sequence[str], specs: Sequence[InputSpec], folder: Path) -> list[Engine]:
+def engines_of(
+    step: TargetStep, parts: Sequence[str], specs: Sequence[InputSpec], folder: Path, left_out: Sequence[str]
+) -> list[Engine]:
     """Every engine of a target that was built into an artifact's folder.
 
     Args:
@@ -28,14 +39,15 @@ def engines_of(step: TargetStep, parts: Sequence[str], specs: Sequence[InputSpec
         parts: what its engines are told apart by.
         specs: the inputs that the exported model takes.
         folder: of the artifact.
+        left_out: for each part, the optimizer of ONNX Runtime that fails on it, or nothing.
     """
     dims = {d.name: d for spec in specs for d in spec.shape if isinstance(d, Dim)}
     halves = read_halves(folder)
     found = []
-    for part in parts:
+    for part, off in zip(parts, left_out, strict=True):
         place = folder / "engines" / f"{step.target.name()}{part}"
         passed = tuple(halves.passed) if halves and part == STEP else ()
-        found.append(one_engine(step.target, part, place, folder, dims, specs, passed))
+        found.append(one_engine(step.target, part, place, folder, dims, specs, passed, off))
     return found
 
 
@@ -47,6 +59,7 @@ def one_engine(
     dims: dict[str, Dim],
     specs: Sequence[InputSpec],
     passed: tuple[str, ...],
+    left_out: str,
 ) -> Engine:
     """One engine: its files, and its inputs and outputs as its graph declares them."""
     if target.runs_module:
@@ -65,7 +78,9 @@ def one_engine(
             inputs=values(model.graph.input, dims, specs),
             outputs=values(model.graph.output, dims, specs),
             provider=PROVIDERS[getattr(target, "provider", "cpu")],
-            disabled=disabled_optimizers(model),
+            disabled=[*disabled_optimizers(model), *([left_out] if left_out not in ("", EVERY_OPTIMIZER) else [])],
+            plain=left_out == EVERY_OPTIMIZER,
+            options=options_for(target, graph),
             passed=passed,
         )
     model = onnx.load(folder / f"model{part}.onnx", load_external_data=False)
@@ -78,6 +93,12 @@ def one_engine(
         outputs=values(model.graph.output, dims, specs),
         passed=passed,
     )
+
+
+def options_for(target: Target, graph: Path) -> dict[str, str]:
+    """Options of a session without which ONNX Runtime would round more than what was measured."""
+    mode = getattr(target, "weights_only", "exact")
+    return {FOUR_BITS_OPTION: ACCURACY[mode]} if four_bit_products(load_graph(graph)) else {}
 
 
 def sizes(place: Path, folder: Path) -> dict[str, int]:
