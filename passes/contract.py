@@ -294,7 +294,7 @@ class Pass(BaseModel, ABC):
         try:
             super().__init__(**parameters)
         except ValidationError as error:
-            raise_faults(invalid(error, what=self.name()))
+            raise_faults(invalid(error, what=self.name(), model=type(self)))
 
     @classmethod
     def name(cls) -> str:

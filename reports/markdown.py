@@ -11,7 +11,7 @@ from reports.record import Report, Step, TargetRecord
 def render(report: Report) -> str:
     """GitHub-flavoured Markdown; what comes from the record cannot break out of its cell."""
     parts = [
-        f"## {words.GLYPH[report.verdict]} {plain(report.model.name)}: {summary.title(report)}",
+        f"## {summary.glyph(report)} {plain(report.model.name)}: {summary.outcome(report)}",
         plain(summary.headline(report)),
         gates(report),
         targets(report),
@@ -49,7 +49,7 @@ def targets(report: Report) -> str:
     """One line a target: size, speed, nearness, quality; or why not."""
     rows = [target_row(report, target) for target in report.targets]
     return (
-        table(("Target", "Size", "Time of a call, original = 1", "Cosine", "Relative L2", "Quality"), rows)
+        table(("Target", "To copy", "Time of a call, original = 1", "Cosine", "Relative L2", "Quality"), rows)
         if rows
         else ""
     )
@@ -60,6 +60,12 @@ def target_row(report: Report, target: TargetRecord) -> tuple[str, ...]:
     size = words.size(target.bytes) if target.built else "not built"
     if not target.fidelity and target.latency is None:
         return (target.name, size, f"not measured: {summary.why_not_measured(report, target)}", "", "", "")
+    timed = target.latency
+    speed = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high) if timed else words.NOT_MEASURED
+    if timed and not timed.unsafe:
+        speed += f": {summary.speed(report, target)}"
+    elif timed:
+        speed = summary.speed(report, target)
     how = summary.how_compared(target)
     error = f"{summary.worst_relative_l2(target)} ({how})" if how else summary.worst_relative_l2(target)
     quality = ", ".join(
@@ -67,7 +73,7 @@ def target_row(report: Report, target: TargetRecord) -> tuple[str, ...]:
         for figure in target.quality
         if figure.value is not None
     )
-    return (target.name, size, summary.speed(target), summary.worst_cosine(target), error, quality)
+    return (target.name, size, speed, summary.worst_cosine(target), error, quality)
 
 
 def step_line(step: Step) -> str:

@@ -184,6 +184,13 @@ class TargetRecord(Part):
     optional: bool = False
     reason: str = ""
     bytes: int | None = None
+    """Of every file that must be copied for the engine to run elsewhere: those of ``files``."""
+    folders: list[str] = []
+    """What is to be copied, inside the artifact."""
+    files: dict[str, int] = {}
+    """Those files with their sizes, by their paths in the artifact."""
+    fp32_ratio: float | None = None
+    """Time of the engine over that of the same graph in fp32 in the same runtime, where both were timed."""
     seconds: float | None = None
     notes: list[str] = []
     fidelity: list[Fidelity] = []

@@ -12,19 +12,30 @@ UNTOUCHED = "the untouched original"
 """What engines are compared with unless a step means to compute something else."""
 
 
-def title(report: Report) -> str:
-    """The verdict, and on what."""
-    if report.verdict == "met":
-        return "all gates met" if len(report.gates) > 1 else "its gate is met"
-    if not report.gates and report.verdict == "not_measured":
-        return "no gates were asked for"
+def outcome(report: Report) -> str:
+    """How a run ended, in words; one that was measured and asked for no gates is done, and not unmeasured."""
+    if report.verdict == "not_measured" and not report.gates:
+        if any(target.fidelity or target.latency for target in report.targets):
+            return "done, no gates asked"
+        if not report.targets:
+            return "done, no targets asked"
+    missed = sum(gate.verdict == "missed" for gate in report.gates)
+    if missed:
+        return f"missed {missed} of {words.plural(len(report.gates), 'gate')}"
+    if report.verdict == "met" and all(gate.verdict == "met" for gate in report.gates):
+        return f"met {'its gate' if len(report.gates) == 1 else f'all {len(report.gates)} gates'}"
     return words.VERDICT[report.verdict]
+
+
+def glyph(report: Report) -> str:
+    """The sign of the outcome; that of something met only where something was asked."""
+    return "•" if outcome(report).startswith("done") else words.GLYPH[report.verdict]
 
 
 def headline(report: Report) -> str:
     """How many gates were met, missed and not measured."""
     if not report.gates:
-        return "No gates were asked for, so there is nothing to meet."
+        return "No gates were asked for, so there is nothing to meet or to miss."
     counts = Counter(gate.verdict for gate in report.gates)
     parts = [f"{counts[verdict]} {word}" for verdict, word in words.VERDICT.items() if counts[verdict]]
     faulty = [target.name for target in report.targets if target.faults]
@@ -53,7 +64,9 @@ def target_sentence(report: Report, target: TargetRecord) -> str:
     """One target: built or not, how large, how fast, how far off."""
     if not target.built:
         return f"{target.name} was not built: {why_not_measured(report, target)}."
-    built = f"{target.name} was built: {words.size(report.model.bytes)} became {words.size(target.bytes)}"
+    built = f"{target.name} was built: {words.size(report.model.bytes)} of weights became {words.size(target.bytes)}"
+    if target.folders:
+        built += f" to copy ({place(target)})"
     if target.faults:
         return f"{built}, but it is unusable: {target.faults[0]}."
     if not target.fidelity and target.latency is None:
@@ -68,16 +81,28 @@ def _speed(report: Report, target: TargetRecord) -> str:
     if timed.unsafe:
         ratio = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)
         return f"whether it is faster is open: {ratio} of the original's time, from samples that are unsafe"
-    return words.ratio_phrase(timed.ratio, timed.ratio_low, timed.ratio_high)
+    return speed(report, target)
 
 
-def speed(target: TargetRecord) -> str:
-    """The ratio of times with its interval, and whether anything may rest on it."""
+def speed(report: Report, target: TargetRecord) -> str:
+    """How fast an engine is beside the original and, where that is known, beside the same graph in fp32."""
     timed = target.latency
     if timed is None:
         return words.NOT_MEASURED
-    ratio = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)
-    return f"{words.VERDICT['inconclusive']}: {ratio}" if timed.unsafe else ratio
+    if timed.unsafe:
+        return f"{words.VERDICT['inconclusive']}: {words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)}"
+    first = words.times(timed.ratio, timed.ratio_low, timed.ratio_high, original(report))
+    return first if target.fp32_ratio is None else f"{first}; {words.beside_fp32(target.fp32_ratio)}"
+
+
+def original(report: Report) -> str:
+    """What engines are timed against: modules run in PyTorch, graphs in ONNX Runtime."""
+    return "the original in ONNX Runtime" if report.model.name.startswith("onnx:") else "the original in PyTorch"
+
+
+def place(target: TargetRecord) -> str:
+    """What has to be copied for an engine to run elsewhere."""
+    return words.listing(target.folders)
 
 
 def calls(output: Fidelity) -> str:
@@ -160,6 +185,12 @@ def sizes_run(target: TargetRecord) -> str:
 def sizes_text(check: SizeCheck) -> str:
     """Sizes, such as ``batch 1, time 11``."""
     return ", ".join(f"{name} {size}" for name, size in check.sizes.items())
+
+
+def has_quality(report: Report) -> bool:
+    """Whether anything is to be said of whole sampling runs: a figure, a gate on one, or that they were not run."""
+    asked = any(gate.name.startswith("quality.") for gate in report.gates)
+    return asked or bool(report.samples) or any(target.quality for target in report.targets)
 
 
 def skip_reasons(step: Step) -> list[tuple[str, int]]:

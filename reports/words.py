@@ -124,6 +124,32 @@ def ratio_phrase(value: float, low: float, high: float) -> str:
     return f"{tendency(low, high)}: {ratio(value)} of the original's time ({ratio(low)} to {ratio(high)})"
 
 
+def times(value: float, low: float, high: float, than: str) -> str:
+    """A ratio of times as people say it: ``1.58x faster than …``; nothing is claimed where its interval holds 1."""
+    said = tendency(low, high)
+    if said == "faster" and low > 0:
+        return f"{speed(value, low, high)} than {than} ({number(1 / high)}x to {number(1 / low)}x)"
+    if said == "slower":
+        return f"{speed(value, low, high)} than {than} ({number(low)}x to {number(high)}x)"
+    return f"no measurable difference from {than}: {interval(value, low, high)} of its time"
+
+
+def speed(value: float, low: float, high: float) -> str:
+    """The same without what it is beside."""
+    said = tendency(low, high)
+    if said == "faster" and low > 0:
+        return f"{number(1 / value)}x faster"
+    return f"{number(value)}x slower" if said == "slower" else "no measurable difference"
+
+
+def beside_fp32(value: float) -> str:
+    """What 8 bits bring over the same graph in fp32, in the same runtime."""
+    graph = "the same graph in fp32 in the same runtime"
+    if value < 1:
+        return f"{number(1 / value)}x faster than {graph}"
+    return f"NOT faster than {graph}: {ratio(value)} of its time"
+
+
 def plural(count: int, noun: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

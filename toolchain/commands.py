@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolchain import catalog
+from toolchain import catalog, sources
 from toolchain.arguments import recipe_from, sizes_from
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.progress import Progress
+from toolchain.screen import show, table
 
 CALLS = 8
 """Calls to compare on where no recipe says how many."""
 
 
 def answer(chosen: Namespace, data: Any, text: Callable[[], Any]) -> None:
-    """Print ``data`` as JSON when asked to, or else say it."""
-    if chosen.json:
-        print(json.dumps(data, indent=2))
-    else:
-        text()
+    """Print ``data`` as one JSON document when asked to, or else say it.
 
-
-def table(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> None:
-    """Print aligned columns; the last one may be long."""
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads) - 1)]
-    for row in (heads, *rows):
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+    A reader that has gone (``| head``) changes nothing about how the command ends.
+    """
+    try:
+        if chosen.json:
+            print(json.dumps(data, indent=2), file=getattr(chosen, "answers", None) or sys.stdout)
+        else:
+            text()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again when it ends
 
 
 def list_command(chosen: Namespace) -> int:
-    """Names and summaries of one kind."""
-    found = [{"name": entry.name, "summary": entry.summary} for entry in catalog.entries(chosen.kind).values()]
-    answer(chosen, found, lambda: table([(e["name"], e["summary"]) for e in found], ("NAME", "SUMMARY")))
+    """Names and summaries of one kind, or of every kind."""
+    if chosen.kind:
+        found = [{"name": name, "summary": summary} for name, summary in catalog.listing(chosen.kind)]
+        answer(chosen, found, lambda: table([(e["name"], e["summary"]) for e in found], ("NAME", "SUMMARY")))
+        return DONE
+    rows = [(kind, *entry) for kind in catalog.KINDS for entry in catalog.listing(kind)]
+    data = [dict(zip(("kind", "name", "summary"), row, strict=True)) for row in rows]
+    answer(chosen, data, lambda: table(rows, ("KIND", "NAME", "SUMMARY")))
     return DONE
 
 
@@ -56,6 +64,13 @@ def export_command(chosen: Namespace) -> int:
 def run_command(chosen: Namespace) -> int:
     """The main job, from a file."""
     path = Path(chosen.recipe)
+    if path.is_dir():
+        held = path / "recipe.toml"
+        help_ = f"write: enginewright run {held}" if held.is_file() else "to export a model, use: enginewright export"
+        raise ToolchainError(f"{chosen.recipe!r} is a folder, and a recipe is a TOML file", help=help_)
+    if chosen.recipe.partition(":")[0] in sources.prefixes():
+        help_ = f"write: enginewright export {chosen.recipe}"
+        raise ToolchainError(f"{chosen.recipe!r} is a model, and no recipe", help=help_)
     if not path.is_file() and "/" not in chosen.recipe and path.suffix != ".toml":
         path = catalog.recipe_path(chosen.recipe)
     return export(read_saying(path, quiet=chosen.quiet), chosen)
@@ -78,7 +93,7 @@ def read_saying(path: Path, *, quiet: bool) -> Any:
 
 def export(recipe: Any, chosen: Namespace) -> int:
     """Run a recipe and say how it went; a pipeline gives one artifact for each of its networks."""
-    from toolchain import artifact, sources
+    from toolchain import artifact
 
     parts = sources.parts_of(recipe.model)
     if not parts:
@@ -100,15 +115,18 @@ def export(recipe: Any, chosen: Namespace) -> int:
 
 def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any], int, Callable[[], None]]:
     """One artifact: its report, the exit code, and a way to say it."""
-    from reports import markdown
+    from reports import markdown, terminal
     from toolchain import pipeline
 
     progress = Progress(quiet=chosen.quiet)
     report, code = pipeline.export(recipe, out, force=chosen.force, progress=progress, trust_code=chosen.trust_code)
 
     def text() -> None:
-        print(markdown.render(report))
-        print(f"wrote {out}: open {out / 'report.html'}")
+        if chosen.markdown:
+            print(markdown.render(report), end="")
+            return
+        show(terminal.blocks(report))
+        print(f"\nwrote {out}: open {out / 'report.html'}; {out / 'README.md'} tells how to run it elsewhere")
 
     return {**json.loads((out / "report.json").read_text()), "exit_code": code}, code, text
 
@@ -312,16 +330,21 @@ def check_command(chosen: Namespace) -> int:
     """Hold an artifact's figures against a baseline."""
     from reports import junit, record
     from toolchain import artifact
+    from toolchain.asking import place_for
     from toolchain.writing import write_where_told
     from validation import regression
 
+    place_for(chosen.junit)
     given = dict(regression.figure_given(text) for text in chosen.figure)
+    there = (chosen.artifact / artifact.MANIFEST).is_file()
+    wanted = regression.read(chosen.baseline) if there and not chosen.update else None
+    # After the baseline, because it reads every file.
     artifact.check_report(chosen.artifact, artifact.read_manifest(chosen.artifact))
     report = record.read(chosen.artifact / artifact.REPORT)
     content = json.loads((chosen.artifact / artifact.REPORT).read_text())
-    if chosen.update:
+    if wanted is None:
         return update_baseline(chosen, content, given)
-    comparisons = regression.check(regression.read(chosen.baseline), content, given)
+    comparisons = regression.check(wanted, content, given)
     failed = [c for c in comparisons if c.failed]
     blind = {c.key: c.reason for c in comparisons if c.verdict == "not_comparable"}
     if chosen.junit:
@@ -392,12 +415,19 @@ def doctor_command(chosen: Namespace) -> int:
         answers = {key: getattr(able, key) for key in ("installed", "importable", "buildable", "runnable")}
         reason = next((given.reason for given in answers.values() if not given.yes), "")
         targets.append({"name": name, **{key: given.yes for key, given in answers.items()}, "reason": reason})
-    data = {"targets": targets, "environment": environment.describe(), "versions": environment.versions()}
+    data = {
+        "targets": targets,
+        "problems": environment.problems(),
+        "environment": environment.describe(),
+        "versions": environment.versions(),
+    }
 
     def text() -> None:
         keys = ("installed", "importable", "buildable", "runnable")
         rows = [(str(t["name"]), *("yes" if t[key] else "no" for key in keys), str(t["reason"])) for t in targets]
         table(rows, ("TARGET", *(key.upper() for key in keys), "WHY NOT"))
+        for problem in environment.problems():
+            print(f"problem: {problem}")
         print()
         for section in (environment.describe(), environment.versions()):
             table([(key, str(value)) for key, value in section.items()], ("", ""))

@@ -52,3 +52,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def problems() -> list[str]:
+    """What is wrong with the installation, and what to do; empty when nothing is."""
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if name in versions()]
+    if len(both) < 2:
+        return []
+    return [
+        "onnxruntime and onnxruntime-gpu are both installed and put their files into the same folder, so that either "
+        "may be broken; keep one: pip uninstall onnxruntime onnxruntime-gpu, then "
+        "pip install 'enginewright[cpu]' or 'enginewright[gpu]'"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -215,9 +216,10 @@ def sampling(
     """Whole runs from the same noise, judged."""
     count = settings.samples or task.samples
     drawn: dict[str, Drawn] = {}
-    for number, (name, runner) in enumerate({"original": original, **runners}.items()):
-        progress.count(number, len(runners) + 1, f"drawing {count} samples with {name}")
-        pictures = task.sample(runner, count, seed)
+    everyone = {"original": original, **runners}
+    for number, (name, runner) in enumerate(everyone.items()):
+        text = f"drawing {count} samples with {name}, {number + 1} of {len(everyone)}"
+        pictures = task.sample(telling(runner, task, count, text, progress), count, seed)
         classes, features = task.read(pictures)
         drawn[name] = Drawn(pictures=pictures, classes=classes, features=features)
     metrics = {name: metric for name, metric in load_metrics().items() if isinstance(metric, SampleMetric)}
@@ -235,6 +237,24 @@ def sampling(
         for name in runners
     ]
     return quality, shown
+
+
+def telling(runner: Runner, task: SamplingTask, count: int, text: str, progress: Progress) -> Runner:
+    """A runner that tells of each call how far a sampling run is, where the task knows how many it makes."""
+    progress.say(text)
+    if task.calls is None:
+        return runner
+    total, made = task.calls(count), itertools.count()
+
+    def call(inputs: Arrays) -> Arrays:
+        number = next(made)
+        if number < total:
+            progress.count(number, total, text)
+        else:
+            progress.say(f"{text}: call {number + 1}")
+        return runner(inputs)
+
+    return call
 
 
 def quality_of(metric: SampleMetric, name: str, task: SamplingTask, original: Drawn, drawn: Drawn) -> record.Quality:

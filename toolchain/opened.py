@@ -23,9 +23,13 @@ from toolchain.pipeline import Run
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
 from toolchain.sources.contract import Model, read_interface
+from toolchain.sources.mistaken import mistaken
 from toolchain.sources.onnx_source import inputs_of
 from toolchain.trust import refuse_untrusted
 from validation.inputs import InputSpec
+
+MODELS = ("config.json", "model_index.json", "modules.json", "adapter_config.json")
+"""Files of folders that hold a model, and no artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,8 @@ def open_subject(
     place, _, wanted = text.partition("#")
     artifact.heal_absent(Path(place))
     if Path(place).is_dir():
+        if any((Path(place) / name).is_file() for name in MODELS) and (fault := mistaken(place)):
+            raise fault
         run = reopen(Path(place), (*source, None), trust_code=trust_code)
         return open_artifact(run, Path(place), wanted, threads)
     if place.endswith(".onnx") and sources.gives(place) == "module":

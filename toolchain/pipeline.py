@@ -19,12 +19,24 @@ from passes.contract import Context, Inputs, Pass, Plan, Result, cost, module_at
 from passes.graph.module import GraphModule
 from passes.patterns import PATTERN, keeps_pattern
 from passes.surgery import share
-from reports import record, rendering, summary, words
+from reports import deploying, record, rendering, summary, words
 from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.weights import settle_weights
-from toolchain import __version__, artifact, at_sizes, calibration, environment, origin, scoring, sources, teachers
+from toolchain import (
+    __version__,
+    artifact,
+    at_sizes,
+    calibration,
+    environment,
+    origin,
+    preflight,
+    scoring,
+    shipping,
+    sources,
+    teachers,
+)
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import (
@@ -59,6 +71,7 @@ class Run:
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
     rewriters: list[str] = field(default_factory=list)
     """Steps that changed what engines are compared with."""
+    shipped: dict[str, list[deploying.Engine]] = field(default_factory=dict)
     trust_code: bool = False
     """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
     links: bool = False
@@ -260,7 +273,8 @@ def export(
     """Run a recipe into ``out``; returns the report and the exit code."""
     began = time.perf_counter()
     run = Run(recipe, progress, trust_code=trust_code)
-    for note in recipe.notes:
+    preflight.check_files(recipe)
+    for note in (*recipe.notes, *preflight.check_targets(recipe)):
         progress.line(note)
     with artifact.staging(out, force=force) as folder:
         with progress.stage(f"load {recipe.head.model}"):
@@ -393,14 +407,19 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built[0].resolved)
-    files = {path for engine in engines for path in engine.rglob("*") if path.is_file()}
-    files |= {path for each in built for path in each.reads}
+    shipped = shipping.engines_of(step, parts, run.exported.inputs, folder, [each.left_out for each in built])
+    run.shipped[name] = shipped
+    files = {path: size for engine in shipped for path, size in engine.files.items()}
+    beside_fp32 = [each.fp32_ratio for each in built if each.fp32_ratio is not None]
     return found.model_copy(
         update={
             "built": True,
             "parameters": {**found.parameters, **built[0].resolved},
             "seconds": round(time.perf_counter() - began, 3),
-            "bytes": sum(path.stat().st_size for path in files),
+            "bytes": sum(files.values()) or None,
+            "files": files,
+            "folders": deploying.placed(shipped),
+            "fp32_ratio": max(beside_fp32, default=None),
             "notes": list(dict.fromkeys(note for each in built for note in each.notes)),
         }
     )
@@ -566,7 +585,7 @@ def exit_code(report: record.Report) -> int:
 
 
 def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> None:
-    """Everything but the graph, the plans and the engines: recipe, report and manifest.
+    """Everything but the graph, the plans and the engines: recipe, README, report and manifest.
 
     Args:
         run: what was done.
@@ -576,6 +595,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> 
     """
     recipe = run.recipe.with_weights("link" if run.links else "copy").moved(out)
     (folder / "recipe.toml").write_text(recipe.as_toml(run.resolved))
+    (folder / "README.md").write_text(deploying.render(report, run.shipped))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:
@@ -608,5 +628,6 @@ class Decision:
 def decide(recipe: Recipe, progress: Progress, *, trust_code: bool = False) -> list[Decision]:
     """Plan every step; each is carried out in memory, because the next one plans on its result. Writes nothing."""
     run = Run(recipe, progress, trust_code=trust_code)
+    preflight.check_files(recipe)
     run.optimize()
     return [Decision(step_record(*entry), entry[1].plan) for entry in run.results]

@@ -120,11 +120,7 @@ def head(report: Report) -> str:
     return html.render(report).partition("<main>")[2].partition('<section id="gates">')[0]
 
 
-def test_the_verdict_says_of_what(report: Report) -> None:
-    met = report.model_copy(update={"verdict": "met"})
-    assert "all gates met" in Page(html.render(met)).text
-    none = report.model_copy(update={"verdict": "not_measured", "gates": []})
-    assert "no gates were asked for" in Page(html.render(none)).text
+def test_an_inconclusive_verdict_has_a_look_of_its_own(report: Report) -> None:
     inconclusive = report.model_copy(update={"verdict": "inconclusive"})
     assert 'class="verdict verdict-inconclusive"' in html.render(inconclusive)
 
@@ -171,3 +167,45 @@ def test_figures_over_real_rows_stand_above_those_over_all_rows(report: Report) 
         < text.rindex("0.908")
     )
     assert "worst of 8 calls, call 3; median 5.00e-07" in text
+
+
+def test_a_run_without_gates_that_was_measured_is_done_and_not_unmeasured(report: Report) -> None:
+    page = Page(html.render(report.model_copy(update={"verdict": "not_measured", "gates": []})))
+    assert "dit:digitsdone, no gates asked" in page.text.replace("•", "").replace("\n", "")
+    bare = [target.model_copy(update={"fidelity": [], "latency": None}) for target in report.targets]
+    page = Page(html.render(report.model_copy(update={"verdict": "not_measured", "gates": [], "targets": bare})))
+    assert "done, no gates asked" not in page.text
+
+
+def test_faster_is_said_with_the_time_beside_fp32(report: Report) -> None:
+    quick = report.targets[0].model_copy(update={"fp32_ratio": 1.0917})
+    text = " ".join(Page(html.render(report.model_copy(update={"targets": [quick]}))).text.split())
+    assert "1.58x faster than the original in PyTorch (1.51x to 1.63x)" in text
+    assert text.count("NOT faster than the same graph in fp32 in the same runtime: 1.09 of its time") >= 3
+    assert "faster" not in re.sub(r"faster than the (original|same graph)|1.58x faster|engine is faster", "", text)
+
+
+def test_the_size_is_what_must_be_copied_with_its_files(report: Report) -> None:
+    files = {"engines/onnxruntime/dynamic.onnx": 2_000_000, "engines/onnxruntime/dynamic.safetensors": 3_000_000}
+    update = {"files": files, "bytes": sum(files.values()), "folders": ["engines/onnxruntime"]}
+    text = Page(html.render(report.model_copy(update={"targets": [report.targets[0].model_copy(update=update)]}))).text
+    assert "copy engines/onnxruntime" in text
+    assert "5.00 MB" in text
+    assert all(path in text for path in files)
+
+
+def test_a_model_without_samples_has_no_sections_about_them(report: Report, page: Page) -> None:
+    ids = {attributes.get("id") for tag, attributes in page.tags if tag == "section"}
+    assert {"quality", "samples"} <= ids
+    bare = [target.model_copy(update={"quality": []}) for target in report.targets]
+    gates = [gate for gate in report.gates if not gate.name.startswith("quality")]
+    plain = Page(html.render(report.model_copy(update={"targets": bare, "samples": [], "gates": gates})))
+    ids = {attributes.get("id") for tag, attributes in plain.tags if tag == "section"}
+    assert not {"quality", "samples"} & ids
+
+
+def test_captions_stand_outside_what_scrolls(report: Report) -> None:
+    for scroller in re.findall(r'<div class="scroll".*?</div>', html.render(report), re.DOTALL):
+        assert "<caption" not in scroller
+        (described,) = re.findall(r'aria-describedby="([^"]+)"', scroller)
+        assert f'id="{described}"' in html.render(report)

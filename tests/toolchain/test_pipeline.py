@@ -14,7 +14,7 @@ from targets.contract import Answer, Availability
 from targets.tensorrt_rtx_engine import TensorRtRtx
 from toolchain import artifact as artifacts
 from toolchain import pipeline, sources
-from toolchain.errors import ToolchainError
+from toolchain.errors import ToolchainError, UnavailableError
 from toolchain.opened import open_subject, replay
 from toolchain.pipeline import Run, exit_code
 from toolchain.progress import Progress
@@ -125,26 +125,45 @@ def test_a_missed_gate_ends_in_1_and_an_unmeasured_one_in_3(tmp_path: Path) -> N
         assert report.verdict != "met" or code == 0
 
 
-def test_a_target_that_cannot_be_built_ends_in_3_unless_optional_and_the_rest_is_finished(
+def test_a_target_that_cannot_be_built_ends_in_3_before_work_and_the_rest_is_finished_if_it_is_optional(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no = Answer(False, "made so by this test")
     able = Availability(installed=Answer(True), importable=Answer(True), buildable=no, runnable=no)
     monkeypatch.setattr(TensorRtRtx, "availability", lambda self: able)
-    for optional, code in ((False, 3), (True, 0)):
-        recipe = make(
-            {
-                "model": "dit:tiny",
-                "targets": [{"target": "tensorrt_rtx", "optional": optional}, {"target": "onnxruntime"}],
-                "validation": {"rounds": 3, "calls": 1},
-            }
-        )
-        report, found = pipeline.export(recipe, tmp_path / str(code), force=False, progress=QUIET)
-        assert found == code
-        assert report.targets[0].reason == "not buildable: made so by this test"
-        assert report.targets[1].fidelity
-        assert (tmp_path / str(code) / "engines" / "onnxruntime").is_dir()
-        assert not (tmp_path / str(code) / "engines" / "tensorrt_rtx").exists()
+    content = {"model": "dit:tiny", "validation": {"rounds": 3, "calls": 1}}
+
+    def asked(optional: bool) -> object:
+        targets = [{"target": "tensorrt_rtx", "optional": optional}, {"target": "onnxruntime"}]
+        return pipeline.export(make({**content, "targets": targets}), tmp_path / "out", force=False, progress=QUIET)
+
+    with pytest.raises(UnavailableError, match="not buildable: made so by this test") as caught:
+        asked(optional=False)
+    assert caught.value.exit_code == 3
+    assert not list(tmp_path.iterdir())
+    report, found = asked(optional=True)  # type: ignore[misc]
+    assert found == 0
+    assert report.targets[0].reason == "not buildable: made so by this test"
+    assert report.targets[1].fidelity
+    assert (tmp_path / "out" / "engines" / "onnxruntime").is_dir()
+    assert not (tmp_path / "out" / "engines" / "tensorrt_rtx").exists()
+
+
+def test_a_build_that_fails_ends_in_3_and_the_rest_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yes = Answer(True)
+    able = Availability(installed=yes, importable=yes, buildable=yes, runnable=Answer(False, "no GPU in this test"))
+    monkeypatch.setattr(TensorRtRtx, "availability", lambda self: able)
+
+    def refuse(self: TensorRtRtx, graph: object, folder: Path) -> None:
+        raise ToolchainError("the parser refuses these operators: Made")
+
+    monkeypatch.setattr(TensorRtRtx, "build", refuse)
+    targets = [{"target": "tensorrt_rtx"}, {"target": "onnxruntime"}]
+    recipe = make({"model": "dit:tiny", "targets": targets, "validation": {"rounds": 3, "calls": 1}})
+    report, found = pipeline.export(recipe, tmp_path / "out", force=False, progress=QUIET)
+    assert found == 3
+    assert "refuses these operators" in report.targets[0].reason
+    assert report.targets[1].fidelity
 
 
 def test_built_but_not_runnable_is_not_measured_and_never_green(

@@ -43,6 +43,10 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_
     prefix = text.partition(":")[0]
     if prefix not in prefixes():
         from toolchain.sources import reference
+        from toolchain.sources.mistaken import mistaken
+
+        if fault := mistaken(text):
+            raise fault
 
         return reference.load(text, weights=weights, seed=seed)
     if weights is not None:
