@@ -32,6 +32,7 @@ from passes.selection import check_patterns, excluded_by
 from passes.surgery import share
 from passes.traits import BlockStack, layer_at, layers_of
 from passes.variants import Reusing
+from passes.walking import why_not_without
 from toolchain.errors import ToolchainError
 
 
@@ -85,6 +86,8 @@ class ReuseBlocks(Pass):
         rows = len(example[self.input])
         skipped |= {path: r for path in stacks if path not in skipped and (r := why_not(found.get(path), rows))}
         fit = [path for path in stacks if path not in skipped]
+        skipped |= {path: r for path in fit if (r := why_not_without(model, path, stacks[path], (), context))}
+        fit = [path for path in fit if path not in skipped]
         if not fit:
             return Plan(choice={}, skipped=skipped)
         path = max(fit, key=lambda path: len(stacks[path].blocks))  # of equals the first
