@@ -28,9 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
+from passes.plain import plain
+from passes.surgery import follow, several_names
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import parse_json, read_tensors, read_text
+from toolchain.writing import write_text
 
 Inputs = dict[str, Tensor]
 Json = Any
@@ -76,6 +79,8 @@ class Context:
         calls_in: the calls of a safetensors file with an array for each input.
         teacher_of: the model that a model string names.
         folder: where relative paths start.
+        shared: inputs that have no row for each sample of a call (``passes/rows.py``), as far as that is known.
+        ranges: the least and the greatest value of inputs that say so.
     """
 
     calibration: Sequence[Inputs] = ()
@@ -90,6 +95,8 @@ class Context:
     calls_in: Callable[[str], list[Inputs]] = lambda text: no_calls(text)
     teacher_of: Callable[[str], nn.Module] = lambda text: no_teacher(text)
     folder: Path = Path()
+    shared: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def without(context: Context, names: Sequence[str]) -> Context:
@@ -108,6 +115,10 @@ def without(context: Context, names: Sequence[str]) -> Context:
         draw=draw and (lambda count, seed: narrowed(draw(count, seed))),
         calls_in=lambda text: narrowed(calls_in(text)),
     )
+
+
+PLAN_SCHEMA = 1
+"""Of written plans; raised when one that was written before would be carried out otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +166,15 @@ class Plan:
             raise ToolchainError("the plan's arrays are not those that it was made with")
         return Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"], arrays=arrays)
 
-    def write(self, path: Path) -> None:
-        """Write ``path`` as JSON and, where there are arrays, a safetensors file beside it."""
-        path.write_text(self.as_json())
+    def write(self, path: Path, *, version: str = "") -> None:
+        """Write ``path`` as JSON and, where there are arrays, a safetensors file beside it.
+
+        Args:
+            path: the file.
+            version: of the toolchain, for who reads it later.
+        """
+        content = {"schema": PLAN_SCHEMA, "version": version, **json.loads(self.as_json())}
+        write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
         if self.arrays:
             # Each on its own: safetensors refuses tensors that share memory, as a tied weight does.
             whole = {name: array.detach().clone().contiguous() for name, array in self.arrays.items()}
@@ -165,13 +182,34 @@ class Plan:
 
     @staticmethod
     def read(path: Path) -> Plan:
-        """Read what ``write`` wrote."""
+        """Read what ``write`` wrote.
+
+        Raises:
+            ToolchainError: it is no plan, or one of another schema.
+        """
         beside = path.with_suffix(".safetensors")
         arrays = read_tensors(beside, what="the plan's arrays") if beside.exists() else {}
         try:
+            refuse_schema(path)
             return Plan.from_json(read_text(path, what="the plan"), arrays)
         except ToolchainError as fault:
-            raise ToolchainError(fault.message, where=fault.where or str(path), help="export again") from fault
+            raise ToolchainError(
+                fault.message, where=fault.where or str(path), help=fault.help or "export again"
+            ) from fault
+
+
+def refuse_schema(path: Path) -> None:
+    """Raise for a plan of another schema, with the command that writes its artifact anew."""
+    content = parse_json(read_text(path, what="the plan"), what="the plan", where=str(path))
+    found = content.get("schema", PLAN_SCHEMA) if isinstance(content, dict) else PLAN_SCHEMA
+    if found != PLAN_SCHEMA:
+        by = f", written by version {content['version']}" if content.get("version") else ""
+        recipe = path.parent.parent / "recipe.toml"
+        raise ToolchainError(
+            f"the plan has schema {found!r}{by}; this version reads {PLAN_SCHEMA}",
+            where=str(path),
+            help=f"write the artifact anew: enginewright run {recipe} -o NEW",
+        )
 
 
 def digest_of(array: Tensor) -> str:
@@ -217,6 +255,13 @@ class NewInput:
     default: float = 0.0
 
 
+SCORE_HELP = (
+    "score = 'FILE.py:FUNCTION' names a function of yours, def FUNCTION(module) -> float, higher is better; it calls "
+    "the module on your data and counts what is right. Models with a sampling task also know metrics of samples "
+    "(enginewright list metrics)"
+)
+"""How to give a score."""
+
 WORDS = {"module": "PyTorch modules", "graph": "ONNX graphs"}
 """What a pass works on, in words."""
 
@@ -233,6 +278,12 @@ class Pass(BaseModel, ABC):
     """Whether rewriting one layer of the plan after the other gives what rewriting all at once gives."""
     not_after: ClassVar[tuple[str, ...]] = ()
     """Passes that may not stand before this one in a recipe, as glob patterns of names."""
+    leaves: ClassVar[str] = ""
+    """What a model is after this pass, in words that finish "which leaves": why another cannot follow."""
+    looks_for: ClassVar[str] = "layers that it could change"
+    """What the pass looks for in a model, in the plural: said where a model has none of them."""
+    functions: ClassVar[tuple[str, ...]] = ()
+    """Parameters that may name a function of the user's, ``FILE.py:FUNCTION``."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -253,7 +304,16 @@ class Pass(BaseModel, ABC):
 
     def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> Self:
         """The same pass for a recipe in another folder: its paths and model strings, where it has any, changed."""
-        return self
+        del model
+        found = {name: moved_function(getattr(self, name), path) for name in self.functions}
+        return self.model_copy(update=found) if found else self
+
+    def refuse_incomplete(self) -> None:
+        """Raise ``ToolchainError`` where settings that no default could fit are missing; asked before any work."""
+
+    def destroyed(self) -> str:
+        """What a pass after this one would miss, in words that finish "which leaves"; empty where nothing is said."""
+        return self.leaves or ("its weights in " + " and ".join(self.formats) if self.formats else "")
 
     @abstractmethod
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -285,11 +345,21 @@ class Pass(BaseModel, ABC):
             raise ToolchainError(f"{self.name()} works on {WORDS[self.works_on]}, and was handed another model")
         if self.needs_calibration and not context.calibration:
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
+        self.refuse_incomplete()
         before = cost(model, context.example)
-        plan = self.plan(model, context)
+        model = plain(model)
+        plan = self.with_reason(model, self.plan(model, context))
         model = self.carry_out(model, plan, context)
         example = without(context, self.removed_inputs(plan)).example
         return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))
+
+    def with_reason(self, model: nn.Module, plan: Plan) -> Plan:
+        """The plan; one that names nothing says what was looked for, and what there is instead."""
+        if plan.choice or plan.skipped:
+            return plan
+        reason = f"it has no {self.looks_for}{there_is(model)}"
+        notes = [*plan.facts.get("notes", []), f"{self.name()} changed nothing: {reason}"]
+        return replace(plan, skipped={"": reason}, facts={**plan.facts, "notes": notes})
 
     def check_calibration(self, context: Context, asked: str, *, otherwise: str) -> None:
         """Raise ``ToolchainError`` where a setting (``asked``, in words) has no calibration inputs to work with."""
@@ -300,19 +370,56 @@ class Pass(BaseModel, ABC):
             )
 
     def carry_out(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
-        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come."""
-        if self.works_on == "graph" or not self.by_layer:
+        """Rewrite layer by layer where that is the same, so that new tensors can leave memory as they come.
+
+        A layer that the model holds under several names is planned under the first; the others follow it.
+        """
+        if self.works_on == "graph":
             return self.rewrite(model, plan)
-        for path, decision in plan.choice.items():
-            model = self.rewrite(model, replace(plan, choice={path: decision}))
-            context.put(model.get_submodule(path))
+        model = plain(model)
+        places = several_names(model)
+        olds = {path: old for path in plan.choice if (old := module_at(model, path)) is not None and id(old) in places}
+        parts = [replace(plan, choice={path: plan.choice[path]}) for path in plan.choice] if self.by_layer else [plan]
+        for part in parts:
+            model = self.rewrite(model, part)
+            for path in part.choice:
+                if path in olds and (new := module_at(model, path)) is not None:
+                    follow(olds[path], new, places[id(olds[path])])
+                if self.by_layer:
+                    context.put(model.get_submodule(path))
         return model
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of a plan, if it names one."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def moved_function(text: str, path: Callable[[str], str]) -> str:
+    """``FILE.py:FUNCTION`` with the file's path changed; any other text as it is."""
+    file, _, name = text.rpartition(":")
+    return f"{path(file)}:{name}" if file.endswith(".py") else text
+
+
+def there_is(model: nn.Module) -> str:
+    """What kinds of layers a model is made of, for a pass that found none of its own."""
+    if isinstance(model, GraphModule):
+        return ""
+    weighted = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    kinds = list(dict.fromkeys(type(module).__name__ for module in weighted))
+    if not kinds:
+        return "; none of its modules has weights"
+    return f"; its weights are in {', '.join(kinds[:8])}{', …' if len(kinds) > 8 else ''}"
 
 
 def cost(model: nn.Module, example: Inputs | None) -> Cost:
     """Count parameters, weight bytes and, given an example call, multiply-accumulates.
 
-    Integer matrices held as buffers (a quantized layer's weights) count as parameters; other buffers do not. Of an ONNX
+    Matrices of 8-bit numbers held as buffers named ``weight`` (a quantized layer's) count as parameters; other buffers,
+    such as masks, do not. Of an ONNX
     graph its float tensors and int8 matrices count, and no multiply-accumulates. Weights of a module that says
     ``weight_bits`` count as the bits that they have in a file.
     """
@@ -321,9 +428,7 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
     bits: dict[int, Any] = {
         id(part.weight): part.weight_bits for part in model.modules() if hasattr(part, "weight_bits")
     }
-    held = [
-        b for name, b in model.named_buffers() if b.dtype.itemsize == 1 and b.ndim > 1 and not name.endswith("scales")
-    ]
+    held = [buffer for name, buffer in model.named_buffers() if is_weight(name, buffer)]
     weights = [*model.parameters(), *held]
     return Cost(
         parameter_count=sum(t.numel() for t in weights),
@@ -332,6 +437,11 @@ def cost(model: nn.Module, example: Inputs | None) -> Cost:
             t.numel() * bits.get(id(t), 8 * t.element_size()) // 8 for t in (*model.parameters(), *model.buffers())
         ),
     )
+
+
+def is_weight(name: str, buffer: Tensor) -> bool:
+    """Whether a buffer holds the weights of a quantized layer."""
+    return name.rpartition(".")[2] == "weight" and buffer.dtype.itemsize == 1 and buffer.ndim > 1
 
 
 def graph_cost(model: GraphModule) -> Cost:

@@ -25,6 +25,23 @@ def share(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
+def several_names(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Modules that are registered more than once, by identity: the parents that hold each, and its name there."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, name))
+    return {identity: found for identity, found in places.items() if len(found) > 1}
+
+
+def follow(old: nn.Module, new: nn.Module, places: Sequence[tuple[nn.Module, str]]) -> None:
+    """Put what took a module's place under its other names too, so that they are one module still."""
+    for parent, name in places:
+        if parent._modules.get(name) is old:
+            parent._modules[name] = new
+
+
 def keep_rows(linear: nn.Linear, rows: Sequence[int]) -> nn.Linear:
     """A linear layer with these output features only, in this order; weight (out, in) -> (len(rows), in)."""
     bias = None if linear.bias is None else pick(linear.bias, rows, dim=0)

@@ -5,7 +5,7 @@ Shapes: B batch, T timesteps of the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,25 @@ class ByTimestep(nn.Module):
         input: name of the input (B,) that holds the timestep.
         timesteps: the schedule (T).
         table: for each of them, which network.
+        shared: inputs that have no row for each sample: every network gets the whole of them.
     """
 
-    def __init__(self, variants: Sequence[nn.Module], *, input: str, timesteps: Sequence[float], table: Sequence[int]):
+    def __init__(
+        self,
+        variants: Sequence[nn.Module],
+        *,
+        input: str,
+        timesteps: Sequence[float],
+        table: Sequence[int],
+        shared: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.variants = nn.ModuleList(variants)
         self.input, self.timesteps, self.table = input, tuple(timesteps), tuple(table)
+        self.shared = tuple(shared)
 
     def forward(self, **inputs: Tensor) -> Any:
-        """Inputs by name, all with B rows -> what the networks give."""
+        """Inputs by name, with B rows but for the shared ones -> what the networks give."""
         rows = inputs[self.input].reshape(-1)
         chosen = torch.tensor(self.table)[nearest(rows, self.timesteps)].tolist()
         numbers = sorted(set(chosen))
@@ -39,12 +49,49 @@ class ByTimestep(nn.Module):
         parts, order = [], []
         for number in numbers:
             own = [row for row, choice in enumerate(chosen) if choice == number]
-            parts.append(self.variants[number](**{name: value[own] for name, value in inputs.items()}))
+            parts.append(self.variants[number](**some_rows(inputs, own, self.shared)))
             order += own
         back = torch.tensor(order).argsort()
         leaves = [pytree.tree_flatten(part)[0] for part in parts]
         form = pytree.tree_flatten(parts[0])[1]
         return pytree.tree_unflatten([torch.cat(same)[back] for same in zip(*leaves, strict=True)], form)
+
+
+def some_rows(call: Mapping[str, Any], rows: Any, shared: Collection[str]) -> dict[str, Any]:
+    """The same call, of tensors or arrays, for these rows only; what all rows share stays whole."""
+    return {name: value if name in shared else value[rows] for name, value in call.items()}
+
+
+def each_network(model: nn.Module, change: Callable[[nn.Module, str], nn.Module]) -> nn.Module:
+    """A model changed as a whole (how it is called, what it gives), or each of its networks by timestep.
+
+    Engines are made of the networks one by one, so what is put around all of them would be lost there.
+
+    Args:
+        model: changed in place.
+        change: (network, path of it in the model) -> the changed network.
+    """
+    if not isinstance(model, ByTimestep):
+        return change(model, "")
+    for number, variant in enumerate(model.variants):
+        model.variants[number] = change(variant, f"variants.{number}")
+    return model
+
+
+def guidance_rows(model: nn.Module) -> int:
+    """How often the rows of a call follow one another inside a model: twice after ``merge_guidance``, else once."""
+    return 2 if getattr(model, "guidance", {}).get("at_once") else 1
+
+
+def local(paths: Mapping[str, Any], network: str) -> dict[str, Any]:
+    """Entries by module path that lie in one network, by their paths from there."""
+    if not network:
+        return dict(paths)
+    return {
+        path.removeprefix(network).removeprefix("."): entry
+        for path, entry in paths.items()
+        if path == network or path.startswith(f"{network}.")
+    }
 
 
 REUSED = "reused"

@@ -17,6 +17,7 @@ def render(report: Report) -> str:
         targets(report),
         "\n".join(step_line(step) for step in report.steps),
         "\n".join(f"> **{plain(name)}**: {plain(text)}" for name, text in summary.warnings(report)),
+        "\n".join(f"* {plain(note)}" for note in report.notes),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import read_json
+from toolchain.writing import write_text
 
 SCHEMA: Literal[1] = 1
 Verdict = Literal["met", "missed", "not_measured"]
@@ -124,7 +125,11 @@ class Latency(Part):
 
 
 class TargetRecord(Part):
-    """One target: the four answers, and what was built and measured."""
+    """One target: the four answers, and what was built and measured.
+
+    ``bytes`` is what must be copied to run the engine: every file that it reads, whole. The target ``pytorch`` runs the
+    model itself, whose source is not counted.
+    """
 
     name: str
     parameters: dict[str, Any]
@@ -190,13 +195,15 @@ class Report(Part):
     environment: dict[str, Any]
     seconds: float
     versions: dict[str, str] = {}
+    notes: list[str] = []
+    """Sentences about the artifact as a whole."""
 
 
 def write(report: Report, path: Path) -> None:
     """Write ``report.json``; the schema number stands first, under ``schema``."""
     content = report.model_dump(mode="json")
     content = {"schema": content.pop("schema_version"), **content}
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> Report:

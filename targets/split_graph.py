@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from targets.weights import check, load_graph
 from toolchain.errors import ToolchainError
 
 ENLARGING = {"Expand", "Tile"}
@@ -44,7 +44,7 @@ def split_graph(path: Path, constant: Sequence[str], prepare: Path, step: Path) 
     Raises:
         ToolchainError: nothing in the graph hangs on these inputs alone.
     """
-    whole = ir.load(path)
+    whole = load_graph(path)
     passed = crossing(whole.graph, constant)
     if not passed:
         raise ToolchainError(f"no operation of the exported graph depends on {', '.join(constant)} alone")
@@ -52,7 +52,7 @@ def split_graph(path: Path, constant: Sequence[str], prepare: Path, step: Path) 
     first, second = first_half(whole.clone(), passed), second_half(whole.clone(), passed, constant)
     for half, place in ((first, prepare), (second, step)):
         ir.save(half, place)
-        onnx.checker.check_model(place)
+        check(place)
     path.unlink()
     outer = [name_of(value) for value in second.graph.inputs]
     return Halves(

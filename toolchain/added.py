@@ -12,21 +12,22 @@ from passes.contract import NewInput, Pass, Plan
 from toolchain.errors import ToolchainError
 from toolchain.sources.contract import Model
 from validation.contract import Runner
-from validation.inputs import Arrays, InputSpec, completed
+from validation.inputs import Arrays, InputSpec, completed, rows_of
 
 
 def with_inputs(model: Model, new: Iterable[NewInput]) -> Model:
-    """The model as it is called after passes; a new input has as many rows as the first of its own.
+    """The model as it is called after passes; a new input has a row for each sample.
 
     Raises:
         ToolchainError: it has an input of that name already.
     """
-    rows = model.inputs[0].shape[:1]
+    rows = (rows_of(model.inputs),)
     specs = list(model.inputs)
     for each in new:
         if each.name in {spec.name for spec in specs}:
             raise ToolchainError(f"the model has an input {each.name!r} already; another cannot be added")
-        specs.append(InputSpec(name=each.name, shape=(*rows, *each.shape), dtype=each.dtype, default=each.default))
+        shape = tuple(size for size in (*rows, *each.shape) if size is not None)
+        specs.append(InputSpec(name=each.name, shape=shape, dtype=each.dtype, default=each.default))
     return replace(model, inputs=tuple(specs))
 
 

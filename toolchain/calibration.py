@@ -15,7 +15,7 @@ from toolchain.errors import ToolchainError, raise_faults
 from toolchain.reading import read_tensors, read_text
 from toolchain.recipe import Recipe
 from toolchain.sources.contract import Model
-from validation.inputs import Arrays, Dim, InputSpec
+from validation.inputs import Arrays, Dim, InputSpec, rows_of, shared_by_rows
 
 CALIBRATION_SEED, VALIDATION_SEED, TRAINING_SEED = 1_000, 2_000, 1_000_000
 """Added to the recipe's seed, so that the kinds of inputs never meet; training takes one seed after another."""
@@ -111,7 +111,8 @@ def from_file(path: Path, specs: tuple[InputSpec, ...]) -> list[Arrays]:
             faults.append(ToolchainError(message, where=str(path)))
     strangers = sorted(arrays.keys() - {spec.name for spec in specs})
     faults += [ToolchainError(f"the model has no input {name!r}", where=str(path)) for name in strangers]
-    by_row = {spec.name: d for spec in specs for d in spec.shape[:1] if isinstance(d, Dim)}
+    batch, shared = rows_of(specs), shared_by_rows(specs)
+    by_row = {spec.name: batch for spec in specs if isinstance(batch, Dim) and spec.name not in shared}
     rows = {len(arrays[name]) for name in by_row if name in arrays}
     if not faults and by_row and len(rows) != 1:
         faults.append(

@@ -52,12 +52,25 @@ def export_command(chosen: Namespace) -> int:
 
 def run_command(chosen: Namespace) -> int:
     """The main job, from a file."""
-    from toolchain.recipe import read
-
     path = Path(chosen.recipe)
     if not path.is_file() and "/" not in chosen.recipe and path.suffix != ".toml":
         path = catalog.recipe_path(chosen.recipe)
-    return export(read(path), chosen)
+    return export(read_saying(path, quiet=chosen.quiet), chosen)
+
+
+def read_saying(path: Path, *, quiet: bool) -> Any:
+    """Read a recipe and say which code it will run; always where it lies in an artifact, which others may have made."""
+    from toolchain import artifact
+    from toolchain.recipe import read
+    from toolchain.trust import recipe_code
+
+    artifact.heal_absent(path.parent)
+    recipe = read(path)
+    inside = (path.parent / artifact.MANIFEST).is_file()
+    if found := recipe_code(recipe):
+        whose = "the recipe of this artifact" if inside else "this recipe"
+        Progress(quiet=quiet and not inside).line(f"{whose} runs code: {', '.join(found)}")
+    return recipe
 
 
 def export(recipe: Any, chosen: Namespace) -> int:
@@ -87,7 +100,8 @@ def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any
     from reports import markdown
     from toolchain import pipeline
 
-    report, code = pipeline.export(recipe, out, force=chosen.force, progress=Progress(quiet=chosen.quiet))
+    progress = Progress(quiet=chosen.quiet)
+    report, code = pipeline.export(recipe, out, force=chosen.force, progress=progress, trust_code=chosen.trust_code)
 
     def text() -> None:
         print(markdown.render(report))
@@ -99,10 +113,10 @@ def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any
 def plan_command(chosen: Namespace) -> int:
     """Decide every step and estimate; nothing is written."""
     from toolchain import pipeline
-    from toolchain.recipe import read
 
-    recipe = read(Path(chosen.subject)) if chosen.subject.endswith(".toml") else recipe_from(chosen, chosen.subject)
-    decisions = pipeline.decide(recipe, Progress(quiet=chosen.quiet))
+    is_file = chosen.subject.endswith(".toml")
+    recipe = read_saying(Path(chosen.subject), quiet=chosen.quiet) if is_file else recipe_from(chosen, chosen.subject)
+    decisions = pipeline.decide(recipe, Progress(quiet=chosen.quiet), trust_code=chosen.trust_code)
     data = [{**d.step.model_dump(mode="json"), "plan": json.loads(d.plan.as_json())} for d in decisions]
 
     def text() -> None:
@@ -135,7 +149,9 @@ def bench_command(chosen: Namespace) -> int:
     progress = Progress(quiet=chosen.quiet)
     threads = chosen.threads or threads_here()
     with progress.stage("load"):
-        opened = [open_subject(text, threads=threads, source=chosen.source) for text in subjects]
+        opened = [
+            open_subject(text, threads=threads, source=chosen.source, trust_code=chosen.trust_code) for text in subjects
+        ]
     first = opened[0]
     runners = {
         (name if len(opened) == 1 else f"{text} {name}"): runner
@@ -188,7 +204,10 @@ def compare_command(chosen: Namespace) -> int:
     bounds = [parse(text, known=gate_names(), where="--gate") for text in chosen.gate]
     progress = Progress(quiet=chosen.quiet)
     with progress.stage("load"):
-        first, second = (open_subject(text, source=chosen.source) for text in (chosen.original, chosen.candidate))
+        first, second = (
+            open_subject(text, source=chosen.source, trust_code=chosen.trust_code)
+            for text in (chosen.original, chosen.candidate)
+        )
     name, original = next(iter(first.runners.items()))
     model = first.model or second.model
     specs = model.inputs if model else first.inputs
@@ -256,6 +275,7 @@ def check_command(chosen: Namespace) -> int:
     """Hold an artifact's figures against a baseline."""
     from reports import junit, record
     from toolchain import artifact
+    from toolchain.writing import in_words, make_folder, write_where_told
     from validation import regression
 
     artifact.read_manifest(chosen.artifact)
@@ -264,7 +284,8 @@ def check_command(chosen: Namespace) -> int:
     if chosen.update:
         keep = regression.read(chosen.baseline) if chosen.baseline.exists() else None
         baseline = regression.baseline_from(content, keep=keep)
-        chosen.baseline.parent.mkdir(parents=True, exist_ok=True)
+        with in_words("the baseline", chosen.baseline):
+            make_folder(chosen.baseline.parent)
         regression.write(chosen.baseline, baseline)
         written = {"wrote": str(chosen.baseline), "figures": len(baseline.figures)}
         answer(chosen, written, lambda: print(f"wrote {chosen.baseline}: {len(baseline.figures)} figures"))
@@ -273,7 +294,7 @@ def check_command(chosen: Namespace) -> int:
     failed = [c for c in comparisons if c.failed]
     if chosen.junit:
         cases = [(c.key, c.reason or f"was {c.baseline}, is {c.current}" if c.failed else "") for c in comparisons]
-        chosen.junit.write_text(junit.render_cases(report.model.name, cases))
+        write_where_told(chosen.junit, junit.render_cases(report.model.name, cases), what="the JUnit file")
 
     def text() -> None:
         print(regression.render_table(comparisons))
@@ -290,7 +311,9 @@ def check_command(chosen: Namespace) -> int:
 def report_command(chosen: Namespace) -> int:
     """Render again."""
     from reports import record, rendering
+    from toolchain import artifact
 
+    artifact.heal_absent(chosen.artifact)
     report = record.read(chosen.artifact / "report.json")
     rendering.write_all(report, chosen.artifact)
     names = ["report.html", "report.md", "junit.xml"]

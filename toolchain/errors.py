@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
-DONE, MISSED, WRONG_USE, CANNOT = 0, 1, 2, 3
+DONE, MISSED, WRONG_USE, CANNOT, INTERNAL = 0, 1, 2, 3, 70
 
 
 class ToolchainError(Exception):
@@ -35,6 +35,26 @@ class ToolchainError(Exception):
             lines.append(f"  --> {self.where}")
         if self.help:
             lines.append(f"  help: {self.help}")
+        return "\n".join(lines)
+
+
+class InternalError(Exception):
+    """A fault of ours, found while we worked: no user can mend it. The cause keeps its traceback.
+
+    Args:
+        message: what went wrong, in one line.
+        where: the step at fault, and the steps before it.
+    """
+
+    exit_code = INTERNAL
+
+    def __init__(self, message: str, *, where: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.where = message, where
+        self.help = "this is a bug of ours, not a fault of yours; please report it with the traceback"
+
+    def __str__(self) -> str:
+        lines = [self.message, *([f"  --> {self.where}"] if self.where else []), f"  help: {self.help}"]
         return "\n".join(lines)
 
 

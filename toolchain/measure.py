@@ -151,7 +151,7 @@ def time_all(
     progress: Progress,
 ) -> dict[str, record.Latency]:
     """Paired latency of every runner."""
-    everyone = {"original": original, **runners}
+    everyone = {"original": getattr(original, "as_timed", lambda: original)(), **runners}
     samples = latency.time_interleaved(
         everyone, call, warm_up=settings.warm_up, samples=settings.rounds, seed=seed, say=progress.say
     )

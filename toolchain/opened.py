@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from passes.contract import Pass, Plan
+from passes.contract import Context, Pass, Plan
 from passes.surgery import share
 from targets.contract import Runner
 from targets.onnx_files import check_onnx
@@ -24,6 +24,7 @@ from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
 from toolchain.sources.contract import Model, read_interface
 from toolchain.sources.onnx_source import inputs_of
+from toolchain.trust import refuse_untrusted
 from validation.inputs import InputSpec
 
 
@@ -59,41 +60,47 @@ class Reopened(Run):
         """The untouched original.
 
         Raises:
-            ToolchainError: its source has moved or was changed.
+            ToolchainError: its source has moved or was changed, or is code and not trusted.
         """
         record = self.manifest.get("source")
         self.recipe = origin.located(self.recipe, record, self.places)
+        refuse_untrusted(self.recipe, trusted=self.trust_code)
         model = super().model
         origin.check(model, record)
         return model
 
 
-def reopen(folder: Path, places: Sequence[Path | None] = (None,)) -> Reopened:
-    """The run that an artifact came from.
+def reopen(folder: Path, places: Sequence[Path | None] = (None,), *, trust_code: bool = False) -> Reopened:
+    """The run that an artifact came from; its model is loaded when it is first asked for.
 
     Raises:
         ToolchainError: the artifact is damaged.
     """
     manifest = artifact.read_manifest(folder)
     recipe = read(folder / "recipe.toml")
-    return Reopened(recipe, Progress(quiet=True), manifest=manifest, places=places)
+    return Reopened(recipe, Progress(quiet=True), manifest=manifest, places=places, trust_code=trust_code)
 
 
-def open_subject(text: str, *, threads: int | None = None, source: Sequence[Path] = ()) -> Opened:
+def open_subject(
+    text: str, *, threads: int | None = None, source: Sequence[Path] = (), trust_code: bool = False
+) -> Opened:
     """Open ``FOLDER``, ``FOLDER#TARGET``, ``FILE.onnx`` or a model string.
 
     Args:
         text: what to open.
         threads: of its runners.
         source: where an artifact's source may be, if it was moved.
+        trust_code: run the code that an artifact's model is made by; a model string names its own.
 
     Raises:
-        ToolchainError: damaged, unknown, or nothing in it runs here.
+        ToolchainError: damaged, unknown, code that is not trusted, or nothing in it runs here.
     """
     threads = threads or threads_here()
     place, _, wanted = text.partition("#")
+    artifact.heal_absent(Path(place))
     if Path(place).is_dir():
-        return open_artifact(reopen(Path(place), (*source, None)), Path(place), wanted, threads)
+        run = reopen(Path(place), (*source, None), trust_code=trust_code)
+        return open_artifact(run, Path(place), wanted, threads)
     if place.endswith(".onnx") and sources.gives(place) == "module":
         return open_onnx(Path(place), threads)
     model = sources.load(text)
@@ -152,7 +159,7 @@ def replay(run: Run, folder: Path) -> nn.Module:
     """An artifact's optimized PyTorch module: the source, and each step's recorded plan carried out again."""
     module = share(run.model.module)
     for step, plan in recorded(run, folder):
-        module = step.rewrite(module, plan)
+        module = step.carry_out(module, plan, Context())
     return module.eval()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
+from passes.contract import Context, Inputs, Pass, Plan, Result, cost, module_at, without
 from passes.graph.module import GraphModule
+from passes.patterns import PATTERN, keeps_pattern
 from passes.surgery import share
 from reports import record, rendering
 from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
 from targets.pytorch_engine import EagerRunner
-from toolchain import artifact, calibration, environment, origin, scoring, sources, teachers
+from targets.weights import settle_weights
+from toolchain import __version__, artifact, calibration, environment, origin, scoring, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
-from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError, raise_faults, unknown
+from toolchain.errors import (
+    CANNOT,
+    DONE,
+    MISSED,
+    FaultsError,
+    InternalError,
+    ToolchainError,
+    raise_faults,
+    unknown,
+)
 from toolchain.measure import judge_gates, measure
 from toolchain.preparing import fed, part_in_two, read_halves, said_of
 from toolchain.progress import Progress
@@ -34,7 +47,7 @@ from toolchain.sources.contract import Model, write_interface
 from toolchain.switching import parts_of, read_table, table_of, write_table
 from validation.contract import Runner
 from validation.fidelity import non_finite
-from validation.inputs import Dim, completed, draw
+from validation.inputs import Dim, completed, draw, shared_by_rows
 
 
 @dataclass
@@ -45,6 +58,24 @@ class Run:
     progress: Progress
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trust_code: bool = False
+    """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
+    links: bool = False
+    """Whether the artifact's weights are links to files that lie elsewhere."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about the artifact for the report."""
+    sparse: dict[str, nn.Module] = field(default_factory=dict)
+    """Layers of the 2:4 pattern as they were made, by path; those that lost it are out."""
+    layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
+    """Layers that plans say something about, by the path that they had then."""
+    step_notes: dict[int, list[str]] = field(default_factory=dict)
+    """What a step, by number, did beside its plan."""
+    module: nn.Module | None = None
+    """The optimized module, once there is one."""
+    part_hints: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Hints under the paths of each exported network, by what tells its files apart."""
+    compared: Model | None = None
+    """What the steps done so far are compared with; None before the first."""
 
     @cached_property
     def model(self) -> Model:
@@ -57,8 +88,8 @@ class Run:
 
     @property
     def reference(self) -> Model:
-        """What engines are compared with: the original, without the inputs that steps removed."""
-        return compared_with(self.model, [(step, result.plan) for step, result, _ in self.results])
+        """What engines are compared with: the original, as the steps mean to change it."""
+        return self.compared or self.model
 
     @property
     def exported(self) -> Model:
@@ -79,18 +110,21 @@ class Run:
     def context(self, scratch: Path | None) -> Context:
         """What passes may look at."""
         keep = {"put": Scratch(scratch).put} if scratch else {}
+        calls = calibration.inputs(self.recipe, self.model) if self.recipe.steps else []
         return Context(
-            calibration=calibration.inputs(self.recipe, self.model) if self.recipe.steps else (),
+            calibration=calls,
             example=self.example(batch=1),
             seed=self.recipe.head.seed,
             original=self.model.module,
-            score_of=lambda text: scoring.score_of(text, self.model, self.recipe),
+            score_of=lambda text: scoring.score_of(text, self.model, self.recipe, calls),
             losses_of=lambda text: scoring.losses_of(text, self.recipe.folder),
             say=self.progress.count,
             draw=calibration.drawn_by(self.recipe, self.model),
             calls_in=lambda text: calibration.calls_in(self.recipe.path(text), self.model.inputs),
-            teacher_of=lambda text: teachers.teacher_of(text, self.recipe),
+            teacher_of=lambda text: teachers.teacher_of(text, self.recipe, trust_code=self.trust_code),
             folder=self.recipe.folder,
+            shared=shared_by_rows(self.model.inputs),
+            ranges={s.name: (s.low, s.high) for s in self.model.inputs if s.low is not None and s.high is not None},
             **keep,
         )
 
@@ -106,31 +140,109 @@ class Run:
             before = ", ".join(s.name() for s in self.recipe.steps[:number]) or "none"
             with self.progress.stage(f"step {number + 1}: {step.name()}"):
                 began = time.perf_counter()
-                try:
+                with placed(f"step {number + 1} ({step.name()}); steps before it: {before}"):
                     result = step.apply(module, context)
-                except ToolchainError as error:
-                    where = f"step {number + 1} ({step.name()}); steps before it: {before}"
-                    raise ToolchainError(error.message, where=error.where or where, help=error.help) from error
+                    self.compared = compared_with(self.reference, [(step, result.plan)])
                 module = result.model
-                context = without(context, step.removed_inputs(result.plan))
+                self.note_patterns(module, result.plan)
+                context = self.after(context, step, result.plan)
                 self.results.append((step, result, time.perf_counter() - began))
-            self.progress.line(f"  changed {len(result.changed)}, left alone {len(result.plan.skipped)}")
-        return module.eval()
+            self.progress.line(f"  {said(result)}")
+        self.module = module.eval()
+        return self.module
 
-    def hints(self) -> dict[str, dict[str, Any]]:
-        """What the plans say about layers, for targets."""
+    def after(self, context: Context, step: Pass, plan: Plan) -> Context:
+        """What the passes after a step may look at: they learn from, and are judged by, what it is compared with."""
+        gone = step.removed_inputs(plan)
+        context = without(context, gone)
+        reference, teacher_of = self.reference, context.teacher_of
+        return replace(
+            context,
+            original=reference.module,
+            score_of=lambda text: scoring.score_of(text, reference, self.recipe, context.calibration),
+            # Another model to learn from is called as the student is.
+            teacher_of=(lambda text: step.reference(teacher_of(text), plan)) if gone else teacher_of,
+        )
+
+    def note_patterns(self, module: nn.Module, plan: Plan) -> None:
+        """Keep account of layers of the 2:4 pattern, and say of a step that it took the pattern away."""
+        lost = [path for path, layer in self.sparse.items() if not still_sparse(module, path, layer)]
+        for path in lost:
+            del self.sparse[path]
+        if lost:
+            listed = ", ".join(lost[:4]) + (", …" if len(lost) > 4 else "")
+            note = f"the 2:4 zeros of {len(lost)} layers are gone after this step, and no target builds them as sparse"
+            self.step_notes[len(self.results)] = [f"{note}: {listed}"]
+        for path, choice in plan.choice.items():
+            if isinstance(choice, Mapping) and (layer := module_at(module, path)) is not None:
+                self.layers[path] = weakref.ref(layer)
+                if choice.get("pattern") == PATTERN:
+                    self.sparse[path] = layer
+
+    def hints(self, network: nn.Module | None = None) -> dict[str, dict[str, Any]]:
+        """What the plans say about layers, for targets.
+
+        Args:
+            network: the one that is exported, whose own paths are used: a layer may lie elsewhere in it than in the
+                model that a pass saw, as each of several networks by timestep does. None: the paths of the plans.
+        """
         found: dict[str, dict[str, Any]] = {}
         for _, result, _ in self.results:
             for path, choice in result.plan.choice.items():
                 if isinstance(choice, Mapping):
                     found.setdefault(path, {}).update(choice)
-        return found
+        for path, hint in found.items():
+            if hint.get("pattern") == PATTERN and path not in self.sparse:
+                found[path] = {key: value for key, value in hint.items() if key != "pattern"}
+        if network is None or self.module is None:
+            return found
+        at = {id(layer): path for path, layer in network.named_modules()}
+        moved: dict[str, dict[str, Any]] = {}
+        for path, hint in found.items():
+            layer = self.layers[path]() if path in self.layers else None
+            if layer is None or not any(each is layer for each in self.module.modules()):
+                layer = module_at(self.module, path)  # a later step put another in its place
+            if (name := at.get(id(layer))) is not None:
+                moved[name] = hint
+        return moved
 
 
-def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tuple[record.Report, int]:
+def still_sparse(module: nn.Module, path: str, layer: nn.Module) -> bool:
+    """Whether a layer of the 2:4 pattern has it still, where it was or where a later step put it."""
+    now = module_at(module, path)
+    if now is None or (now is not layer and not keeps_pattern(now)):
+        now = next((each for each in module.modules() if each is layer), None)
+    return now is not None and keeps_pattern(now)
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Say of every fault which step it is of; what no pass foresaw is our own fault, and keeps its traceback."""
+    try:
+        yield
+    except ToolchainError as error:
+        kind = ToolchainError if isinstance(error, FaultsError) else type(error)
+        raise kind(error.message, where=error.where or where, help=error.help) from error
+    except (InternalError, MemoryError, OSError):  # a full disk is nobody's bug
+        raise
+    except Exception as error:
+        raise InternalError(f"{type(error).__name__}: {error}", where=where) from error
+
+
+def said(result: Result) -> str:
+    """One line on what a step did."""
+    skipped = result.plan.skipped
+    if not result.changed and set(skipped) == {""}:
+        return f"changed nothing: {skipped['']}"
+    return f"changed {len(result.changed)}, left alone {len(skipped)}"
+
+
+def export(
+    recipe: Recipe, out: Path, *, force: bool, progress: Progress, trust_code: bool = False
+) -> tuple[record.Report, int]:
     """Run a recipe into ``out``; returns the report and the exit code."""
     began = time.perf_counter()
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     for note in recipe.notes:
         progress.line(note)
     with artifact.staging(out, force=force) as folder:
@@ -148,13 +260,18 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
             table = table_of(module)
             for name, part in parts_of(module).items():
                 called = table.model_of(name, run.exported) if table else run.exported
+                run.part_hints[name] = run.hints(part)
                 write_graph(run, called, part, folder / f"model{name}.onnx")
             write_table(module, folder)
             part_in_two(module, folder)
+            run.links, linked = settle_weights(folder, recipe.head.export.weights)
+            if linked:
+                run.notes.append(linked)
+                progress.line(linked)
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
-        write_artifact(run, report, folder)
+        write_artifact(run, report, folder, artifact.place_of(out))
     return report, exit_code(report)
 
 
@@ -170,7 +287,8 @@ def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
     """An original whose own output is not finite cannot be a reference."""
     runner = EagerRunner(model.module, threads=threads, outputs=model.outputs)
     arrays = {name: tensor.numpy() for name, tensor in example.items()}
-    if faults := non_finite([runner(arrays)]):
+    given = runner(arrays)
+    if faults := non_finite([given]):
         layer = runner.first_non_finite(arrays)
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
 
@@ -179,13 +297,13 @@ def write_plans(run: Run, folder: Path) -> None:
     """``plans/NN-name.json`` for each step."""
     (folder / "plans").mkdir()
     for number, (step, result, _) in enumerate(run.results):
-        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json")
+        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", version=__version__)
 
 
 def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
     """``model.onnx``, called as ``model`` is, with its weights beside it."""
     if isinstance(module, GraphModule):
-        save(module.graph.clone(), path)
+        save(module.graph.clone(), path, embed=run.recipe.head.export.embed_weights)
         return
     # At least 2, because the tracer takes a dimension of 1 for a constant.
     sizes = {d.name: max(d.typical, 2) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
@@ -236,14 +354,14 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built[0].resolved)
-    size = sum(each.bytes or 0 for each in built)
-    files = [path for engine in engines for path in engine.rglob("*") if path.is_file()]
+    files = {path for engine in engines for path in engine.rglob("*") if path.is_file()}
+    files |= {path for each in built for path in each.reads}
     return found.model_copy(
         update={
             "built": True,
             "parameters": {**found.parameters, **built[0].resolved},
             "seconds": round(time.perf_counter() - began, 3),
-            "bytes": size or sum(path.stat().st_size for path in files) or None,
+            "bytes": sum(path.stat().st_size for path in files),
             "notes": list(dict.fromkeys(note for each in built for note in each.notes)),
         }
     )
@@ -263,9 +381,11 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
         path=folder / f"model{part}.onnx",
         ranges=ranges,
         examples=examples,
-        hints=run.hints(),
+        hints=run.part_hints.get(part, run.part_hints.get("", {})),
         threads=run.threads,
         say=run.progress.say,
+        links=run.links,
+        untouched=not run.results and isinstance(run.model.module, GraphModule),
     )
     return step.target.build(graph, engine)
 
@@ -322,7 +442,7 @@ def make_report(
             bytes=first.bytes,
         ),
         verdict=verdict(gates, targets),
-        steps=[step_record(*entry) for entry in run.results],
+        steps=[step_record(*entry, run.step_notes.get(number, [])) for number, entry in enumerate(run.results)],
         targets=targets,
         gates=gates,
         samples=pictures,
@@ -330,11 +450,12 @@ def make_report(
         environment=environment.describe(),
         versions=environment.versions(),
         seconds=round(seconds, 3),
+        notes=list(run.notes),
     )
 
 
-def step_record(step: Pass, result: Result, seconds: float) -> record.Step:
-    """What one step did."""
+def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str] = ()) -> record.Step:
+    """What one step did; ``notes`` are what its plan could not know."""
     before, after = result.before, result.after
     return record.Step(
         name=step.name(),
@@ -346,7 +467,7 @@ def step_record(step: Pass, result: Result, seconds: float) -> record.Step:
         macs=record.BeforeAfter(before=before.macs, after=after.macs),
         bytes=record.BeforeAfter(before=before.bytes, after=after.bytes),
         seconds=round(seconds, 3),
-        notes=list(result.plan.facts.get("notes", [])),
+        notes=[*result.plan.facts.get("notes", []), *notes],
         curve=result.plan.facts.get("curve"),
         maps=result.plan.facts.get("maps", []),
     )
@@ -370,9 +491,17 @@ def exit_code(report: record.Report) -> int:
     return CANNOT if unbuilt or unmeasured else DONE
 
 
-def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
-    """Everything but the graph, the plans and the engines: recipe, report and manifest."""
-    (folder / "recipe.toml").write_text(run.recipe.moved(folder).as_toml(run.resolved))
+def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> None:
+    """Everything but the graph, the plans and the engines: recipe, report and manifest.
+
+    Args:
+        run: what was done.
+        report: its record.
+        folder: where to write.
+        out: where that will lie in the end, which is where the paths of its recipe start.
+    """
+    recipe = run.recipe.with_weights("link" if run.links else "copy").moved(out)
+    (folder / "recipe.toml").write_text(recipe.as_toml(run.resolved))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:
@@ -381,6 +510,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
     artifact.write_manifest(
         folder,
         {
+            "version": __version__,
             "model": report.model.model_dump(),
             "plans": {
                 f"plans/{number + 1:02d}-{step.name()}.json": result.plan.digest()
@@ -401,8 +531,8 @@ class Decision:
     plan: Plan
 
 
-def decide(recipe: Recipe, progress: Progress) -> list[Decision]:
+def decide(recipe: Recipe, progress: Progress, *, trust_code: bool = False) -> list[Decision]:
     """Plan every step; each is carried out in memory, because the next one plans on its result. Writes nothing."""
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     run.optimize()
     return [Decision(step_record(*entry), entry[1].plan) for entry in run.results]

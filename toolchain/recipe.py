@@ -60,7 +60,13 @@ class Export(Table):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="floating type to compute in; None: as the weights are"
     )
-    embed_weights: bool = Field(False, description="copy weights that are on disk, so that the folder stands alone")
+    weights: Literal["auto", "copy", "link"] = Field(
+        "auto",
+        description="weights that are on disk: copy what is read, as it is; or link the files; auto: copy up to 2 GB",
+    )
+    embed_weights: bool = Field(
+        False, description="write all weights anew into model.safetensors, in the type that is computed in"
+    )
 
 
 class Validation(Table):
@@ -122,6 +128,11 @@ class Recipe:
     def part(self, name: str) -> Recipe:
         """The same recipe for one network of a pipeline."""
         return replace(self, head=self.head.model_copy(update={"model": f"{self.head.model}#{name}"}))
+
+    def with_weights(self, mode: Literal["copy", "link"]) -> Recipe:
+        """The same recipe with what became of weights on disk said."""
+        export = self.head.export.model_copy(update={"weights": mode})
+        return replace(self, head=self.head.model_copy(update={"export": export}))
 
     def moved(self, folder: Path) -> Recipe:
         """The same recipe for a file in another folder: relative paths lead to where they did, absolute ones stay."""
@@ -230,6 +241,7 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
     faults.extend(order_faults([step for step in steps if step], where))
     if head:
         faults.extend(kind_faults([step for step in steps if step], head.model, where))
+        faults.extend(setting_faults(head, where))
     found, notes = format_faults([step for step in steps if step], [target for target in targets if target], where)
     raise_faults([*faults, *found])
     assert head is not None
@@ -258,7 +270,14 @@ def read_step(table: Mapping[str, Any], where: str) -> Pass:
     if not isinstance(name, str):
         raise ToolchainError('a step needs pass = "NAME"', where=where)
     cls = catalog.pass_class(name, where=where)
-    return placed(lambda: cls(**{key: value for key, value in table.items() if key != "pass"}), where)
+
+    def build() -> Pass:
+        step = cls(**{key: value for key, value in table.items() if key != "pass"})
+        step.refuse_incomplete()
+        return step
+
+    step: Pass = placed(build, where)
+    return step
 
 
 def read_target(table: Mapping[str, Any], where: str) -> TargetStep:
@@ -288,11 +307,27 @@ def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
     """Steps that stand after one that they cannot follow."""
     faults = []
     for i, step in enumerate(steps):
-        for earlier in steps[:i]:
-            if any(fnmatchcase(earlier.name(), pattern) for pattern in step.not_after):
-                message = f"{step.name()} cannot come after {earlier.name()}"
-                faults.append(ToolchainError(message, where=at(where, f"steps[{i}]"), help="change their order"))
+        place = at(where, f"steps[{i}]")
+        faults += [order_fault(step, earlier, place) for earlier in steps[:i] if cannot_follow(step, earlier)]
     return faults
+
+
+def cannot_follow(step: Pass, earlier: Pass) -> bool:
+    """Whether a step says that another may not stand before it."""
+    return any(fnmatchcase(earlier.name(), pattern) for pattern in step.not_after)
+
+
+def order_fault(step: Pass, earlier: Pass, where: str) -> ToolchainError:
+    """Why a step cannot follow another, and what can be done: the other order, where that one goes."""
+    reason = f", which leaves {left}" if (left := earlier.destroyed()) else ""
+    message = f"{step.name()} cannot come after {earlier.name()}{reason}"
+    if step.name() == earlier.name():
+        help_ = "a recipe can hold it once: put both settings into one step, or leave one out"
+    elif cannot_follow(earlier, step):
+        help_ = f"nor can {earlier.name()} come after {step.name()}: they exclude each other, so leave one out"
+    else:
+        help_ = f"change their order: {step.name()} first"
+    return ToolchainError(message, where=where, help=help_)
 
 
 def kind_faults(steps: list[Pass], model: str, where: str) -> list[ToolchainError]:
@@ -307,6 +342,19 @@ def kind_faults(steps: list[Pass], model: str, where: str) -> list[ToolchainErro
             help=f"passes for {WORDS[given]}: {', '.join(fitting)}",
         )
         for i, step in wrong.items()
+    ]
+
+
+def setting_faults(head: Head, where: str) -> list[ToolchainError]:
+    """Export settings that an ONNX graph cannot follow: nothing computes it again in another type."""
+    if sources.gives(head.model) != "graph" or head.export.dtype is None:
+        return []
+    return [
+        ToolchainError(
+            f"dtype is {head.export.dtype!r}; {head.model!r} is an ONNX graph, which keeps the types it was written in",
+            where=at(where, "export.dtype"),
+            help="export the PyTorch model in that type, or leave --dtype out",
+        )
     ]
 
 

@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from passes.contract import Inputs
 from targets.pytorch_engine import EagerRunner, flat
 from toolchain import calibration
 from toolchain.errors import ToolchainError, unknown
@@ -27,14 +28,20 @@ from validation.metrics import load_metrics
 Score = Callable[[nn.Module], float]
 
 
-def score_of(text: str, model: Model, recipe: Recipe) -> Score:
+def score_of(text: str, model: Model, recipe: Recipe, calls: Sequence[Inputs] | None = None) -> Score:
     """The score that a text names.
+
+    Args:
+        text: its name.
+        model: what is compared with: the original, as the steps before mean to change it.
+        recipe: says how sampling runs are made, and where the user's files start.
+        calls: calibration calls of that model; None: those that the recipe asks for.
 
     Raises:
         ToolchainError: no such score, or not for this model.
     """
     if text == "fidelity":
-        return fidelity(model, recipe)
+        return fidelity(model, calibration.inputs(recipe, model) if calls is None else calls)
     if ".py:" in text:
         return of_user(text, recipe.folder)
     metrics = {name: metric for name, metric in load_metrics().items() if isinstance(metric, SampleMetric)}
@@ -45,9 +52,8 @@ def score_of(text: str, model: Model, recipe: Recipe) -> Score:
     return of_samples(metrics[text], model.task, model, recipe)
 
 
-def fidelity(model: Model, recipe: Recipe) -> Score:
-    """Closeness to the original's outputs; 0 is equality."""
-    calls = calibration.inputs(recipe, model)
+def fidelity(model: Model, calls: Sequence[Inputs]) -> Score:
+    """Closeness to a model's outputs; 0 is equality."""
 
     def outputs(module: nn.Module) -> list[torch.Tensor]:
         with torch.no_grad():

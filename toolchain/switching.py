@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import nn
 
 from passes.contract import NewInput
-from passes.variants import REUSED, ByTimestep, Walk
+from passes.variants import REUSED, ByTimestep, Walk, some_rows
 from passes.variants import Reusing as ReusingModule
 from toolchain.added import with_inputs
 from toolchain.errors import ToolchainError
@@ -37,6 +37,7 @@ class Table:
         table: for each of them, which engine, counted from 0; a timestep beside the schedule takes the nearest.
         reused: shape of one row of what engine 0 gives beside its outputs and engine 1 takes; None: nothing.
         dtype: its type.
+        shared: inputs that have no row for each sample.
     """
 
     input: str
@@ -44,6 +45,7 @@ class Table:
     table: tuple[int, ...]
     reused: tuple[int, ...] | None = None
     dtype: str = "float32"
+    shared: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,7 +65,7 @@ def table_of(module: nn.Module) -> Table | None:
     """The table of a module that is several networks."""
     if not isinstance(module, ByTimestep):
         return None
-    table = Table(input=module.input, timesteps=module.timesteps, table=module.table)
+    table = Table(input=module.input, timesteps=module.timesteps, table=module.table, shared=module.shared)
     return replace(table, reused=module.shape, dtype=module.dtype) if isinstance(module, ReusingModule) else table
 
 
@@ -86,9 +88,15 @@ def read_table(folder: Path) -> Table | None:
         return None
     content = read_json(path, what=TABLE)
     try:
-        table = Table(input=content["input"], timesteps=tuple(content["timesteps"]), table=tuple(content["table"]))
+        table = Table(
+            input=content["input"],
+            timesteps=tuple(content["timesteps"]),
+            table=tuple(content["table"]),
+            shared=tuple(content.get("shared", ())),
+        )
         reused = content.get("reused")
         sound = all(isinstance(t, int | float) for t in table.timesteps) and all(type(n) is int for n in table.table)
+        sound = sound and all(isinstance(name, str) for name in table.shared)
         if not sound or not isinstance(table.input, str) or not table.table:
             raise ValueError("no table of timesteps")
         return table if reused is None else replace(table, reused=tuple(reused), dtype=content["dtype"])
@@ -108,14 +116,14 @@ class Switching:
         self.runners, self.table = runners, table
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        """Named inputs with as many rows each -> named outputs, rows in the same order."""
+        """Named inputs with as many rows each, but for shared ones -> named outputs, rows in the same order."""
         chosen = np.asarray(self.table.table)[self.steps(inputs)]
         numbers = sorted(set(chosen.tolist()))
         if len(numbers) == 1:
             return self.runners[numbers[0]](inputs)
         rows = [np.flatnonzero(chosen == number) for number in numbers]
         parts = [
-            self.runners[number]({name: array[own] for name, array in inputs.items()})
+            self.runners[number](some_rows(inputs, own, self.table.shared))
             for number, own in zip(numbers, rows, strict=True)
         ]
         back = np.concatenate(rows).argsort(kind="stable")
@@ -123,7 +131,7 @@ class Switching:
 
     def steps(self, inputs: Arrays) -> npt.NDArray[np.int64]:
         """For each row the timestep of the schedule that is nearest to its own."""
-        times = inputs[self.table.input].astype(np.float32)
+        times = inputs[self.table.input].astype(np.float32).reshape(-1)
         schedule = np.asarray(self.table.timesteps, np.float32)
         return np.abs(times[:, None] - schedule).argmin(axis=1)
 

@@ -70,6 +70,19 @@ class InputSpec:
         return low, self.sizes(), high
 
 
+def rows_of(specs: Sequence[InputSpec]) -> int | Dim | None:
+    """What counts the samples of a call: the leading axis named ``batch``, else the first that is dynamic, or any."""
+    leading = [spec.shape[0] for spec in specs if spec.shape]
+    dims = [d for d in leading if isinstance(d, Dim)]
+    return next((d for d in dims if d.name == "batch"), dims[0] if dims else next(iter(leading), None))
+
+
+def shared_by_rows(specs: Sequence[InputSpec]) -> tuple[str, ...]:
+    """Names of the inputs that have no row for each sample: all samples of a call share them."""
+    rows = rows_of(specs)
+    return tuple(spec.name for spec in specs if not spec.shape or spec.shape[0] != rows)
+
+
 def draw(specs: Sequence[InputSpec], *, seed: int, sizes: Mapping[str, int] | None = None) -> Arrays:
     """Random inputs that keep to the specs; the same seed gives the same arrays on every machine."""
     rng = np.random.default_rng(seed)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import read_json
+from toolchain.writing import write_where_told
 from validation.metrics import load_metrics
 
 SCHEMA: Literal[1] = 1
@@ -199,13 +199,7 @@ def write(path: Path, baseline: Baseline) -> None:
     """
     content = baseline.model_dump(mode="json", by_alias=True, exclude_none=True)
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text)
-        os.replace(beside, path)  # noqa: PTH105 - the word that promises to be atomic
-    except OSError as cause:
-        beside.unlink(missing_ok=True)
-        raise ToolchainError(f"the baseline cannot be written: {cause.strerror}", where=str(path)) from cause
+    write_where_told(path, text, what="the baseline")
 
 
 def render_table(comparisons: Sequence[Comparison]) -> str:

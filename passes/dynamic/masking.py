@@ -6,7 +6,7 @@ Shapes: B batch, T timesteps, U units (heads, groups of hidden units), W = U tim
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.traits import FeedForward, HeadedAttention
-from passes.variants import nearest
+from passes.variants import guidance_rows, nearest
 
 
 @dataclass
@@ -23,57 +23,90 @@ class Now:
     """Which row of every mask holds for each row of the batch, while a call is made."""
 
     index: Tensor | None = None
+    copies: int = 1
+    """How often the rows of a call follow one another inside the model."""
 
 
-class MaskedOutput(nn.Module):
-    """A projection whose input is multiplied by the mask of its timestep.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some columns of a projection's input, and which of their units are heard.
 
     Args:
-        linear: reads ``first`` columns of something else, then W columns of units.
         mask: (T, U) of 0 and 1.
-        first: the first column of a unit.
-        now: tells the timestep.
+        first: the first column.
+        width: of all units together.
     """
 
     mask: Tensor
+    first: int
+    width: int
 
-    def __init__(self, linear: nn.Module, mask: Tensor, first: int, now: Now) -> None:
+
+class MaskedOutput(nn.Module):
+    """A projection whose input is multiplied by the masks of its timestep.
+
+    Args:
+        linear: reads W columns.
+        parts: of them, which do not overlap; all other columns are heard.
+        now: tells the timestep.
+    """
+
+    def __init__(self, linear: nn.Module, parts: Sequence[Part], now: Now) -> None:
         super().__init__()
-        self.linear, self.first, self.now = linear, first, now
-        self.register_buffer("mask", mask)
+        self.linear, self.now = linear, now
+        self.places = [(part.first, part.first + part.width) for part in parts]
+        for number, part in enumerate(parts):
+            self.register_buffer(f"mask_{number}", part.mask)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (B, ..., first + W) -> what the projection gives."""
+        """x (B, ..., W) -> what the projection gives."""
         assert self.now.index is not None
-        mask = self.mask[self.now.index]  # (B, U)
-        units = x[..., self.first :].unflatten(-1, (mask.shape[1], -1))
-        units = units * mask.view(-1, *[1] * (x.ndim - 2), mask.shape[1], 1).to(x.dtype)
-        heard = units.flatten(-2)
-        return self.linear(torch.cat([x[..., : self.first], heard], dim=-1) if self.first else heard)
+        for number, (first, end) in enumerate(self.places):
+            mask = self.get_buffer(f"mask_{number}")[self.now.index].repeat(self.now.copies, 1)  # (B, U)
+            units = x[..., first:end].unflatten(-1, (mask.shape[1], -1))
+            units = units * mask.view(-1, *[1] * (x.ndim - 2), mask.shape[1], 1).to(x.dtype)
+            pieces = [x[..., :first], units.flatten(-2), x[..., end:]]
+            x = torch.cat([piece for piece in pieces if piece.shape[-1]], dim=-1)
+        return self.linear(x)
+
+
+def columns_of(layer: HeadedAttention | FeedForward) -> tuple[int, int]:
+    """Where in its output projection's input the units of a layer begin, and how wide they are together."""
+    if isinstance(layer, FeedForward):
+        return layer.first_column, layer.hidden
+    return 0, layer.heads * layer.head_dim
 
 
 def mask_units(
-    model: nn.Module, masks: Mapping[str, tuple[HeadedAttention | FeedForward, Tensor]], times: str, at: Sequence[float]
+    model: nn.Module,
+    masks: Sequence[tuple[HeadedAttention | FeedForward, Tensor]],
+    times: str,
+    at: Sequence[float],
 ) -> nn.Module:
-    """Put masks (T, U) into a model, in place; those of ones only are left out.
+    """Put masks (T, U) of layers into a model, in place; those of ones only are left out.
 
     Args:
         model: called by name.
-        masks: by layer path.
+        masks: each with its layer; an attention and a feed-forward may share a projection.
         times: name of the input (B,) that holds the timestep.
         at: the timesteps (T) of the masks' rows; a call takes the nearest.
     """
-    now = Now()
-    masks = {path: entry for path, entry in masks.items() if not bool(entry[1].all())}
-    for layer, mask in masks.values():
-        place = next(path for path, module in model.named_modules() if module is layer.output)
-        first = layer.first_column if isinstance(layer, FeedForward) else 0
-        model.set_submodule(place, MaskedOutput(layer.output, mask, first, now).train(layer.output.training))
-    if not masks:
+    now = Now(copies=guidance_rows(model))
+    parts: dict[nn.Module, list[Part]] = {}
+    for layer, mask in masks:
+        first, width = columns_of(layer)
+        for output in (
+            () if bool(mask.all()) else layer.outputs if isinstance(layer, HeadedAttention) else [layer.output]
+        ):
+            parts.setdefault(output, []).append(Part(mask=mask, first=first, width=width))
+    for linear, own in parts.items():
+        place = next(path for path, module in model.named_modules() if module is linear)
+        model.set_submodule(place, MaskedOutput(linear, own, now).train(linear.training))
+    if not parts:
         return model
     object.__setattr__(model, "masking", (now, times, tuple(at)))
-    own: Any = type(model)
-    model.__class__ = timed(own)
+    kind: Any = type(model)
+    model.__class__ = timed(kind)
     return model
 
 

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from passes.contract import Context, Inputs, Pass, Plan, macs
 from passes.dynamic.contributions import giving, stream, taking
-from passes.dynamic.schedule import at, calls_at, even, refuse_no_timestep
+from passes.dynamic.schedule import at, calls_at, even, span_of, timestep_of
 from passes.pruning.probes import evaluating
 from passes.selection import check_patterns, excluded_by
+from passes.stacks import stacks_of
 from passes.surgery import share
-from passes.traits import BlockStack, layer_at, layers_of
+from passes.traits import BlockStack, layer_at
 from passes.variants import Reusing
 from passes.walking import why_not_without
 from toolchain.errors import ToolchainError
@@ -47,7 +48,9 @@ class ReuseBlocks(Pass):
         "fix_inputs",
         "perturb_heads",
         "hoist_constants",
+        "mixture_of_blocks",
     )
+    leaves: ClassVar[str] = "two networks, the whole one and one without some blocks, and a state between calls"
 
     interval: int = Field(2, ge=1, description="one step in so many runs whole, the first included (DeepCache's N)")
     whole: tuple[int, ...] = Field((), description="steps that run whole, from 0 and rising, instead of an interval")
@@ -57,9 +60,13 @@ class ReuseBlocks(Pass):
     blocks: tuple[int, int] | None = Field(
         None, description="first and last of the blocks left out, from 0; None: by calibration inputs, or the middle"
     )
-    timesteps: tuple[float, ...] = Field((), description="the sampler's schedule; empty: even, from 999 to 0")
+    timesteps: tuple[float, ...] = Field(
+        (), description="the sampler's schedule; empty: even, from 999 to 0, or from 1 where the model counts so"
+    )
     steps: int = Field(25, ge=1, le=1000, description="length of the even schedule")
-    input: str = Field("t", description="the input that holds the timestep, one for each row")
+    input: str = Field(
+        "", description="the input that holds the timestep, one for each row; empty: found by name, such as t"
+    )
     rows: int = Field(4, ge=1, description="calibration rows for each timestep: those of the nearest timesteps")
     exclude: tuple[str, ...] = Field((), description="glob patterns of stacks of blocks that always run whole")
 
@@ -69,21 +76,21 @@ class ReuseBlocks(Pass):
         Raises ``ToolchainError`` for an input that is no timestep, steps that are none, blocks that must stay or are
         not there, an ``exclude`` that matches nothing, and without a call to look at.
         """
-        stacks = dict(layers_of(model, BlockStack))
+        stacks, others = stacks_of(model)
         check_patterns(self.exclude, stacks, what="stack of blocks")
         skipped = {path: reason for path in stacks if (reason := excluded_by(path, self.exclude))}
         table = self.table()
         if not stacks:
-            return Plan(choice={}, skipped={"": "no family knows a stack of blocks in it"})
+            return Plan(choice={}, skipped=others or {"": "no family knows a stack of blocks in it"})
         if not any(table):
             reason = "every step runs whole: there is nothing to reuse"
             return Plan(choice={}, skipped={path: skipped.get(path, reason) for path in stacks})
         example = context.example or next(iter(context.calibration), None)
         if not example:
             raise ToolchainError(f"{self.name()} looks at one call of the model and got none")
-        refuse_no_timestep(example, self.input)
+        told = self.told(context, example)
         found, whole = forms(model, stacks, example)
-        rows = len(example[self.input])
+        rows = len(example[told.input])
         skipped |= {path: r for path in stacks if path not in skipped and (r := why_not(found.get(path), rows))}
         fit = [path for path in stacks if path not in skipped]
         skipped |= {path: r for path in fit if (r := why_not_without(model, path, stacks[path], (), context))}
@@ -92,14 +99,14 @@ class ReuseBlocks(Pass):
             return Plan(choice={}, skipped=skipped)
         path = max(fit, key=lambda path: len(stacks[path].blocks))  # of equals the first
         skipped |= {other: f"one stack's blocks are reused, those of {path!r}" for other in fit if other != path}
-        blocks, facts = self.chosen(model, path, stacks[path], table, context)
+        blocks, facts = told.chosen(model, path, stacks[path], table, context)
         if not blocks:
             return Plan(choice={}, skipped={**skipped, path: "each of its blocks must stay"})
         short = macs(taking(share(model), path, blocks), example)
         tensor = found[path][0]
         facts |= {
-            "input": self.input,
-            "timesteps": list(self.schedule()),
+            "input": told.input,
+            "timesteps": list(told.schedule()),
             "table": table,
             "shape": list(tensor.shape[1:]),
             "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -118,6 +125,12 @@ class ReuseBlocks(Pass):
             short = taking(share(model), path, entry["blocks"])
             return Reusing(giving(model, path, entry["blocks"]), short, **facts).train(model.training)
         return model
+
+    def told(self, context: Context, example: Inputs) -> ReuseBlocks:
+        """The same with the input that holds the timestep, and with the timesteps."""
+        input = timestep_of(self.input, example)
+        times = self.timesteps or even(self.steps, span_of(context, input)[1])
+        return self.model_copy(update={"input": input, "timesteps": times})
 
     def schedule(self) -> tuple[float, ...]:
         """The timesteps."""

@@ -11,31 +11,53 @@ import numpy as np
 import torch
 
 from passes.contract import Context, Inputs
-from toolchain.errors import ToolchainError, unknown
+from passes.roles import TIMESTEPS, named
+from passes.rows import one_call, shared_inputs, some_rows
+from toolchain.errors import ToolchainError
 
 
-def even(steps: int) -> tuple[float, ...]:
-    """So many timesteps (T) from 999 to 0."""
+def even(steps: int, high: float = 1000.0) -> tuple[float, ...]:
+    """So many timesteps (T), evenly spaced: from 999 to 0, or from 1 to 0 for a model that counts so."""
+    if high <= 1:
+        return tuple(float(f"{t:.6g}") for t in np.linspace(high, 0, steps))
     return tuple(float(t) for t in np.linspace(999, 0, steps).round())
 
 
-def refuse_no_timestep(call: Inputs, input: str) -> None:
-    """Raise ``ToolchainError`` for an input that a call lacks, or that holds no timestep for each row."""
-    if input not in call:
-        raise unknown("input", input, call)
-    if call[input].ndim != 1:
-        raise ToolchainError(f"input {input!r} has shape {tuple(call[input].shape)}; one a row is needed")
+def span_of(context: Context, input: str) -> tuple[float, float]:
+    """The least and the greatest timestep: what the contract says, else 0 to 1 where calls have no greater, or 1000."""
+    if input in context.ranges:
+        low, high = context.ranges[input]
+        return low, 1000.0 if high == 999 else high
+    met = [float(call[input].max()) for call in context.calibration if input in call and call[input].numel()]
+    return 0.0, 1.0 if met and max(met) <= 1 else 1000.0
+
+
+def timestep_of(asked: str, call: Inputs) -> str:
+    """The input that holds the timestep of each row: the one that a user names, else found by name.
+
+    Raises:
+        ToolchainError: there is none, or it holds something else.
+    """
+    input = named(asked, TIMESTEPS, call, setting="input")
+    refuse_no_timestep(call, input)
+    return input
+
+
+def refuse_no_timestep(call: Inputs, input: str, *, one_for_all: bool = False) -> None:
+    """Raise ``ToolchainError`` for an input that holds no timestep for each row (or, ``one_for_all``, for a call)."""
+    shape = tuple(call[input].shape)
+    if len(shape) != 1 and not (one_for_all and shape == ()):
+        raise ToolchainError(f"input {input!r} has shape {shape}; one a row is needed")
 
 
 def calls_at(context: Context, timesteps: Sequence[float], *, input: str, rows: int) -> list[Inputs]:
     """For each timestep, so many calibration rows that were drawn nearest to it, given that timestep."""
-    for call in context.calibration:
-        refuse_no_timestep(call, input)
-    joined = {name: torch.cat([call[name] for call in context.calibration]) for name in context.calibration[0]}
+    shared = shared_inputs(context, context.calibration[0], like=input)
+    joined = one_call(context.calibration, shared)
     calls = []
     for time in timesteps:
         order = (joined[input].double() - time).abs().argsort(stable=True)[:rows]
-        calls.append(at({name: tensor[order] for name, tensor in joined.items()}, time, input=input))
+        calls.append(at(some_rows(joined, order, shared), time, input=input))
     return calls
 
 

@@ -35,6 +35,7 @@ class SkipSpatialTokens(Pass):
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = (*SHORTENS, "reuse_blocks")
+    leaves: ClassVar[str] = "feed-forwards that run on some tokens only"
 
     ratio: float = Field(0.5, ge=0, lt=1, description="share of the content tokens that pass a feed-forward by")
     exclude: tuple[str, ...] = Field((), description="glob patterns of block paths whose feed-forwards see all tokens")

@@ -22,7 +22,8 @@ from toolchain.errors import ToolchainError
 class SkipStep(Step):
     """One block whose feed-forward runs on ``count`` content tokens of each sample, and on the leading ones.
 
-    While it trains, what it gives passes a gate that is 1 and has the router's gradient (straight-through).
+    While it trains, or ``learns``, what it gives passes a gate that is 1 and has the router's gradient
+    (straight-through).
 
     Args:
         block: the block.
@@ -37,6 +38,7 @@ class SkipStep(Step):
     ) -> None:
         super().__init__(block, kind)
         self.router, self.count, self.leading = router.train(block.training), count, leading
+        self.learns = False
 
     def feed(self, tokens: Tokens, call: TokenBlock) -> None:
         """Gather, feed-forward, and the tokens that ran back in their places."""
@@ -47,7 +49,7 @@ class SkipStep(Step):
         y = call.feed_forward(
             rows(call.feed_forward_input(x), picked) if call.parallel else call.feed_forward_input(run)
         )
-        if self.training:
+        if self.learns or self.training:
             gate = rows(scores.sigmoid()[..., None], picked)
             y = y * (1 + (gate - gate.detach()))  # 1 to the last bit
         if call.parallel:  # the projection reads both halves, of every token

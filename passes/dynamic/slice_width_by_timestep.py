@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
 from passes.dynamic.buckets import masks_for, stretches
-from passes.dynamic.masking import mask_units
-from passes.dynamic.schedule import calls_at, even
+from passes.dynamic.masking import columns_of, mask_units
+from passes.dynamic.schedule import calls_at, even, span_of, timestep_of
 from passes.pruning.probes import Call, calls_of, evaluating, probe
+from passes.rows import shared_inputs
 from passes.selection import check_patterns, excluded_by
 from passes.surgery import share
 from passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
@@ -49,15 +50,24 @@ class SliceWidthByTimestep(Pass):
         "fix_inputs",
         "hoist_constants",
         "perturb_heads",
+        "mixture_of_blocks",
+        "reuse_blocks",
     )
+    leaves: ClassVar[str] = "several networks by timestep, each with layers of its own"
+    looks_for: ClassVar[str] = "attention layers and feed-forwards that a family knows"
 
     share: float = Field(
         default=0.5, gt=0, le=1, description="multiply-accumulates of heads and hidden units left, mean over a run"
     )
     buckets: int = Field(default=3, ge=1, le=16, description="networks, each for a stretch of the schedule")
-    timesteps: tuple[float, ...] = Field(default=(), description="the sampler's schedule; empty: even, from 999 to 0")
+    timesteps: tuple[float, ...] = Field(
+        default=(),
+        description="the sampler's schedule; empty: even, from 999 to 0, or from 1 where the model counts so",
+    )
     steps: int = Field(default=25, ge=1, le=1000, description="length of the even schedule")
-    input: str = Field(default="t", description="the input that holds the timestep, one for each row")
+    input: str = Field(
+        default="", description="the input that holds the timestep, one for each row; empty: found by name, such as t"
+    )
     groups: int = Field(default=8, ge=1, description="groups of neighbouring hidden units in each feed-forward")
     importance: Literal["taylor", "activation"] = Field(
         default="taylor", description="first-order change of the output; or activation times weight, without gradients"
@@ -74,7 +84,8 @@ class SliceWidthByTimestep(Pass):
         check_patterns(self.exclude, layers, what="attention layer or feed-forward")
         skipped = {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
-        scores, costs = self.scores(model, layers, context) if layers else ({}, {})
+        told = self.told(context) if layers else self
+        scores, costs = told.scores(model, layers, context) if layers else ({}, {})
         skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in scores}
         if not scores:
             return Plan(choice={}, skipped=skipped)
@@ -87,7 +98,8 @@ class SliceWidthByTimestep(Pass):
             kept = [np.flatnonzero(mask[np.array(table) == k].any(axis=0)).tolist() for k in range(max(table) + 1)]
             choice[path] = {"of": mask.shape[1], "kept": kept}
             arrays[f"{path}.mask"] = torch.from_numpy(mask.astype(np.uint8))
-        facts |= {"input": self.input, "timesteps": list(self.schedule()), "table": table}
+        shared = shared_inputs(context, context.calibration[0], like=told.input)
+        facts |= {"input": told.input, "timesteps": list(told.timesteps), "table": table, "shared": list(shared)}
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -100,12 +112,13 @@ class SliceWidthByTimestep(Pass):
             own = table == number
             at = [time for time, chosen in zip(times, own.tolist(), strict=True) if chosen]
             variants.append(self.narrowed(share(model), plan, number, own, at))
-        whole = ByTimestep(variants, input=plan.facts["input"], timesteps=times, table=plan.facts["table"])
+        facts = {"input": plan.facts["input"], "table": plan.facts["table"], "shared": plan.facts.get("shared", ())}
+        whole = ByTimestep(variants, timesteps=times, **facts)
         return whole.train(model.training)
 
     def narrowed(self, model: nn.Module, plan: Plan, number: int, own: Tensor, at: list[float]) -> nn.Module:
         """Cut a model, in place, to what one stretch needs; ``own`` (T,) says which timesteps are its."""
-        masks: dict[str, tuple[Layer, Tensor]] = {}
+        masks: list[tuple[str, Tensor]] = []
         for path, entry in plan.choice.items():
             kept = entry["kept"][number]
             layer = self.layer(model, path)
@@ -121,16 +134,23 @@ class SliceWidthByTimestep(Pass):
                 raise ToolchainError(
                     f"the plan is for a layer of {entry['of']} heads; this one has {units}", where=path
                 )
-            masks[path] = (self.layer(model, path), plan.arrays[f"{path}.mask"][own][:, kept])
-        return mask_units(model, masks, plan.facts["input"], at)
+            masks.append((path, plan.arrays[f"{path}.mask"][own][:, kept]))
+        layers = [(self.layer(model, path), mask) for path, mask in masks]
+        return mask_units(model, layers, plan.facts["input"], at)
 
     def layers(self, model: nn.Module) -> dict[str, Layer]:
-        """Attention layers and feed-forwards by path, in the model's order."""
+        """Attention layers and feed-forwards by path, in the model's order.
+
+        Where one module is both (a parallel block), the feed-forward's path ends in ``:ffn``.
+        """
         found: dict[str, Layer] = dict(layers_of(model, HeadedAttention))
-        return found | dict(layers_of(model, FeedForward))
+        own = {f"{path}:ffn" if path in found else path: layer for path, layer in layers_of(model, FeedForward)}
+        return found | own
 
     def layer(self, model: nn.Module, path: str) -> Layer:
         """The layer at a path."""
+        if path.endswith(":ffn"):
+            return layer_at(model, path.removesuffix(":ffn"), FeedForward)
         return trait_of(model.get_submodule(path), HeadedAttention) or layer_at(model, path, FeedForward)
 
     def reason_to_skip(self, path: str, layer: Layer) -> str:
@@ -145,9 +165,11 @@ class SliceWidthByTimestep(Pass):
         """How many units a layer has."""
         return layer.heads if isinstance(layer, HeadedAttention) else self.groups
 
-    def schedule(self) -> tuple[float, ...]:
-        """The timesteps."""
-        return self.timesteps or even(self.steps)
+    def told(self, context: Context) -> SliceWidthByTimestep:
+        """The same with the input that holds the timestep, and with the timesteps."""
+        input = timestep_of(self.input, context.calibration[0])
+        times = self.timesteps or even(self.steps, span_of(context, input)[1])
+        return self.model_copy(update={"input": input, "timesteps": times})
 
     def scores(
         self, model: nn.Module, layers: Mapping[str, Layer], context: Context
@@ -156,7 +178,7 @@ class SliceWidthByTimestep(Pass):
         linears = {path: layer.output for path, layer in layers.items()}
         rows: dict[str, list[Tensor]] = {path: [] for path in layers}
         costs: dict[str, float] = {}
-        calls = calls_at(context, self.schedule(), input=self.input, rows=self.rows)
+        calls = calls_at(context, self.timesteps, input=self.input, rows=self.rows)
         for done, call in enumerate(calls, start=1):
             totals: dict[str, Tensor] = {}
             use = partial(self.add, layers, totals, costs)
@@ -183,13 +205,14 @@ class SliceWidthByTimestep(Pass):
         for call, gradient in zip(calls, gradients, strict=True):
             path, layer = call.key, layers[call.key]
             units = self.units(layer)
-            first = layer.first_column if isinstance(layer, FeedForward) else 0
-            parts = [x.detach()[..., first:].double().unflatten(-1, (units, -1)) for x in (call.input, gradient)]
+            first, width = columns_of(layer)
+            own = slice(first, first + width)
+            parts = [x.detach()[..., own].double().unflatten(-1, (units, -1)) for x in (call.input, gradient)]
             products = (parts[0] * parts[1]).sum(dim=-1).reshape(len(call.input), -1, units).sum(dim=1)  # (B, U)
             if self.importance == "taylor":
                 score = products.abs().sum(dim=0)
             else:
-                weights = layer.output.weight.detach()[:, first:].double().unflatten(1, (units, -1))
+                weights = layer.output.weight.detach()[:, own].double().unflatten(1, (units, -1))
                 score = products.sum(dim=0).sqrt() * torch.linalg.vector_norm(weights, dim=(0, 2))
             totals[path] = totals[path] + score if path in totals else score
             costs[path] = cost_of_unit(layer, units, tokens=call.input[0].numel() // call.input.shape[-1])
@@ -227,7 +250,8 @@ def cost_of_unit(layer: Layer, units: int, *, tokens: int) -> float:
     Of an attention layer four projections of the output's size are counted, and as many keys as queries.
     """
     if isinstance(layer, HeadedAttention):
-        return tokens * (4 * layer.output.weight.numel() / units + 2 * tokens * layer.head_dim)
+        own = layer.output.weight.shape[0] * layer.heads * layer.head_dim
+        return tokens * (4 * own / units + 2 * tokens * layer.head_dim)
     weights = sum(linear.weight.numel() for linear in layer.inputs)
     read = layer.output.weight.shape[0] * layer.hidden
     return tokens * (weights + read) / units

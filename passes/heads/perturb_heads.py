@@ -21,7 +21,9 @@ from passes.contract import Context, NewInput, Pass, Plan
 from passes.heads.softpag import Perturbation, blocks_before, entries, names_of
 from passes.pruning.prune_heads import uncut
 from passes.selection import check_patterns
+from passes.surgery import share
 from passes.traits import HeadedAttention, layer_at, layers_of
+from passes.variants import each_network, local
 from toolchain.errors import ToolchainError
 
 
@@ -36,6 +38,8 @@ class PerturbHeads(Pass):
         "select_heads",
         "reuse_blocks",
     )
+    leaves: ClassVar[str] = "attention that is blended by an input"
+    looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
 
     heads: dict[str, tuple[int, ...]] = Field(
         default={"*": ()},
@@ -89,6 +93,10 @@ class PerturbHeads(Pass):
         """``pag_u`` and ``pag_w``, as far as they are not baked in."""
         return self.perturbation().inputs(len(names_of(plan.choice)))
 
+    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+        """The original, perturbed as far as that is baked in: what an input steers is as it was."""
+        return perturbed_reference(original, plan, self.perturbation())
+
     def perturbation(self) -> Perturbation:
         """What becomes of the chosen heads."""
         return Perturbation(rows=self.rows, u=self.u, guidance=self.guidance, w=self.w, channels=self.channels)
@@ -118,10 +126,21 @@ def unblended(layers: Mapping[str, HeadedAttention], how: Perturbation) -> dict[
     return reasons
 
 
+def perturbed_reference(original: nn.Module, plan: Plan, how: Perturbation) -> nn.Module:
+    """The original with these heads perturbed for good; itself where calls say how much, or its heads are others."""
+    if how.u is None or (how.guidance and how.w is None):
+        return original
+    layers = dict(layers_of(original, HeadedAttention))
+    if any(path not in layers or layers[path].heads != entry["of"] for path, entry in plan.choice.items()):
+        return original
+    return perturbed(share(original), plan, how)
+
+
 def perturbed(model: nn.Module, plan: Plan, how: Perturbation) -> nn.Module:
     """Carry a plan out, in place."""
     for path, entry in plan.choice.items():
         found = layer_at(model, path, HeadedAttention).heads
         if found != entry["of"]:
             raise ToolchainError(f"the plan is for a layer of {entry['of']} heads; this one has {found}", where=path)
-    return how.put_into(model, plan.choice)
+    names = [each.name for each in how.inputs(len(names_of(plan.choice)))]
+    return each_network(model, lambda net, path: how.put_into(net, local(plan.choice, path), names))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,8 +20,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from passes.contract import Context, Json, NewInput, Pass, Plan, Score, digest_of
-from passes.heads.perturb_heads import perturbed, unblended
+from passes.contract import SCORE_HELP, Context, Json, NewInput, Pass, Plan, Score, digest_of
+from passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
 from passes.heads.search_log import SearchLog
 from passes.heads.softpag import Perturbation, entries, names_of
 from passes.pruning.prune_heads import PruneHeads, uncut
@@ -40,7 +40,15 @@ class SelectHeads(Pass):
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "perturb_heads", "select_heads")
 
-    score: str = Field(default="fidelity", description="what to raise: fidelity, a metric of samples, FILE.py:FUNCTION")
+    functions: ClassVar[tuple[str, ...]] = ("score",)
+    leaves: ClassVar[str] = "attention whose heads are told apart for good"
+    looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
+
+    score: str = Field(
+        default="",
+        description="what to raise: a metric of samples, FILE.py:FUNCTION; for mode = prune also fidelity, which it "
+        "is there when left out",
+    )
     mode: Literal["perturb", "prune"] = Field(default="perturb", description="what is done to the chosen heads")
     rounds: int = Field(default=1, ge=1, description="rounds of the search (the paper's R)")
     heads_per_round: int = Field(default=1, ge=1, description="heads that each round adds (the paper's k)")
@@ -70,14 +78,36 @@ class SelectHeads(Pass):
         skipped |= self.left_out({path: layer for path, layer in layers.items() if path not in skipped})
         pool = {path: layer.heads for path, layer in layers.items() if path not in skipped}
         self.check_enough(pool)
-        log = SearchLog(Path(self.log) if self.log else None, self.search(model, context) if self.log else "")
+        log = SearchLog(
+            context.folder / self.log if self.log else None, self.search(model, context) if self.log else ""
+        )
         chosen, seen = self.searched(model, pool, context, log)
         choice = self.choice(chosen, model)
         skipped |= {path: "none of its heads was chosen" for path in pool if path not in choice}
-        facts = {"score": self.score, "mode": self.mode, "chosen": [*map(name_of, chosen)], **seen}
+        facts = {"score": self.judge, "mode": self.mode, "chosen": [*map(name_of, chosen)], **seen}
         if self.mode == "perturb":
             facts["heads"] = names_of(choice)
         return Plan(choice=choice, skipped=skipped, facts=facts)
+
+    @property
+    def judge(self) -> str:
+        """The score's name."""
+        return self.score or ("fidelity" if self.mode == "prune" else "")
+
+    def refuse_incomplete(self) -> None:
+        """Perturbing wants a score that can rise: closeness to the plain model is what it is meant to leave."""
+        if self.mode == "perturb" and self.score in ("", "fidelity"):
+            said = "none is given" if not self.score else "fidelity is best where a perturbation does least"
+            raise ToolchainError(
+                f"{self.name()} with mode = perturb needs a score of what guidance is to raise; {said}",
+                where="score",
+                help=SCORE_HELP,
+            )
+
+    def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> SelectHeads:
+        """The same for a recipe in another folder."""
+        here = super().moved(path, model)
+        return here.model_copy(update={"log": path(self.log)}) if self.log else here
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Perturb or prune, in place. Raises ``ToolchainError`` when a layer has not the heads of the plan."""
@@ -88,6 +118,12 @@ class SelectHeads(Pass):
         if self.mode == "prune":
             return ()
         return self.perturbation(baked=self.baked).inputs(len(names_of(plan.choice)))
+
+    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+        """The original, perturbed where that is baked in; pruned heads are what the original is to be missed by."""
+        if self.mode == "prune":
+            return original
+        return perturbed_reference(original, plan, self.perturbation(baked=self.baked))
 
     def carried_out(self, model: nn.Module, plan: Plan, *, baked: bool) -> nn.Module:
         """The model with the chosen heads perturbed or gone."""
@@ -130,7 +166,8 @@ class SelectHeads(Pass):
     def search(self, model: nn.Module, context: Context) -> str:
         """What tells this search from another: settings, seed, and the model with its weights."""
         content = {
-            "settings": self.model_dump(mode="json", exclude={"log", "baked"}),
+            # A recipe that moved to another folder names the same function by another path.
+            "settings": self.model_dump(mode="json", exclude={"log", "baked"}) | {"score": Path(self.judge).name},
             "seed": context.seed,
             "tensors": {name: digest_of(tensor) for name, tensor in model.state_dict().items()},
         }
@@ -140,7 +177,7 @@ class SelectHeads(Pass):
         self, model: nn.Module, pool: Mapping[str, int], context: Context, log: SearchLog
     ) -> tuple[list[Head], dict[str, Json]]:
         """The heads that were chosen, and what the search saw: scores before and after, and of every head tried."""
-        score = context.score_of(self.score)
+        score = context.score_of(self.judge)
         heads = sum(pool.values())
         tries = [min(heads - i * self.heads_per_round, self.candidates or heads) for i in range(self.rounds)]
         done, total = 0, sum(tries) + 2
@@ -169,7 +206,7 @@ class SelectHeads(Pass):
             plan = Plan(choice=self.choice(chosen, model))
             value = score(self.carried_out(share(model), plan, baked=True) if chosen else model)
             if not math.isfinite(value):
-                raise ToolchainError(f"score {self.score!r} gave {value}", where=of or "the model as it is")
+                raise ToolchainError(f"score {self.judge!r} gave {value}", where=of or "the model as it is")
             log.add(of, float(f"{value:.6g}"))
         return log.scores[of]
 

@@ -10,9 +10,9 @@ Shapes: B batch, N tokens, W = heads times their width, S chosen heads of the mo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal, cast
 
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from passes.contract import Json, NewInput
 from passes.surgery import linear_at
 from passes.traits import BlockStack, HeadedAttention, Stream, layer_at, layers_of
+from passes.variants import guidance_rows
 
 STRENGTH, WEIGHT = "pag_u", "pag_w"
 """Names of the inputs: how strongly each chosen head is perturbed, and how far the output moves away from that."""
@@ -56,22 +57,25 @@ class Perturbation:
         """The layer's streams that are blended."""
         return tuple(stream for stream in layer.streams if self.rows == "all" or stream.tokens == "own")
 
-    def put_into(self, model: nn.Module, choice: Mapping[str, Json]) -> nn.Module:
-        """Rewrite in place; ``choice`` is what ``entries`` gave."""
-        if not choice:
+    def put_into(self, model: nn.Module, choice: Mapping[str, Json], names: Sequence[str]) -> nn.Module:
+        """Rewrite a network in place, which takes the inputs ``names`` afterwards.
+
+        ``choice`` is what ``entries`` gave; of several networks by timestep one may have no chosen head.
+        """
+        if not choice and not names:
             return model
-        call = Call()
+        call = Call(copies=guidance_rows(model))
         for path, entry in choice.items():
             layer = layer_at(model, path, HeadedAttention)
             for stream in self.streams(layer):
                 blend_in(stream, layer, entry, call, place=f"{path}, {stream.tokens}")
-        if self.guidance:
+        guides = self.guidance and bool(choice)
+        if guides:
             share_what_comes_before(model, call)
-        names = tuple(each.name for each in self.inputs(len(names_of(choice))))
-        steering = Steering(perturbation=self, call=call)
+        steering = Steering(perturbation=replace(self, guidance=guides), call=call)
         object.__setattr__(model, "steering", steering)
         own: Any = type(model)
-        model.__class__ = steered(own, names)
+        model.__class__ = steered(own, tuple(names))
         return model
 
 
@@ -102,6 +106,7 @@ class Call:
         results: by block, what it gave when nothing was perturbed; kept only for guidance.
         phase: whether blocks' results are noted, given again, or neither.
         touched: whether a head has been perturbed since ``u`` was set.
+        copies: how often the rows of a call follow one another inside (merged guidance runs them twice).
     """
 
     u: Tensor | float | None = None
@@ -109,6 +114,7 @@ class Call:
     results: dict[int, list[Any]] = field(default_factory=dict)
     phase: Literal["", "note", "repeat"] = ""
     touched: bool = False
+    copies: int = 1
 
     @contextmanager
     def during(self, *, u: Tensor | float | None, phase: Literal["", "note", "repeat"]) -> Iterator[None]:
@@ -181,6 +187,7 @@ class BlendedHeads(nn.Module):
             assert u is not None
             return u * columns.sum(dim=0)
         rows = u[:, self.first : self.first + len(columns)].to(x.dtype) @ columns  # (B, W)
+        rows = rows.repeat(self.call.copies, 1)
         return rows.view(-1, *[1] * (x.ndim - 2), rows.shape[1])
 
 

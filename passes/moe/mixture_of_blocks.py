@@ -6,7 +6,8 @@ timestep, so here it is tabled: one choice for each range of timesteps, which le
 is not learned: a block's influence is how far the model's output moves without it, relative to the output. The facts
 say how often a choice made for each sample alone would have been the same.
 
-The rewritten model is the one for ``bucket``; ``smaller`` gives that of any bucket from the same plan.
+The rewritten model is all of these networks, switched by timestep, each a network for the engines; with ``bucket`` it
+is that of one range alone. ``smaller`` gives that of any bucket from the same plan.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from passes.contract import Context, Inputs, Pass, Plan
+from passes.dynamic.schedule import refuse_no_timestep, span_of
 from passes.pruning.probes import evaluating, first_floating
+from passes.roles import TIMESTEPS, named
+from passes.rows import shared_inputs
 from passes.selection import check_patterns, excluded_by
+from passes.stacks import stacks_of
 from passes.surgery import share
-from passes.traits import BlockStack, layer_at, layers_of
+from passes.traits import BlockStack, layer_at
+from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError
-
-TIMESTEPS = ("timestep", "timesteps", "t")
-"""Names that models give the input."""
 
 Stacks = Mapping[str, BlockStack]
 
@@ -35,15 +38,26 @@ class MixtureOfBlocks(Pass):
     """Keep the most influential blocks of every group, chosen apart for each range of timesteps."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("mixture_of_blocks",)
+    by_layer: ClassVar[bool] = False
+    not_after: ClassVar[tuple[str, ...]] = (
+        "mixture_of_blocks",
+        "slice_width_by_timestep",
+        "reuse_blocks",
+        "hoist_constants",
+    )
+    leaves: ClassVar[str] = "several networks by timestep, each with blocks of its own"
 
     group: int = Field(2, ge=1, description="neighbouring blocks in a group; the last group may have fewer")
     keep: int = Field(1, ge=1, description="blocks of a group that run; as many as the group has: nothing changes")
     buckets: int = Field(4, ge=1, description="equal ranges of timesteps, each with its own choice")
-    bucket: int = Field(0, ge=0, description="the range that the rewritten model is for, from 0")
-    timestep: str = Field("", description="the input that holds it; empty: timestep, timesteps or t")
-    low: float = Field(0.0, description="smallest timestep")
-    high: float = Field(1000.0, description="largest timestep")
+    bucket: int | None = Field(
+        None,
+        ge=0,
+        description="one range, from 0, for which alone the model is made; left out: all, switched by timestep",
+    )
+    timestep: str = Field("", description="the input that holds it; empty: found by name, such as timestep or t")
+    low: float | None = Field(None, description="smallest timestep; left out: what the model says")
+    high: float | None = Field(None, description="largest timestep; left out: what the model says, 1 or 1000")
     exclude: tuple[str, ...] = Field((), description="glob patterns of stacks of blocks that run whole")
 
     @field_validator("keep")
@@ -56,18 +70,19 @@ class MixtureOfBlocks(Pass):
 
     @field_validator("bucket")
     @classmethod
-    def one_that_there_is(cls, bucket: int, info: ValidationInfo) -> int:
+    def one_that_there_is(cls, bucket: int | None, info: ValidationInfo) -> int | None:
         """Buckets count from 0."""
-        if bucket >= info.data.get("buckets", bucket + 1):
+        if bucket is not None and bucket >= info.data.get("buckets", bucket + 1):
             raise ValueError(f"there are {info.data['buckets']} buckets, counted from 0")
         return bucket
 
     @field_validator("high")
     @classmethod
-    def above_the_lowest(cls, high: float, info: ValidationInfo) -> float:
-        """A range has a width."""
-        if high <= info.data.get("low", high - 1):
-            raise ValueError(f"low is {info.data['low']}")
+    def above_the_lowest(cls, high: float | None, info: ValidationInfo) -> float | None:
+        """The largest timestep is above the smallest, which is 0 where it is left out."""
+        low = info.data.get("low") or 0.0
+        if high is not None and high <= low:
+            raise ValueError(f"low is {low}")
         return high
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -75,35 +90,88 @@ class MixtureOfBlocks(Pass):
 
         Raises ``ToolchainError`` for an input that is not there and for an ``exclude`` pattern that matches no stack.
         """
-        stacks = dict(layers_of(model, BlockStack))
+        stacks, others = stacks_of(model)
         check_patterns(self.exclude, stacks, what="stack of blocks")
         skipped = {path: reason for path, stack in stacks.items() if (reason := self.reason_to_skip(path, stack))}
-        if not stacks:
+        skipped |= others
+        if not stacks and not others:
             skipped[""] = "no family knows a stack of blocks in it"
         stacks = {path: stack for path, stack in stacks.items() if path not in skipped}
         if not stacks:
             return Plan(choice={}, skipped=skipped)
+        told = self.told(context)
         whole = outputs(model, context.calibration)
         influences = self.influences(model, stacks, whole, context)
-        buckets = self.buckets_of(context.calibration, [len(output) for output in whole])
-        table = [self.entry(number, stacks, influences, buckets == number) for number in range(self.buckets)]
-        choice = {
-            path: {"kept": table[self.bucket]["kept"][path], "of": len(stack.blocks)} for path, stack in stacks.items()
-        }
-        return Plan(
-            choice=choice, skipped=skipped, facts={"bucket": self.bucket, "samples": len(buckets), "buckets": table}
-        )
+        buckets = told.buckets_of(context.calibration, [len(output) for output in whole])
+        table = [told.entry(number, stacks, influences, buckets == number) for number in range(self.buckets)]
+        facts: dict[str, Any] = {"samples": len(buckets), "buckets": table}
+        if told.bucket is not None:
+            facts["bucket"] = told.bucket
+        else:
+            example = context.calibration[0]
+            shared = [] if example[told.timestep].ndim == 0 else shared_inputs(context, example, like=told.timestep)
+            facts |= {"input": told.timestep, "shared": list(shared)}
+        if notes := self.notes(table):
+            facts["notes"] = notes
+        choice = {path: {"kept": kept_in(table, told.bucket, path), "of": len(s.blocks)} for path, s in stacks.items()}
+        return Plan(choice=choice, skipped=skipped, facts=facts)
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Take the other blocks out. Raises ``ToolchainError`` when a stack has not the blocks of the plan."""
+        """Take the other blocks out; a network for each choice that some range of timesteps makes.
+
+        Raises ``ToolchainError`` when a stack has not the blocks of the plan.
+        """
         for path, entry in plan.choice.items():
-            stack = layer_at(model, path, BlockStack)
-            if len(stack.blocks) != entry["of"]:
+            blocks = len(layer_at(model, path, BlockStack).blocks)
+            if blocks != entry["of"]:
                 raise ToolchainError(
-                    f"the plan is for a stack of {entry['of']} blocks; this one has {len(stack.blocks)}", where=path
+                    f"the plan is for a stack of {entry['of']} blocks; this one has {blocks}", where=path
                 )
-            stack.keep_blocks(entry["kept"])
-        return model
+        if not plan.choice:
+            return model
+        rows = plan.facts["buckets"]
+        wanted = [rows[plan.facts["bucket"]]] if "bucket" in plan.facts else rows
+        choices = [row["kept"] for row in wanted]
+        networks = [kept for number, kept in enumerate(choices) if kept not in choices[:number]]
+        if len(networks) == 1:
+            for path, blocks_ in networks[0].items():
+                layer_at(model, path, BlockStack).keep_blocks(blocks_)
+            return model
+        # What lies in a range is nearest to its middle; from the last range down, so that a border is the upper's.
+        middles = [(row["from"] + row["to"]) / 2 for row in reversed(rows)]
+        table = [networks.index(kept) for kept in reversed(choices)]
+        facts = {"input": plan.facts["input"], "shared": plan.facts["shared"]}
+        whole = ByTimestep([without(model, kept) for kept in networks], timesteps=middles, table=table, **facts)
+        return whole.train(model.training)
+
+    def told(self, context: Context) -> MixtureOfBlocks:
+        """The same with the input that holds the timestep, and with its limits.
+
+        Raises ``ToolchainError`` for an input that is not there or holds something else.
+        """
+        call = context.calibration[0]
+        if self.buckets == 1:
+            return self.model_copy(update={"bucket": 0, "low": self.low or 0.0, "high": self.high or 1000.0})
+        names = [self.timestep] if self.timestep else TIMESTEPS
+        input = named("", names, call, setting="timestep", otherwise=", or buckets = 1")
+        refuse_no_timestep(call, input, one_for_all=True)
+        low, high = span_of(context, input)
+        low, high = low if self.low is None else self.low, high if self.high is None else self.high
+        if high <= low:
+            raise ToolchainError(
+                f"the timesteps of input {input!r} go from {low:g} to {high:g}", help="set low and high"
+            )
+        return self.model_copy(update={"timestep": input, "low": low, "high": high})
+
+    def notes(self, table: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Which ranges no calibration sample falls into."""
+        empty = [f"{row['from']:g} to {row['to']:g}" for row in table if not row["samples"]]
+        if not empty:
+            return []
+        return [
+            f"no calibration sample has a timestep of {', '.join(empty)}: blocks are chosen there as for all samples; "
+            "check low and high"
+        ]
 
     def reason_to_skip(self, path: str, stack: BlockStack) -> str:
         """Why all blocks of a stack run; empty when not all do."""
@@ -144,20 +212,17 @@ class MixtureOfBlocks(Pass):
         """The bucket (samples,) of each sample of calls of these sizes; beyond the range, the nearest."""
         if self.buckets == 1:
             return torch.zeros(sum(batches), dtype=torch.long)
-        names = [self.timestep] if self.timestep else TIMESTEPS
-        name = next((name for name in names if name in calls[0]), None)
-        if name is None:
-            raise ToolchainError(
-                f"no input of the model is called {' or '.join(repr(name) for name in names)}",
-                help=f"its inputs: {', '.join(calls[0])}; set timestep to one of them, or buckets = 1",
-            )
-        times = [call[name].double().reshape(-1) for call in calls]
+        assert self.low is not None
+        assert self.high is not None
+        times = [call[self.timestep].double().reshape(-1) for call in calls]
         times = [time.expand(batch) for time, batch in zip(times, batches, strict=True)]  # one may serve the batch
         place = (torch.cat(times) - self.low) / (self.high - self.low)
         return (place * self.buckets).floor().clamp(0, self.buckets - 1).long()
 
     def entry(self, number: int, stacks: Stacks, influences: Mapping[str, Tensor], members: Tensor) -> dict[str, Any]:
         """A row of the table: the choice for the member samples (samples,), and the share that would make it too."""
+        assert self.low is not None
+        assert self.high is not None
         width = (self.high - self.low) / self.buckets
         seen = members if members.any() else torch.ones_like(members)
         kept, agreement = {}, {}
@@ -173,6 +238,12 @@ class MixtureOfBlocks(Pass):
             "kept": kept,
             "agreement": agreement,
         }
+
+
+def kept_in(table: Sequence[Mapping[str, Any]], bucket: int | None, path: str) -> Any:
+    """The blocks of a stack that one range keeps; of several that differ, those of each."""
+    each = [row["kept"][path] for row in (table if bucket is None else [table[bucket]])]
+    return each[0] if all(kept == each[0] for kept in each) else each
 
 
 def smaller(model: nn.Module, plan: Plan, bucket: int) -> nn.Module:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Losses, Pass, Plan, Score
+from passes.contract import SCORE_HELP, Context, Losses, Pass, Plan, Score
 from passes.pruning.elements import Element, Entry, carry_out, elements_of
 from passes.pruning.probes import evaluating
 from passes.selection import check_patterns, excluded_by
@@ -31,9 +31,13 @@ from toolchain.errors import ToolchainError
 class ApproximateByAccuracy(Pass):
     """Try to leave out each feed-forward, attention and part of them; keep what the score allows."""
 
+    by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "sparsify_2_4")
 
-    score: str = Field("fidelity", description="what a trial is judged by, one number; higher is better")
+    functions: ClassVar[tuple[str, ...]] = ("score", "losses")
+    looks_for: ClassVar[str] = "feed-forwards and attention layers that a family knows"
+
+    score: str = Field("", description="what a trial is judged by, one number, higher is better: FILE.py:FUNCTION")
     losses: str = Field(
         "", description="FILE.py:FUNCTION that gives a loss for each sample; judges in the score's place"
     )
@@ -75,6 +79,22 @@ class ApproximateByAccuracy(Pass):
         skipped |= {e.key: "the model does worse without any of it" for e in elements if e.key not in search.choice}
         facts = {"start": search.judge.start, "best": search.judge.best, "trials": search.trials}
         return Plan(choice=search.choice, skipped=skipped, facts=facts)
+
+    def refuse_incomplete(self) -> None:
+        """A judge is needed that something left out can leave as good as it was."""
+        if not (self.score or self.losses):
+            raise ToolchainError(
+                f"{self.name()} needs a score, or losses: what the model must stay as good at",
+                where="score",
+                help=SCORE_HELP,
+            )
+        if self.score == "fidelity" and not (self.losses or self.tolerance):
+            raise ToolchainError(
+                f"{self.name()} by score = fidelity with tolerance = 0 can leave nothing out: nothing is closer to the "
+                "original than the original",
+                where="tolerance",
+                help=f"give a tolerance above 0, or another score: {SCORE_HELP}",
+            )
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Cut, in place."""

@@ -34,6 +34,7 @@ class Factorize(Pass):
     """Give linear layers a lower rank; a layer whose rank would save nothing stays."""
 
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "factorize", "sparsify_2_4")
+    looks_for: ClassVar[str] = "linear layers"
 
     method: Literal["weight", "activation"] = Field(
         "weight", description="what is approximated: the weight, or the layer's output on calibration inputs"

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from passes.contract import Context, Pass, Plan, Score
 from passes.pruning.probes import evaluating, tensors_in
 from passes.selection import check_patterns, excluded_by
+from passes.stacks import stacks_of
 from passes.surgery import share
-from passes.traits import BlockStack, layer_at, layers_of
+from passes.traits import BlockStack, layer_at
 from passes.walking import why_not_without
 from toolchain.errors import ToolchainError, unknown
 
@@ -40,6 +41,9 @@ class PruneDepth(Pass):
         "search_precision",
     )
 
+    functions: ClassVar[tuple[str, ...]] = ("score",)
+    looks_for: ClassVar[str] = "stacks of blocks that a family knows"
+
     share: float = Field(0.25, ge=0, lt=1, description="fraction of each stack's blocks removed, rounded, halves up")
     count: int | None = Field(None, ge=0, description="number of blocks removed from each stack, instead of a share")
     method: Literal["influence", "greedy", "list"] = Field(
@@ -55,7 +59,7 @@ class PruneDepth(Pass):
         Raises ``ToolchainError`` for ``influence`` without calibration inputs, blocks without values, and blocks named
         that are none, must stay or are all there are.
         """
-        stacks = dict(layers_of(model, BlockStack))
+        stacks, others = stacks_of(model)
         check_patterns(self.exclude, [path for s in stacks for path in paths_of(s, stacks[s])], what="block")
         stays = {
             f"{name}.{i}": reason
@@ -83,7 +87,7 @@ class PruneDepth(Pass):
         skipped = {
             name: whole.get(name) or self.reason(stacks[name], name, stays) for name in stacks if name not in choice
         }
-        return Plan(choice=choice, skipped=stays | skipped, facts={"method": self.method, **facts})
+        return Plan(choice=choice, skipped=stays | skipped | others, facts={"method": self.method, **facts})
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Cut, in place. Raises ``ToolchainError`` when a stack has not the blocks that the plan was made for."""

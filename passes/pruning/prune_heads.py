@@ -36,6 +36,7 @@ class PruneHeads(Pass):
         "quantize_*",
         "search_precision",
     )
+    looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
 
     share: float = Field(
         default=0.25,

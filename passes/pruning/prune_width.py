@@ -39,6 +39,7 @@ class PruneWidth(Pass):
     """Remove the weakest hidden units of every feed-forward; the model's own width stays."""
 
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "sparsify_2_4")
+    looks_for: ClassVar[str] = "feed-forwards that a family knows"
 
     share: float = Field(0.25, ge=0, lt=1, description="fraction of hidden units removed")
     scope: Literal["layer", "global"] = Field(

@@ -20,12 +20,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
+from passes.patterns import PATTERN
 from passes.pruning.factorize import refuse_meta, squares_of_inputs
 from passes.selection import check_patterns, excluded_by
 from passes.surgery import linear_like, put_at
 from toolchain.errors import ToolchainError
 
-PATTERN = "2:4"
 DAMPING = 0.01
 """Of the mean of the diagonal of X^T X, added to the diagonal; the release's value."""
 BLOCK = 128
@@ -36,6 +36,8 @@ class Sparsify24(Pass):
     """2:4 sparse linear layers; faster on GPUs with sparse tensor cores, and no faster on any CPU."""
 
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "sparsify_2_4")
+    leaves: ClassVar[str] = "two of four weights at zero, a pattern that other weights would break"
+    looks_for: ClassVar[str] = "linear layers"
 
     method: Literal["magnitude", "sparsegpt"] = Field(
         "magnitude", description="magnitude keeps the two largest of four; sparsegpt also needs calibration inputs"

@@ -3,29 +3,38 @@
 Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3 (keep what needs range or accuracy in fp32). Here no layer
 is kept by its kind: each is run on what it met in calibration, in both types.
 
-Weights are converted where they lie; every layer that owns weights takes its input in its own type, and what is between
-layers follows its operands. Buffers (tables of frequencies, running statistics) keep their type.
+Weights are converted where they lie, running statistics of a norm with them; every layer that owns weights takes its
+input in its own type, and what is between layers follows its operands. Other buffers (tables of frequencies) keep their
+type. The converted model is run in true half precision, operator by operator: what overflows between two layers, though
+no layer shows it, has the layers that it reads from in fp32 too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from passes.contract import Context, Inputs, Pass, Plan
 from passes.selection import check_patterns, excluded_by
 from passes.surgery import share
+from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-ROUNDS = 8
-"""How often a module whose values were not finite is given back to fp32 before the pass gives up."""
+ROUNDS = 12
+"""How often layers are given back to fp32 before the pass gives up."""
 
 
 class ConvertDtype(Pass):
@@ -33,17 +42,22 @@ class ConvertDtype(Pass):
 
     needs_calibration: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("convert_dtype", "quantize_*", "search_precision")
+    looks_for: ClassVar[str] = "weights in fp32"
 
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="floating type to compute in")
     headroom: float = Field(2, ge=1, description="a layer stays in fp32 when its values times this would overflow")
     tolerance: float = Field(0.02, gt=0, description="and when its relative L2 error on its own would be above this")
+    max_error: float = Field(
+        0.1, gt=0, description="largest relative L2 error of the outputs in true half precision; above it, more stays"
+    )
     exclude: tuple[str, ...] = Field((), description="glob patterns of module paths that stay in fp32")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Run the calibration inputs through both types of every layer, then through the whole converted model.
 
         Raises:
-            ToolchainError: the converted model gives values that are not finite whatever is kept.
+            ToolchainError: the converted model gives values that are not finite, or further off than ``max_error``,
+                whatever is kept.
         """
         owners = {path: module for path, module in model.named_modules() if own_weights(module)}
         check_patterns(self.exclude, owners, what="layer with floating-point weights")
@@ -59,21 +73,66 @@ class ConvertDtype(Pass):
                 wide[path] = values["output"] > limit
             elif values and values["error"] > self.tolerance:
                 kept[path] = f"its relative error would be {values['error']:.2g}"
-        plan = self.drafted(owners, kept, wide)
+        own_error = {path: values["error"] for path, values in seen.items()}
+        return self.settled(model, owners, kept, wide, own_error, context)
+
+    def settled(
+        self,
+        model: nn.Module,
+        owners: Mapping[str, nn.Module],
+        kept: dict[str, str],
+        wide: dict[str, bool],
+        own_error: Mapping[str, float],
+        context: Context,
+    ) -> Plan:
+        """Give back to fp32 what makes the converted model wrong, until it is right."""
+        trial = Trial(0.0, None)
         for _ in range(ROUNDS):
-            error, faulty = self.tried(model, plan, context)
-            if faulty is None:
-                return Plan(choice=plan.choice, skipped=kept, facts={**plan.facts, "error": float(f"{error:.6g}")})
-            inside = [path for path in owners if path == faulty or path.startswith(f"{faulty}.") or not faulty]
-            fresh = [path for path in inside if path not in kept]
-            kept |= dict.fromkeys(fresh, f"values within {faulty or 'the model'} were not finite")
-            wide |= dict.fromkeys(inside, True)
             plan = self.drafted(owners, kept, wide)
+            trial = self.tried(model, plan, context)
+            if trial.faulty is None and trial.error <= self.max_error:
+                return Plan(
+                    choice=plan.choice, skipped=kept, facts={**plan.facts, "error": float(f"{trial.error:.6g}")}
+                )
+            if trial.faulty is None:
+                fresh = worst_of([path for path in owners if path not in kept], own_error)
+                kept |= dict.fromkeys(
+                    fresh, f"the model's error was {trial.error:.2g} with it, above {self.max_error:g}"
+                )
+                wide |= dict.fromkeys(fresh, True)
+                continue
+            near = {path: f"values that come from within {path} were not finite" for path in trial.sources}
+            narrower = not all(wide.get(path) for path in near)
+            if narrower and self.runs(model, owners, near | kept, wide | dict.fromkeys(near, True), context):
+                inside = near
+            else:
+                said = f"values within {trial.faulty or 'the model'} were not finite"
+                inside = dict.fromkeys((path for path in owners if is_within(path, trial.faulty)), said)
+            kept |= {path: reason for path, reason in inside.items() if path not in kept}
+            wide |= dict.fromkeys(inside, True)
+        what = "not finite" if trial.faulty is not None else f"off by {trial.error:.2g}, more than {self.max_error:g},"
         raise ToolchainError(
-            f"in {self.dtype} the model's output is not finite on the calibration inputs",
-            where=faulty,
+            f"in {self.dtype} the model's output is {what} on the calibration inputs",
+            where=trial.faulty,
             help="take dtype = 'bfloat16', which has the range of fp32" if self.dtype == "float16" else None,
         )
+
+    def runs(
+        self,
+        model: nn.Module,
+        owners: Mapping[str, nn.Module],
+        kept: Mapping[str, str],
+        wide: Mapping[str, bool],
+        context: Context,
+    ) -> bool:
+        """Whether the model runs with these layers kept: some operators take no operands of two types."""
+        converted = self.rewrite(share(model), self.drafted(owners, kept, wide))
+        try:
+            with torch.no_grad():
+                converted(**context.calibration[0])
+        except RuntimeError:
+            return False
+        return True
 
     def drafted(self, owners: Mapping[str, nn.Module], kept: Mapping[str, str], wide: Mapping[str, bool]) -> Plan:
         """A plan that converts all but the kept layers; the outputs of wide ones stay in fp32 too."""
@@ -81,48 +140,29 @@ class ConvertDtype(Pass):
         held = {path: {"wide": bool(wide.get(path))} for path in kept}
         return Plan(choice=choice, skipped=kept, facts={"kept": held})
 
-    def tried(self, model: nn.Module, plan: Plan, context: Context) -> tuple[float, str | None]:
-        """The converted model's largest relative error, and the innermost module where values stop being finite.
-
-        Where that module was handed such values already, they arose since the layer before it: that one is named,
-        unless its output is in fp32 already; then the module around both is.
-        """
+    def tried(self, model: nn.Module, plan: Plan, context: Context) -> Trial:
+        """Run the converted model in true half precision, and the original beside it, on the calibration inputs."""
         converted = self.rewrite(share(model), plan)
-        found: list[str] = []
-        before: list[str] = []
-
-        def look(path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            if found:
-                return
-            if finite(result):
-                before.extend([path] if own_weights(module) or path in plan.choice else [])
-            elif finite([args, kwargs]):
-                found.append(path)
-            elif before and not plan.facts["kept"].get(before[-1], {}).get("wide"):
-                found.append(before[-1])
-            else:
-                found.append(path.rpartition(".")[0])
-
-        hooks = [
-            module.register_forward_hook(partial(look, path), with_kwargs=True)
-            for path, module in converted.named_modules()
-        ]
+        owners = {*plan.choice, *plan.facts["kept"]}
         worst = 0.0
-        try:
-            with torch.no_grad():
-                for number, inputs in enumerate(context.calibration):
-                    context.say(number, len(context.calibration), f"trying {self.dtype}")
-                    got, wanted = vector(converted, inputs), vector(model, inputs)
-                    worst = max(worst, float((got - wanted).norm() / wanted.norm().clamp(min=1e-12)))
-                    if found:
-                        break
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return worst, found[0] if found else None
+        with torch.no_grad():
+            for number, inputs in enumerate(context.calibration):
+                context.say(number, len(context.calibration), f"trying {self.dtype}")
+                with OverflowWatch(model, owners) as usual:
+                    wanted = vector(model, inputs)
+                with OverflowWatch(converted, owners, usual.places) as watch:
+                    got = vector(converted, inputs)
+                error = float((got - wanted).norm() / wanted.norm().clamp(min=1e-12))
+                if watch.faulty is not None or not math.isfinite(error):
+                    return Trial(error, watch.faulty or "", watch.sources)
+                worst = max(worst, error)
+        return Trial(worst, None)
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Convert the weights of each planned layer, and have every layer take its input in its own type."""
+        """Convert the weights of each planned layer, and have every layer take its input in its own type.
+
+        A plan whose facts say ``alone`` converts some layers among others, each with a cast before and behind it.
+        """
         dtype = DTYPES[self.dtype]
         for path in plan.choice:
             module = model.get_submodule(path)
@@ -130,19 +170,144 @@ class ConvertDtype(Pass):
                 if parameter.is_floating_point():
                     converted = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
                     setattr(module, name, converted)
+            for name, statistics in running(module).items():
+                module._buffers[name] = statistics.to(dtype)
             take(module)
+            if plan.facts.get("alone"):  # among layers of other types: what it gives is what they take
+                give(module, torch.float32)
         for path, entry in plan.facts["kept"].items():
             module = model.get_submodule(path)
             take(module)
             if not entry["wide"]:
                 give(module, dtype)
-        give(model, torch.float32)
+        if not plan.facts.get("alone"):
+            for network in model.variants if isinstance(model, ByTimestep) else [model]:
+                give(network, torch.float32)
         return model
 
 
+@dataclass(frozen=True)
+class Trial:
+    """How the converted model did.
+
+    Args:
+        error: its largest relative error.
+        faulty: path of the innermost module where values stopped being finite; None: nowhere.
+        sources: paths of the layers that the operator which gave the first of them read from.
+    """
+
+    error: float
+    faulty: str | None
+    sources: tuple[str, ...] = ()
+
+
+Place = tuple[str, str, int]
+"""Where an operator runs: the path of the innermost module, the operator, and its how-manieth call in there."""
+
+aten = torch.ops.aten
+UNSEEN = frozenset(
+    {
+        aten._to_copy.default,
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.new_empty.default,
+        aten.empty_strided.default,
+    }
+)
+"""Operators without values of their own, and casts: what a layer takes and gives is looked at by its size."""
+
+
+class OverflowWatch(TorchDispatchMode):
+    """Finds the first operator that makes values which are not finite of finite ones, and the layers it read from.
+
+    Looked at are operators between layers too, whose values no module shows: an infinity that is divided by is a 0.
+
+    Args:
+        model: what is run.
+        owners: paths of layers; what is read from them is followed.
+        usual: places where the model as it was gives such values too, as a mask's; they are no fault.
+    """
+
+    def __init__(self, model: nn.Module, owners: Container[str], usual: Container[Place] = ()) -> None:
+        super().__init__()
+        self.model, self.owners, self.usual = model, owners, usual
+        self.places: set[Place] = set()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.faulty: str | None = None
+        self.sources: tuple[str, ...] = ()
+        self.inside: list[str] = []
+        self.origins = WeakTensorKeyDictionary()
+
+    def __enter__(self) -> OverflowWatch:
+        """Begin; hooks tell in which module the operators run."""
+        self.hooks = [
+            hook
+            for path, module in self.model.named_modules()
+            for hook in (
+                module.register_forward_pre_hook(partial(self.enter, path), with_kwargs=True),
+                module.register_forward_hook(partial(self.leave, path)),
+            )
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        """End, and take the hooks away."""
+        super().__exit__(*failure)
+        for hook in self.hooks:
+            hook.remove()
+
+    def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note that a module begins."""
+        self.inside.append(path)
+
+    def leave(self, path: str, module: nn.Module, args: Any, result: Any) -> None:
+        """Note that a module ends, and whose output this is."""
+        self.inside.pop()
+        if path in self.owners:
+            for tensor in floats(result):
+                self.origins[tensor] = (path,)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and look at what it gives."""
+        result = func(*args, **(kwargs or {}))
+        given, got = floats([list(args), dict(kwargs or {})]), floats(result)
+        where = (self.inside or [""])[-1], str(func)
+        place = (*where, self.counts[where])
+        self.counts[where] += 1
+        known = dict.fromkeys(path for tensor in given for path in self.origins.get(tensor, ()))
+        for tensor in got:
+            if known:
+                self.origins[tensor] = tuple(known)
+        if got and func not in UNSEEN and not finite(got) and finite(given):
+            self.places.add(place)
+            if self.faulty is None and place not in self.usual:
+                self.faulty, self.sources = where[0], tuple(known)
+        return result
+
+
+def is_within(path: str, around: str) -> bool:
+    """Whether a path is another one or lies below it; all lie below the empty one."""
+    return not around or path == around or path.startswith(f"{around}.")
+
+
+def worst_of(paths: Sequence[str], errors: Mapping[str, float]) -> list[str]:
+    """The quarter of the layers, at least one, whose own error is largest."""
+    ranked = sorted(paths, key=lambda path: -errors.get(path, 0.0))
+    return ranked[: max(1, len(ranked) // 4)] if ranked else []
+
+
 def own_weights(module: nn.Module) -> bool:
-    """Whether a module owns fp32 weights itself."""
-    return any(parameter.dtype == torch.float32 for parameter in module.parameters(recurse=False))
+    """Whether a module owns fp32 weights, or running statistics, itself."""
+    held = [*module.parameters(recurse=False), *running(module).values()]
+    return any(tensor.dtype == torch.float32 for tensor in held)
+
+
+def running(module: nn.Module) -> dict[str, Tensor]:
+    """Running statistics of a norm, which its kernels take in the type of its weights only."""
+    if not isinstance(module, _NormBase):
+        return {}
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_floating_point()}
 
 
 def take(module: nn.Module) -> None:
@@ -153,7 +318,8 @@ def take(module: nn.Module) -> None:
 
 def take_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Inputs in the type of the layer's weights."""
-    dtype = next(p.dtype for p in module.parameters(recurse=False) if p.is_floating_point())
+    held = [*module.parameters(recurse=False), *running(module).values()]
+    dtype = next(tensor.dtype for tensor in held if tensor.is_floating_point())
     return in_dtype(args, dtype), in_dtype(kwargs, dtype)
 
 
@@ -241,6 +407,7 @@ def error_of(module: nn.Module, args: Any, kwargs: Any, exact: Tensor, dtype: to
     Values that overflow are told by their size; a layer without output has no error.
     """
     weights = {name: p.to(dtype) if p.is_floating_point() else p for name, p in module.named_parameters()}
+    weights |= {name: statistics.to(dtype) for name, statistics in running(module).items()}
     twin = share(module)
     twin._forward_hooks.clear()
     result = torch.func.functional_call(twin, weights, in_dtype(args, dtype), in_dtype(kwargs, dtype))

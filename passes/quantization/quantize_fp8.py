@@ -27,6 +27,7 @@ class QuantizeFp8(Pass):
 
     needs_calibration: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
+    looks_for: ClassVar[str] = "linear layers"
 
     observer: Literal["max", "percentile"] = Field(
         "max", description="how an activation's scale is chosen: largest value, or a percentile"

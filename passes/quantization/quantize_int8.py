@@ -28,6 +28,7 @@ class QuantizeInt8(Pass):
 
     needs_calibration: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
+    looks_for: ClassVar[str] = "linear layers"
 
     observer: Literal["max", "percentile", "mse"] = Field(
         "max", description="how an activation's scale is chosen: largest value, a percentile, or least squared error"

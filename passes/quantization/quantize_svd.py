@@ -32,6 +32,7 @@ class QuantizeSvd(Pass):
 
     needs_calibration: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
+    looks_for: ClassVar[str] = "linear layers"
 
     rank: int = Field(32, ge=1, description="singular directions that stay in floats, at most a quarter of all")
     residual: Literal["int4", "int8"] = Field(

@@ -29,6 +29,7 @@ class QuantizeWeights(Pass):
     """Replace linear layers by ones whose weights are rounded in blocks."""
 
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
+    looks_for: ClassVar[str] = "linear layers"
 
     weights: Weights = Field("int4", description="format of the weights")
     algorithm: Literal["rtn", "awq", "gptq"] = Field(

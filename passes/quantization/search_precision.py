@@ -4,7 +4,8 @@ Sources: Dong et al. 2019, arXiv:1911.03852 (HAWQ-V2: sensitivities add up, an e
 sensitivity is the measured error of the model's outputs with that one layer changed, not a trace of the Hessian, and
 the choice is solved exactly (``budget.py``). Errors of single layers are taken to be independent, so that their squares
 add up; the chosen mix is measured as a whole as well, and so is each candidate used everywhere, and the best that was
-measured within the budget is taken.
+measured within the budget is taken. What only holds together (a norm that is divided and the layers whose weights are
+multiplied for it) is chosen together, as one unit.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from passes.contract import Context, Inputs, Json, Pass, Plan, macs_by_module
+from passes.contract import Context, Inputs, Json, Pass, Plan, cost, macs_by_module
 from passes.quantization.budget import Option, Trade, at_most, best_trades, within
 from passes.quantization.linear import QuantizedLinear, weight_scales
 from passes.quantization.scales import as_bytes
+from passes.quantization.smoothing import multiplied
 from passes.surgery import share
 from toolchain.errors import ToolchainError
 
@@ -37,6 +39,8 @@ class SearchPrecision(Pass):
 
     needs_calibration: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
+    leaves: ClassVar[str] = "weights in several formats"
+    looks_for: ClassVar[str] = "linear layers"
 
     candidates: tuple[dict[str, Any], ...] = Field(
         ({"pass": "quantize_int8"},),
@@ -69,23 +73,26 @@ class SearchPrecision(Pass):
             ToolchainError: no choice fits the budget.
         """
         search = Search([made(table) for table in self.candidates], model, context, self.calls, self.cost)
-        layers = search.layers
-        if not layers:
+        if not search.units:
             return Plan(choice={}, skipped=search.skipped)
-        options = {path: search.options(path, number) for number, path in enumerate(layers)}
+        options = {unit: search.options(unit, number) for number, unit in enumerate(search.units)}
         trades = best_trades(options.values())
         now = sum(found[0].cost for found in options.values())
         chosen = self.choose(search, options, trades, now)
-        picked = dict(zip(layers, chosen, strict=True))
-        kept = {path: "more exact as it is" for path, option in picked.items() if option == 0}
+        picked = search.picked(chosen)
+        kept = [path for unit in search.units for path in unit if path not in picked and path not in search.norms]
         return Plan(
-            choice={path: search.decision(path, option) for path, option in picked.items() if option},
-            skipped={**search.skipped, **kept},
+            choice={path: search.decision(path, candidate) for path, candidate in picked.items()},
+            skipped={**search.skipped, **dict.fromkeys(kept, "more exact as it is")},
             facts={
                 "sensitivity": {
-                    path: [short(math.sqrt(option.error)) for option in found[1:]] for path, found in options.items()
+                    path: [short(math.sqrt(option.error)) for option in found[1:]]
+                    for unit, found in options.items()
+                    for path in unit
+                    if path not in search.norms
                 },
                 "error": short(search.error_of(chosen)),
+                "error_in_pytorch": short(search.distance(search.changed(picked))),
                 "cost_share": short(cost_of(options, chosen) / now),
                 "uniform": [self.uniform_fact(search, options, i, now) for i in range(1, len(search.plans) + 1)],
                 "curve": {
@@ -98,10 +105,8 @@ class SearchPrecision(Pass):
             arrays=search.arrays(picked),
         )
 
-    def choose(
-        self, search: Search, options: Mapping[str, Sequence[Option]], trades: Sequence[Trade], now: int
-    ) -> list[int]:
-        """The option of each layer, 0 for as it is."""
+    def choose(self, search: Search, options: Options, trades: Sequence[Trade], now: int) -> list[int]:
+        """The option of each unit, 0 for as it is."""
         if self.budget is not None:
             limit = self.budget * now
             best = within(trades, limit)
@@ -125,7 +130,7 @@ class SearchPrecision(Pass):
             bound *= 0.95 * self.max_error / measured
         return [0] * len(options)
 
-    def uniform_fact(self, search: Search, options: Mapping[str, Sequence[Option]], option: int, now: int) -> Json:
+    def uniform_fact(self, search: Search, options: Options, option: int, now: int) -> Json:
         """A candidate used wherever it can be: its cost and measured error."""
         chosen = uniform(options, option)
         return {
@@ -140,9 +145,22 @@ class SearchPrecision(Pass):
             mine = {path: entry["decision"] for path, entry in plan.choice.items() if entry["candidate"] == number}
             prefix = f"{number}/"
             arrays = {name.removeprefix(prefix): a for name, a in plan.arrays.items() if name.startswith(prefix)}
-            if mine:
-                model = made(table).rewrite(model, Plan(choice=mine, arrays=arrays))
+            model = rewritten(made(table), model, mine, arrays)
         return model
+
+
+Unit = tuple[str, ...]
+"""Paths of layers that are chosen together."""
+
+Options = Mapping[Unit, Sequence[Option]]
+"""For each unit what it may be: as it is, then as each candidate has it."""
+
+
+def rewritten(step: Pass, model: nn.Module, choice: Mapping[str, Json], arrays: Mapping[str, Tensor]) -> nn.Module:
+    """The model with some layers as a candidate decided; what is measured and what is shipped come from here."""
+    if not choice:
+        return model
+    return step.rewrite(model, Plan(choice=choice, arrays=arrays, facts={"kept": {}, "alone": True}))
 
 
 @dataclass
@@ -157,14 +175,32 @@ class Search:
 
     @cached_property
     def plans(self) -> list[Plan]:
-        """Each candidate's plan for the whole model."""
-        return [step.plan(self.model, self.context) for step in self.passes]
+        """Each candidate's plan for the whole model, of which any part can be taken alone."""
+        return [by_layer(step.plan(self.model, self.context), self.model) for step in self.passes]
 
     @cached_property
     def layers(self) -> list[str]:
         """Paths of the layers that some candidate would change, in the model's order."""
         named = {path for plan in self.plans for path in plan.choice}
         return [path for path, _ in self.model.named_modules() if path in named]
+
+    @cached_property
+    def norms(self) -> frozenset[str]:
+        """Paths of norms that some candidate divides, for the layers behind them."""
+        return frozenset(path for plan in self.plans for path, entry in plan.choice.items() if divides(entry))
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """Layers that are chosen together: a norm and the layers behind it where a candidate smooths, else one each."""
+        together: dict[str, set[str]] = {path: {path} for path in self.layers}
+        for plan in self.plans:
+            for norm in (path for path, entry in plan.choice.items() if divides(entry)):
+                name = plan.choice[norm]["divided_by"]
+                behind = {path for path, entry in plan.choice.items() if array_of(entry) == name}
+                whole = set().union(*(together[path] for path in (norm, *behind)))
+                together |= dict.fromkeys(whole, whole)
+        order = {path: number for number, path in enumerate(self.layers)}
+        return list(dict.fromkeys(tuple(sorted(together[path], key=order.__getitem__)) for path in self.layers))
 
     @cached_property
     def skipped(self) -> dict[str, str]:
@@ -188,37 +224,52 @@ class Search:
         """Multiply-accumulates of each layer in one call."""
         return macs_by_module(self.model, self.context.example or self.inputs[0])
 
-    def options(self, path: str, number: int) -> list[Option]:
-        """A layer as it is, then as each candidate has it; one that leaves it alone is as it is."""
-        as_is = Option(self.cost(path, self.model.get_submodule(path)), 0.0)
+    def options(self, unit: Unit, number: int) -> list[Option]:
+        """A unit as it is, then as each candidate has it; one that leaves it alone is as it is."""
+        as_is = Option(self.cost_in(self.model, unit), 0.0)
         found = [as_is]
         for index, plan in enumerate(self.plans):
             step = self.passes[index].name()
-            self.context.say(number, len(self.layers), f"measuring {step} alone in {path}")
-            if path not in plan.choice:
+            self.context.say(number, len(self.units), f"measuring {step} alone in {unit[-1]}")
+            picked = {path: index for path in unit if path in plan.choice}
+            if not picked:
                 found.append(as_is)
                 continue
-            changed = self.changed({path: index})
-            cost = self.cost(path, changed.get_submodule(path))
-            error = self.distance(self.as_run(changed, {path: index}))
+            changed = self.changed(picked)
+            cost = self.cost_in(changed, unit)
+            error = self.distance(self.as_run(changed, picked))
             option = Option(cost, error**2)
             found.append(option if math.isfinite(error) else as_is)
         return found
 
+    def cost_in(self, model: nn.Module, unit: Unit) -> int:
+        """What a unit costs in a model."""
+        return sum(self.cost(path, model.get_submodule(path)) for path in unit)
+
     def cost(self, path: str, layer: nn.Module) -> int:
-        """A layer's cost in the unit asked for."""
-        size = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
+        """A layer's cost in the unit asked for; its weights count the bits that they have in a file."""
+        size = cost(layer, None).bytes
         if self.unit == "bytes":
             return size
         weights = sum(parameter.numel() for parameter in self.model.get_submodule(path).parameters())
-        return round(self.macs.get(path, 0) * size / weights)
+        return round(self.macs.get(path, 0) * size / weights) if weights else 0
+
+    def picked(self, chosen: Sequence[int]) -> dict[str, int]:
+        """For each layer that is changed the candidate (from 0), in the model's order, from the option of each unit."""
+        found = {
+            path: option - 1
+            for unit, option in zip(self.units, chosen, strict=True)
+            for path in unit
+            if option and path in self.plans[option - 1].choice
+        }
+        return {path: found[path] for path in self.layers if path in found}
 
     def changed(self, picked: Mapping[str, int]) -> nn.Module:
         """The model with each of these layers rewritten by a candidate (by index)."""
         model = share(self.model)
         for index, step in enumerate(self.passes):
             choice = {path: self.plans[index].choice[path] for path, i in picked.items() if i == index}
-            model = step.rewrite(model, replace(self.plans[index], choice=choice))
+            model = rewritten(step, model, choice, self.plans[index].arrays)
         return model
 
     def as_run(self, model: nn.Module, picked: Mapping[str, int]) -> nn.Module:
@@ -228,8 +279,10 @@ class Search:
             if isinstance(layer, QuantizedLinear) and isinstance(decision, Mapping) and decision.get("rows"):
                 original = self.model.get_submodule(path)
                 assert isinstance(original, nn.Linear)
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, RowScaled(original))
+                name = array_of(decision)
+                s = self.plans[index].arrays[name] if name else None
+                parent, _, child = path.rpartition(".")
+                setattr(model.get_submodule(parent), child, RowScaled(multiplied(original, s), layer.inverse))
         return model
 
     def distance(self, model: nn.Module) -> float:
@@ -243,11 +296,7 @@ class Search:
         """Measured error of a whole mix; remembered."""
         key = tuple(chosen)
         if key not in self._measured:
-            picked = {
-                path: option - 1
-                for path, option in zip(self.layers, chosen, strict=True)
-                if option and path in self.plans[option - 1].choice
-            }
+            picked = self.picked(chosen)
             self._measured[key] = self.distance(self.as_run(self.changed(picked), picked))
         return self._measured[key]
 
@@ -255,11 +304,11 @@ class Search:
     def _measured(self) -> dict[tuple[int, ...], float]:
         return {}
 
-    def decision(self, path: str, option: int) -> Json:
+    def decision(self, path: str, candidate: int) -> Json:
         """The plan's entry: whose decision, and the decision; what targets ask for stands beside it."""
-        entry = self.plans[option - 1].choice[path]
+        entry = self.plans[candidate].choice[path]
         hints = entry if isinstance(entry, Mapping) else {}
-        return {**hints, "candidate": option - 1, "pass": self.passes[option - 1].name(), "decision": entry}
+        return {**hints, "candidate": candidate, "pass": self.passes[candidate].name(), "decision": entry}
 
     def arrays(self, picked: Mapping[str, int]) -> dict[str, Tensor]:
         """The candidates' arrays for the layers that they were chosen for."""
@@ -267,21 +316,54 @@ class Search:
             f"{index}/{name}": array
             for index, plan in enumerate(self.plans)
             for name, array in plan.arrays.items()
-            if picked.get(name.partition("/")[0]) == index + 1
+            if name in self.names(index, picked)
         }
+
+    def names(self, index: int, picked: Mapping[str, int]) -> set[str]:
+        """Names of the arrays that a candidate's layers need: their own, and those that smooth them."""
+        plan, mine = self.plans[index], {path for path, i in picked.items() if i == index}
+        own = {name for name in plan.arrays if name.rpartition(".")[0] in mine}
+        return own | {name for path in mine if (name := array_of(plan.choice[path]))}
+
+
+def by_layer(plan: Plan, model: nn.Module) -> Plan:
+    """A plan without decisions that cannot be carried out alone: of modules that hold weights and other layers."""
+    around = {path for path in plan.choice if any(True for _ in model.get_submodule(path).children())}
+    return replace(
+        plan,
+        choice={path: entry for path, entry in plan.choice.items() if path not in around},
+        skipped={
+            **plan.skipped,
+            **dict.fromkeys(around, "holds other layers: it is converted with all of them or not"),
+        },
+    )
+
+
+def divides(entry: Json) -> bool:
+    """Whether a decision is that of a norm which is divided for the layers behind it."""
+    return isinstance(entry, Mapping) and "divided_by" in entry
+
+
+def array_of(entry: Json) -> str:
+    """Name of the array that smooths a layer; empty where none does."""
+    if divides(entry):
+        return str(entry["divided_by"])
+    return str(entry["smooth"]["by"]) if isinstance(entry, Mapping) and entry.get("smooth") else ""
 
 
 class RowScaled(nn.Module):
     """A linear layer in 8 bits with a scale for each row of its input, as engines compute a layer marked ``rows``."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, inverse: Tensor | None = None) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight_scales(weight)[:, None]
-        self.weight, self.bias = (weight / scale).round() * scale, linear.bias
+        self.weight, self.bias, self.inverse = (weight / scale).round() * scale, linear.bias, inverse
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N)."""
+        if self.inverse is not None:
+            x = x * self.inverse
         q, step, zero = as_bytes(x.flatten(0, -2), by_row=True)
         return nn.functional.linear(((q - zero) * step).view(x.shape), self.weight, self.bias)
 
@@ -317,12 +399,12 @@ def tensors(result: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in tensors(value)]
 
 
-def uniform(options: Mapping[str, Sequence[Option]], option: int) -> list[int]:
-    """The same option for every layer."""
+def uniform(options: Options, option: int) -> list[int]:
+    """The same option for every unit."""
     return [option] * len(options)
 
 
-def cost_of(options: Mapping[str, Sequence[Option]], chosen: Sequence[int]) -> int:
+def cost_of(options: Options, chosen: Sequence[int]) -> int:
     """The cost of a mix."""
     return sum(found[option].cost for found, option in zip(options.values(), chosen, strict=True))
 

@@ -38,7 +38,9 @@ class Distill(Pass):
     not_after: ClassVar[tuple[str, ...]] = (
         "quantize_*",
         "search_precision",
+        "reuse_blocks",  # a call apart from a run is a whole step there, in which nothing is wrong
     )
+    looks_for: ClassVar[str] = "weights that could be trained"
 
     steps: int = Field(1000, ge=1, description="updates of the weights")
     batch: int = Field(8, ge=1, description="calls of the model in each step; run as one where the inputs allow")
@@ -116,6 +118,7 @@ class Distill(Pass):
                 settings=self,
                 calls=calls,
                 devices=devices,
+                shared=context.shared,
             )
             judged = devices.everything(list(context.calibration) or calls(0))
             before = gap(student, guides[0].module, judged)
@@ -131,7 +134,15 @@ class Distill(Pass):
             "not_aligned": {named(g.teacher): dict(g.apart) for g in guides if g.apart},
             "alignment_stopped_at": training.state.stopped,
         }
+        if after > before and self.judged_by_outputs():
+            facts["notes"] = [worse(before, after)]
+            return decision(model, model, names, skipped, facts)
         return decision(model, student, names, skipped, facts)
+
+    def judged_by_outputs(self) -> bool:
+        """Whether nothing but the original's outputs is learned, so that the error to them says what was won."""
+        own = self.output > 0 and not (self.features or self.attention or self.relation)
+        return own and not any(teacher.asks() for teacher in self.teachers)
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Put the learned weights in place. Raises ``ToolchainError`` for a weight of another shape."""
@@ -262,6 +273,14 @@ def decision(
         skipped={path: reason for path, reason in skipped.items() if path not in choice},
         facts=facts,
         arrays=arrays,
+    )
+
+
+def worse(before: float, after: float) -> str:
+    """For the report: training that did harm was undone."""
+    return (
+        f"training made it worse (relative error {before:.3g} before, {after:.3g} after), so the weights stay as they "
+        "were: take a smaller lr or more steps"
     )
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from passes.contract import Inputs
+from passes.contract import Inputs, digest_of
+from passes.rows import one_call
 
 AT_ONCE = 16
 """Steps whose calls are drawn together, because a whole sampling run gives many."""
@@ -43,14 +42,16 @@ class Generated:
         return self.held[pool][place * self.batch : (place + 1) * self.batch]
 
 
-def joined(calls: Sequence[Inputs]) -> list[Inputs]:
-    """As few calls as will do: those whose inputs all have as many rows, and rows of the same shapes, become one."""
+def joined(calls: Sequence[Inputs], shared: Sequence[str] = ()) -> list[Inputs]:
+    """As few calls as will do: those whose inputs all have as many rows, and rows of the same shapes, become one.
+
+    Inputs that rows share (``passes/rows.py``) must be equal.
+    """
     groups: dict[object, list[Inputs]] = {}
     for number, call in enumerate(calls):
-        rows = {tensor.shape[0] if tensor.ndim else None for tensor in call.values()}
-        shape = tuple((name, tensor.shape[1:]) for name, tensor in call.items())
-        groups.setdefault(shape if len(rows) == 1 and None not in rows else number, []).append(call)
-    return [
-        {name: torch.cat([call[name] for call in group]) for name in group[0]} if len(group) > 1 else group[0]
-        for group in groups.values()
-    ]
+        own = {name: tensor for name, tensor in call.items() if name not in shared}
+        rows = {tensor.shape[0] if tensor.ndim else None for tensor in own.values()}
+        same = tuple((name, digest_of(call[name])) for name in call if name in shared)
+        shape = tuple((name, tensor.shape[1:]) for name, tensor in own.items())
+        groups.setdefault((shape, same) if len(rows) == 1 and None not in rows else number, []).append(call)
+    return [one_call(group, shared) if len(group) > 1 else group[0] for group in groups.values()]

@@ -11,19 +11,25 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from passes.patterns import mask_of
+
 
 class LowRank(nn.Module):
     """Adds B A to a weight (N, K)."""
+
+    mask: Tensor | None
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
         outputs, inputs = weight.shape
         self.down = nn.Parameter(weight.new_empty(rank, inputs).uniform_(-(inputs**-0.5), inputs**-0.5))
         self.up = nn.Parameter(weight.new_zeros(outputs, rank))
+        self.register_buffer("mask", mask_of(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Weight (N, K) -> (N, K)."""
-        return weight + self.up @ self.down
+        """Weight (N, K) -> (N, K); zeros of a 2:4 weight stay zero."""
+        product = self.up @ self.down
+        return weight + (product if self.mask is None else product * self.mask)
 
 
 def adapt(model: nn.Module, names: list[str], rank: int) -> dict[str, nn.Parameter]:

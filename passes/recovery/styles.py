@@ -196,7 +196,7 @@ class Merging(Training):
     def groups(self, calls: list[Inputs]) -> list[Inputs]:
         """Calls of one style go together; no more than that, because each teacher is asked apart."""
         apart = [[call for call in calls if number_of(call) == number] for number in range(len(self.guides))]
-        return [group for own in apart for group in joined(own)]
+        return [group for own in apart for group in joined(own, self.shared)]
 
     def taught_by(self, call: Inputs) -> tuple[Sequence[Guide], Inputs]:
         """The style's own teacher, who knows of no styles."""

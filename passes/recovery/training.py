@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from passes.contract import Context, Inputs
-from passes.moe.experts import MixtureOfExperts
+from passes.patterns import mask_of
 from passes.recovery import checkpoints
 from passes.recovery.checkpoints import State
 from passes.recovery.devices import Devices
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 LOOK_EVERY, LOOKS = 10, 3
 """Steps from one look at the gradients' angle to the next, and the looks whose mean decides."""
 
+NOISE = 1e-11
+"""A loss below this is rounding: relative errors of some 3e-6, as between two ways to compute one thing in fp32."""
+
 
 @dataclass(kw_only=True)
 class Training:
@@ -43,6 +46,7 @@ class Training:
         calls: calls of a step.
         devices: where it computes.
         state: how far it is.
+        shared: inputs that have no row for each sample.
     """
 
     student: nn.Module
@@ -52,16 +56,18 @@ class Training:
     calls: Callable[[int], list[Inputs]]
     devices: Devices
     state: State = field(default_factory=State)
+    shared: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.parameters = list(self.weights.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.settings.lr, weight_decay=self.settings.weight_decay
         )
+        self.masks = [mask_of(parameter) for parameter in self.parameters]
         self.aligns = any(guide.aligns for guide in self.guides)
         for module in self.student.modules():
-            if isinstance(module, MixtureOfExperts):
-                module.learns = True
+            if hasattr(module, "learns"):  # routers: of experts, and of tokens that stay or that run
+                object.__setattr__(module, "learns", True)
 
     def run(self, context: Context, *, folder: Path | None, made_for: str) -> None:
         """Train to the end, from the checkpoint in ``folder`` where there is one.
@@ -91,10 +97,10 @@ class Training:
         """One update; the loss before it."""
         self.stop_when_due()
         loss, gradients = self.gradients()
-        # A loss of exactly 0 has nothing to teach, and Adam would turn the rounding of its gradients into steps.
-        if loss:
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient
+        # Rounding has nothing to teach, and Adam would turn it into steps of full size.
+        if loss > NOISE:
+            for parameter, gradient, mask in zip(self.parameters, gradients, self.masks, strict=True):
+                parameter.grad = gradient if mask is None else gradient * mask  # 2:4 zeros stay zero
             nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.lr * schedule(self.state.step, self.settings.steps, self.settings.warm_up)
@@ -136,7 +142,7 @@ class Training:
 
     def groups(self, calls: list[Inputs]) -> list[Inputs]:
         """The same calls, as few as will do."""
-        return joined(calls)
+        return joined(calls, self.shared)
 
     def taught_by(self, call: Inputs) -> tuple[Sequence[Guide], Inputs]:
         """Who says what a call should give, and how they are asked."""

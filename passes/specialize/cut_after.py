@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from passes.contract import Context, Pass, Plan
+from passes.stacks import stacks_of
 from passes.surgery import share
-from passes.traits import BlockStack, layer_at, layers_of
+from passes.traits import BlockStack, layer_at
 from toolchain.errors import ToolchainError, unknown
 
 
@@ -41,7 +43,7 @@ class CutAfter(Pass):
         """
         path, found = self.find(model)
         count = len(found.blocks)
-        kept = self.layer if self.layer >= 0 else count + 1 + self.layer
+        kept = self.kept(count)
         if not 1 <= kept <= count:
             raise ToolchainError(f"layer is {self.layer}; the stack has blocks 1 to {count}", where=path)
         if needed := [i for i in found.fixed if i >= kept]:
@@ -68,18 +70,31 @@ class CutAfter(Pass):
         return model
 
     def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
-        """The original, cut: what is compared is what other steps and engines add to that."""
-        return self.rewrite(share(original), plan)
+        """The original, cut: what is compared is what other steps and engines add to that.
+
+        Where steps before took blocks out, ``layer`` counts among the original's own, as it does in hidden_states.
+        """
+        choice = dict(plan.choice)
+        for path, entry in plan.choice.items():
+            if "of" in entry:
+                count = len(layer_at(original, path, BlockStack).blocks)
+                choice[path] = {"kept": min(max(self.kept(count), 1), count), "of": count}
+        return self.rewrite(share(original), replace(plan, choice=choice))
+
+    def kept(self, count: int) -> int:
+        """How many of a stack's blocks are needed."""
+        return self.layer if self.layer >= 0 else count + 1 + self.layer
 
     def find(self, model: nn.Module) -> tuple[str, BlockStack]:
         """The stack that is meant, and its path."""
-        stacks = dict(layers_of(model, BlockStack))
+        stacks, others = stacks_of(model)
         if self.stack:
             if self.stack not in stacks:
                 raise unknown("stack of blocks", self.stack, stacks)
             return self.stack, stacks[self.stack]
         if len(stacks) != 1:
-            listed = ", ".join(stacks) or "none that a family knows"
+            changed = "; ".join(f"{path!r}: {reason}" for path, reason in others.items())
+            listed = ", ".join(stacks) or changed or "none that a family knows"
             raise ToolchainError(f"which stack is to be cut? There are {len(stacks)}: {listed}", help="name it: stack")
         return next(iter(stacks.items()))
 

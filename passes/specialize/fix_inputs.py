@@ -6,14 +6,17 @@ by operation, and each outermost module whose output depends on bound inputs and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from passes.contract import Context, Inputs, Json, Pass, Plan
-from passes.specialize.binding import Bound, Constant, bind, call_with, call_without, constant_modules
+from passes.specialize.binding import Bound, Constant, Seen, bind, call_with, call_without, constant_modules
 from passes.surgery import share
+from passes.variants import ByTimestep, each_network, guidance_rows
 from toolchain.errors import ToolchainError
 
 
@@ -21,6 +24,7 @@ class FixInputs(Pass):
     """Take inputs away and compute once what they alone decide: a fixed timestep, class, style or mask."""
 
     by_layer: ClassVar[bool] = False
+    leaves: ClassVar[str] = "no input that was bound"
 
     inputs: dict[str, Any] = Field(
         default={}, description="input -> its constant: a number, or nested lists of what each row has"
@@ -35,21 +39,43 @@ class FixInputs(Pass):
         example = self.example(context)
         bound = {name: bind(name, value, example, tuple(self.inputs)) for name, value in self.inputs.items()}
         call = {name: bound[name].tensor(example) if name in bound else tensor for name, tensor in example.items()}
-        found = constant_modules(model, call, list(bound))
+        found = self.found(model, call, bound)
         values = {path: seen.value for path, seen in found.items() if seen.value is not None}
+        # Where no module is constant the call has changed all the same: the model takes an input less.
+        gone = {} if values else {"": {"without": sorted(bound)}}
         return Plan(
-            choice={path: {"follows": found[path].follows} for path in values},
+            choice={**gone, **{path: {"follows": found[path].follows} for path in values}},
             skipped={path: seen.reason for path, seen in found.items() if seen.value is None},
             facts={"bound": {name: vars(each) for name, each in bound.items()}},
             arrays=values,
         )
 
+    def found(self, model: nn.Module, call: Inputs, bound: Mapping[str, Bound]) -> dict[str, Seen]:
+        """Modules that are constant now; of networks by timestep, those of each, called at a timestep of its own."""
+        if not isinstance(model, ByTimestep):
+            return constants_of(model, call, list(bound))
+        if model.input in bound:
+            raise ToolchainError(
+                f"{model.input} chooses the network, of which there are {len(model.variants)}; it cannot be bound now",
+                help="bind it in a recipe without networks by timestep: one timestep needs one network",
+            )
+        found = {}
+        for number, network in enumerate(model.variants):
+            time = model.timesteps[model.table.index(number)]
+            own = {**call, model.input: torch.full_like(call[model.input], time)}
+            for path, seen in constants_of(network, own, list(bound)).items():
+                found[f"variants.{number}.{path}"] = seen
+        return found
+
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Replace modules by their values, in place."""
         for path, entry in plan.choice.items():
+            if not path:
+                continue
             training = model.get_submodule(path).training
             model.set_submodule(path, Constant(plan.arrays[path], entry["follows"]).train(training))
-        return call_without(model, bound_in(plan))
+        bound = bound_in(plan)
+        return each_network(model, lambda network, _: call_without(network, bound))
 
     def removed_inputs(self, plan: Plan) -> tuple[str, ...]:
         """The bound ones."""
@@ -67,6 +93,19 @@ class FixInputs(Pass):
         if len(self.inputs) == len(example):
             raise ToolchainError("every input is bound; an engine needs one at least")
         return example
+
+
+def constants_of(network: nn.Module, call: Inputs, bound: list[str]) -> dict[str, Seen]:
+    """Constant modules of one network; not those in which guided rows, with the condition and without, differ."""
+    found = constant_modules(network, call, bound)
+    if (copies := guidance_rows(network)) == 1:
+        return found
+    rows = {copies * value.shape[0] for name, value in call.items() if name not in bound and value.ndim}
+    apart = Seen(reason="merge_guidance runs it with the condition and without, and its rows differ")
+    return {
+        path: apart if seen.value is not None and seen.value.ndim and len(seen.value) in rows else seen
+        for path, seen in found.items()
+    }
 
 
 def bound_in(plan: Plan) -> dict[str, Bound]:

@@ -23,7 +23,13 @@ class HoistConstants(Pass):
     """Two engines: one prepares what hangs on the run's constant inputs alone, the other does the steps."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = ("hoist_constants", "slice_width_by_timestep", "reuse_blocks")
+    not_after: ClassVar[tuple[str, ...]] = (
+        "hoist_constants",
+        "slice_width_by_timestep",
+        "mixture_of_blocks",
+        "reuse_blocks",
+    )
+    leaves: ClassVar[str] = "a network that is exported as two graphs"
 
     constant: tuple[str, ...] = Field(
         default=(), description="inputs that stay the same over a run, such as encoder_hidden_states"

@@ -16,9 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.contract import Context, Json, NewInput, Pass, Plan
+from passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
+from passes.roles import CONDITIONS, named
+from passes.rows import shared_inputs, two_of_each
 from passes.surgery import share
-from toolchain.errors import ToolchainError, unknown
+from passes.variants import each_network
+from toolchain.errors import ToolchainError
 
 SCALE = "guidance_scale"
 
@@ -28,8 +31,11 @@ class MergeGuidance(Pass):
 
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = ("merge_guidance", "perturb_heads", "reuse_blocks")
+    leaves: ClassVar[str] = "a call that runs every row twice"
 
-    condition: str = Field(default="y", description="input that carries the condition")
+    condition: str = Field(
+        default="", description="input that carries the condition; empty: found by name, such as encoder_hidden_states"
+    )
     none: Any = Field(default=None, description="its value for no condition: a number, or lists of what a row has")
     scale: float = Field(default=4.0, description="w; what the input guidance_scale is where a call leaves it out")
     fixed: bool = Field(default=False, description="bake the scale in, instead of an input guidance_scale (batch)")
@@ -43,23 +49,27 @@ class MergeGuidance(Pass):
         example = next(iter(context.calibration), context.example)
         if not example:
             raise ToolchainError(f"{self.name()} looks at one call of the model and got none")
-        if self.condition not in example:
-            raise unknown("input", self.condition, example)
+        condition = named(self.condition, CONDITIONS, example, setting="condition")
+        if condition in context.shared:
+            raise ToolchainError(f"all rows of a call share input {condition!r}, so it cannot be a row's condition")
         if self.none is None:
             raise ToolchainError(
-                f"{self.name()} needs none: what {self.condition} is when there is no condition",
+                f"{self.name()} needs none: what {condition} is when there is no condition",
                 help="for class labels often the number of classes",
             )
         try:
-            torch.tensor(self.none, dtype=torch.float64).expand(example[self.condition].shape[1:])
+            torch.tensor(self.none, dtype=torch.float64).expand(example[condition].shape[1:])
         except (RuntimeError, TypeError, ValueError) as cause:
-            shape = tuple(example[self.condition].shape[1:])
-            raise ToolchainError(f"none is {self.none!r}, which is no row of {self.condition}, {shape}") from cause
-        return Plan(choice={"": {"condition": self.condition, "none": self.none, "channels": self.channels}})
+            shape = tuple(example[condition].shape[1:])
+            raise ToolchainError(f"none is {self.none!r}, which is no row of {condition}, {shape}") from cause
+        shared = shared_inputs(context, example, like=condition)
+        how = {"condition": condition, "none": self.none, "channels": self.channels, "shared": list(shared)}
+        return Plan(choice={"": how})
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Let each call run both rows at once; paths of modules stay as they were."""
-        return guided(model, plan.choice[""], self.scale, fixed=self.fixed, at_once=True)
+        how = plan.choice[""]
+        return each_network(model, lambda net, _: guided(net, how, self.scale, fixed=self.fixed, at_once=True))
 
     def new_inputs(self, plan: Plan) -> tuple[NewInput, ...]:
         """The scale, if it is not baked in."""
@@ -92,10 +102,11 @@ def guiding(base: type[Any], fixed: bool) -> type[nn.Module]:
             with_it = base.forward(self, **inputs)
             without = base.forward(self, **{**inputs, how["condition"]: none})
             return combined(with_it, without, scale, how["channels"])
-        twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        twice: Inputs = two_of_each(inputs, how.get("shared", ()))
         twice[how["condition"]] = torch.cat([condition, none])
         leaves, form = pytree.tree_flatten(base.forward(self, **twice))
-        halves = [leaf.chunk(2) for leaf in leaves]
+        # Not ``chunk``, which rounds: what it asks of an open number of rows the exporter cannot prove.
+        halves = [leaf.unflatten(0, (2, -1)).unbind(0) for leaf in leaves]
         with_it, without = (pytree.tree_unflatten([half[i] for half in halves], form) for i in (0, 1))
         return combined(with_it, without, scale, how["channels"])
 

@@ -100,8 +100,8 @@ class DropStep(Step):
 class PolicyStep(Step):
     """One block before which tokens are dropped by an interpreter's scores.
 
-    While it trains, tokens that stay pass a gate that is 1 and has the scores' gradient (straight-through; ours, in
-    the place of the paper's policy gradient).
+    While it trains, or ``learns``, tokens that stay pass a gate that is 1 and has the scores' gradient
+    (straight-through; ours, in the place of the paper's policy gradient).
     """
 
     def __init__(
@@ -109,11 +109,12 @@ class PolicyStep(Step):
     ) -> None:
         super().__init__(block, kind)
         self.interpreter, self.entry, self.leading = interpreter.train(block.training), dict(entry), leading
+        self.learns = False
 
     def forward(self, tokens: Tokens, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Drop, then the block."""
         scores = self.interpreter(tokens.x)
-        if self.training:
+        if self.learns or self.training:
             gate = (1 + (scores - scores.detach()))[..., None]  # 1 to the last bit
             tokens.x = torch.cat([tokens.x[:, : self.leading], (tokens.x * gate)[:, self.leading :]], dim=1)
         count = whole(self.entry, tokens.x.shape[1] - self.leading, up=False)

@@ -60,6 +60,7 @@ class MergeTokens(Pass):
 
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = SHORTENS
+    leaves: ClassVar[str] = "blocks that run on fewer tokens"
 
     r: int = Field(8, ge=0, description="tokens merged in a block; never more than half of those there")
     schedule: Literal["constant", "linear"] = Field(

@@ -84,6 +84,7 @@ class MergeUnmergeTokens(Pass):
 
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = SHORTENS
+    leaves: ClassVar[str] = "blocks that run on fewer tokens"
 
     ratio: float = Field(
         0.5, ge=0, le=0.75, description="share of all tokens that is merged; at most 3 in each cell of 4"

@@ -31,6 +31,7 @@ class PruneTokens(Pass):
 
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = SHORTENS
+    leaves: ClassVar[str] = "blocks that run on fewer tokens"
 
     method: Literal["attention", "policy"] = Field(
         "attention", description="score by the block's own attention (EViT), or by an interpreter (IA-RED2)"

@@ -24,8 +24,10 @@ from validation.inputs import draw
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "distill": {"steps": 2},
+    "approximate_by_accuracy": {"score": "smallness"},
+    "select_heads": {"score": "smallness"},
     "fix_inputs": {"inputs": {"t": 500.0}},
-    "fold_adapters": {"file": "adapter.safetensors"},
+    "fold_adapters": {"file": "adapter.safetensors", "alpha": 2.0},
     "merge_models": {"teachers": ("1", "2"), "steps": 1, "batch": 1},
     "hoist_constants": {"constant": ["y"]},
     "merge_guidance": {"condition": "y", "none": 4, "scale": 3.0},
@@ -169,9 +171,47 @@ def test_cost_counts_by_hand() -> None:
     assert (found.parameter_count, found.macs, found.bytes) == (36, 96, 144)
 
 
+def test_a_mask_held_as_a_buffer_is_no_parameter() -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = torch.nn.Linear(4, 4)
+            self.register_buffer("bias", torch.ones(1, 1, 64, 64, dtype=torch.bool).tril())
+            self.register_buffer("bytes", torch.zeros(64, 64, dtype=torch.uint8))
+
+    assert cost(Masked(), None).parameter_count == 20
+
+
 def test_attention_is_counted_too() -> None:
     class Attention(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.scaled_dot_product_attention(x, x, x)
 
     assert macs(Attention(), {"x": torch.zeros(1, 2, 5, 4)}) == 2 * 2 * 5 * 5 * 4
+
+
+class Convolutions(torch.nn.Module):
+    """Nothing that most passes look for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.LSTM(4, 4), torch.nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)[0].transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", catalog.entries("passes"))
+def test_a_pass_that_changes_nothing_says_what_it_looked_for(name: str) -> None:
+    settings = PARAMETERS.get(name, {}) | ({"condition": "x"} if name == "merge_guidance" else {})
+    step = catalog.pass_class(name)(**settings)
+    if step.works_on == "graph":
+        return
+    model, call = Convolutions().eval(), {"x": torch.ones(2, 3, 4)}
+    context = Context(calibration=[call], example=call, original=model, score_of=lambda text: smallness)
+    try:
+        result = step.apply(model, context)
+    except ToolchainError:
+        return  # refused in words
+    assert result.changed or result.plan.skipped, "neither changed nor left alone"
+    assert all(len(reason) > 5 for reason in result.plan.skipped.values())

@@ -1,7 +1,13 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from passes.contract import Context
+from passes.pruning.factorize import Factorize
+from passes.pruning.sparsify_2_4 import Sparsify24
+from passes.quantization.quantize_int8 import QuantizeInt8
 from passes.surgery import head_indices, keep_columns, keep_rows
 
 
@@ -77,3 +83,33 @@ def test_cutting_draws_no_random_number(keep):
 def test_head_indices_of_a_fused_projection_repeat_in_every_stack():
     assert head_indices([0, 2], heads=3, head_dim=2) == [0, 1, 4, 5]
     assert head_indices([0, 2], heads=3, head_dim=2, stacks=2) == [0, 1, 4, 5, 6, 7, 10, 11]
+
+
+class Twice(nn.Module):
+    """One block under two names, and one layer in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+        self.again = self.block
+        self.mix = nn.Linear(32, 32)
+        self.ends = nn.ModuleDict({"same": self.mix})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ends["same"](self.again(self.mix(self.block(x))))
+
+
+@pytest.mark.parametrize("step", [QuantizeInt8(smallest=0), Factorize(smallest=0), Sparsify24(smallest=0)])
+def test_a_layer_under_several_names_is_rewritten_under_all_of_them(step):
+    torch.manual_seed(0)
+    call = {"x": torch.randn(4, 32)}
+    context = Context(calibration=[call], example=call)
+    original = Twice().eval()
+    result = step.apply(copy.deepcopy(original), context)
+    model = result.model
+    assert model.ends["same"] is model.mix
+    assert model.again is model.block
+    assert "mix" in result.changed
+    replayed = step.carry_out(original, result.plan, Context())
+    assert replayed.ends["same"] is replayed.mix
+    assert torch.equal(replayed(**call), model(**call))

@@ -113,3 +113,29 @@ def test_a_recipe_says_that_networks_by_timestep_cannot_be_parted_after() -> Non
                 "targets": [{"target": "pytorch"}],
             }
         )
+
+
+def test_a_checkpoint_on_disk_is_parted_around_its_linked_weights(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=60, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "bert")
+    recipe = make(
+        {
+            "model": f"hf:{tmp_path / 'bert'}",
+            "steps": [{"pass": "hoist_constants", "constant": ["token_type_ids"]}],
+            "targets": [{"target": "onnxruntime"}],
+            "validation": {"skip": True},
+            "calibration": {"calls": 1},
+        }
+    )
+    out = tmp_path / "out"
+    pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    assert (out / "model-prepare.onnx").exists()
+    assert list((out / "weights").iterdir()), "the weights lie where they lay"
+    engine, module = toolchain.load(out), toolchain.load_module(out)
+    call = draw(engine.inputs, seed=3, sizes={"batch": 3})
+    with torch.no_grad():
+        wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()})[0].numpy()
+    np.testing.assert_allclose(engine(**call)[0], wanted, atol=1e-5)

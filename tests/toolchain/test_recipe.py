@@ -110,3 +110,10 @@ def test_a_recipe_that_moves_still_finds_its_files(tmp_path: Path) -> None:
         assert moved.moved(tmp_path).head == recipe.head
         assert moved.moved(tmp_path).model == recipe.model
     assert make({"model": "py:net.py:build"}, folder=tmp_path).model == f"py:{tmp_path}/net.py:build"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_graph_keeps_its_types_and_another_is_refused_in_words(dtype: str) -> None:
+    with pytest.raises(ToolchainError, match="is an ONNX graph, which keeps the types it was written in"):
+        make({"schema": 1, "model": "onnx:m.onnx?batch=1..8", "export": {"dtype": dtype}})
+    assert make({"schema": 1, "model": "dit:tiny", "export": {"dtype": dtype}}).head.export.dtype == dtype

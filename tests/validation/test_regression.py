@@ -5,6 +5,7 @@ import pytest
 
 from reports import record as record_file
 from reports.record import Report
+from toolchain import writing
 from toolchain.errors import ToolchainError
 from validation import regression
 from validation.regression import Tolerance, baseline_from, check, figures_from, read, render_table, write
@@ -324,14 +325,14 @@ class TestFile:
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(regression.os, "replace", full)
-        with pytest.raises(ToolchainError, match="No space left"):
+        monkeypatch.setattr(writing.os, "replace", full)
+        with pytest.raises(ToolchainError, match="the disk is full"):
             write(path, baseline_from(RECORD))
         assert path.read_text() == "old"
         assert [file.name for file in tmp_path.iterdir()] == ["dit.json"]
 
     def test_a_folder_that_is_not_there(self, tmp_path):
-        with pytest.raises(ToolchainError, match="cannot be written: No such file"):
+        with pytest.raises(ToolchainError, match="cannot be written: its folder does not exist"):
             write(tmp_path / "nowhere" / "dit.json", baseline_from(RECORD))
 
     def test_tolerances_set_by_hand_survive_an_update(self, record):

@@ -21,6 +21,7 @@ from onnx_ir.passes import common
 
 from passes.graph.module import GraphModule
 from targets.onnx_files import check_onnx, external_files
+from targets.weights import check, load_graph
 from toolchain.errors import FaultsError, ToolchainError, raise_faults, unknown
 from toolchain.sources import short
 from toolchain.sources.contract import Model, files_from
@@ -68,7 +69,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     refuse_large(inputs, text)
     refuse_endless(proto.graph, path)
     check_valid(proto, path)
-    graph = ir.load(path)
+    graph = load_graph(path)
     refuse_strange_operators(graph, path)
     tidy(graph, {value.name: open_shape(value) for value in proto.graph.input})
     outputs = tuple(value.name or "" for value in graph.graph.outputs)
@@ -141,7 +142,7 @@ def check_valid(proto: onnx.ModelProto, path: Path) -> None:
     for output in proto.graph.output:
         refuse_type(output, "output", str(path))
     try:
-        onnx.checker.check_model(path)
+        check(path)
     except (
         onnx.checker.ValidationError,
         onnx.shape_inference.InferenceError,

@@ -8,9 +8,11 @@ from torch import nn
 
 from passes.contract import Context
 from passes.dynamic.buckets import masks_for, stretches
+from passes.dynamic.reuse_blocks import ReuseBlocks
 from passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
+from tests.passes.joint import flux
 from toolchain.errors import ToolchainError
 
 TIMES = {"reference_dit": "t", "diffusers_dit_sdpa": "timestep"}
@@ -147,3 +149,49 @@ def test_scores_that_are_no_numbers_are_refused(dit):
     dit.model.blocks[0].attn.proj.weight.data.fill_(float("nan"))
     with pytest.raises(ToolchainError, match="is not finite"):
         sliced(dit)
+
+
+def flux_calls(subject):
+    """Calls of other content, at timesteps from 0 to 1."""
+    calls = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        own = {
+            name: value if name.endswith("_ids") else torch.randn(value.shape, generator=generator)
+            for name, value in subject.inputs.items()
+        }
+        calls.append(own | {"timestep": torch.rand(2, generator=generator)})
+    return calls
+
+
+def test_flux_is_cut_to_the_masked_form_where_heads_and_hidden_units_share_a_projection():
+    subject = flux()
+    calls = flux_calls(subject)
+    step = SliceWidthByTimestep(steps=5, importance="activation")
+    result = step.apply(subject.copy(), Context(calibration=calls, shared=("img_ids", "txt_ids")))
+    assert result.plan.facts["timesteps"] == [1, 0.75, 0.5, 0.25, 0]
+    assert {"single_transformer_blocks.0", "single_transformer_blocks.0:ffn"} <= set(result.changed)
+    reference = masked(step, subject, result.plan)
+    for t in result.plan.facts["timesteps"]:
+        subject.inputs["timestep"] = torch.full((2,), t)
+        wanted = subject.output(reference)
+        torch.testing.assert_close(subject.output(result.model), wanted, atol=1e-5, rtol=1e-5)
+        assert (wanted - subject.output(subject.model)).abs().max() > 1e-3
+    subject.inputs["timestep"] = torch.tensor([1.0, 0.0])  # rows of two networks, which share the position ids
+    torch.testing.assert_close(subject.output(result.model), subject.output(reference), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_the_timestep_is_found_by_its_name(name):
+    subject = SUBJECTS[name]()
+    _, result = sliced(subject, "")
+    assert result.plan.facts["input"] == TIMES[name]
+    reused = ReuseBlocks(steps=4).plan(subject.model, Context(calibration=[subject.inputs], example=subject.inputs))
+    assert reused.facts["input"] == TIMES[name] if reused.choice else reused.skipped
+
+
+def test_a_model_without_a_timestep_is_refused_with_its_inputs():
+    subject = SUBJECTS["vit_sdpa"]()
+    with pytest.raises(ToolchainError, match="no input of the model is called 'timestep'") as caught:
+        sliced(subject, "")
+    assert "its inputs: pixel_values; set input to one of them" in str(caught.value)

@@ -107,7 +107,7 @@ def test_equal_scores_are_broken_by_place():
 def test_the_result_is_perturb_heads_with_those_heads():
     subject = reference_dit()
     score = lambda net: -float(subject.output(net).norm())  # noqa: E731
-    result = SelectHeads(rounds=2, u=0.5, w=2).apply(subject.copy(), context(score))
+    result = SelectHeads(score="mine", rounds=2, u=0.5, w=2).apply(subject.copy(), context(score))
     heads = {path: tuple(entry["heads"]) for path, entry in result.plan.choice.items()}
     same = PerturbHeads(heads=heads, guidance=True).apply(subject.copy(), Context()).model
     more = {"pag_u": torch.rand(2, 2), "pag_w": torch.rand(2)}
@@ -121,7 +121,7 @@ def test_the_result_is_perturb_heads_with_those_heads():
 def test_a_baked_result_is_what_was_scored():
     subject = reference_dit()
     score = lambda net: -float(subject.output(net).norm())  # noqa: E731
-    step = SelectHeads(rounds=2, u=0.5, w=2, baked=True)
+    step = SelectHeads(score="mine", rounds=2, u=0.5, w=2, baked=True)
     result = step.apply(subject.copy(), context(score))
 
     assert step.new_inputs(result.plan) == ()
@@ -135,7 +135,7 @@ def test_joint_attention_is_searched_too(name, mode):
     subject = JOINT[name]()
     wanted = subject.output(subject.model)
     score = lambda net: -float((subject.output(net) - wanted).norm())  # noqa: E731
-    step = SelectHeads(mode=mode, rounds=2, candidates=3, guidance=False, baked=True)
+    step = SelectHeads(score="mine", mode=mode, rounds=2, candidates=3, guidance=False, baked=True)
 
     result = step.apply(subject.copy(), context(score))
 

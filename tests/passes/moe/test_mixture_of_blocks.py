@@ -1,13 +1,16 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
+from passes.contract import Context, Plan
 from passes.moe.mixture_of_blocks import MixtureOfBlocks, smaller
 from passes.traits import BlockStack, layer_at
+from passes.variants import ByTimestep
 from tests.passes.conftest import randomise
+from tests.passes.joint import flux
 from toolchain.errors import ToolchainError
 from toolchain.models.diffusion.dit import Config, DiT
 
@@ -161,8 +164,9 @@ def test_double_and_single_blocks_are_chosen_apart():
         "img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3),
     }  # fmt: skip
     plan = MixtureOfBlocks(group=3, keep=2, high=1.0).plan(model, Context(calibration=[inputs]))
-    sizes = {path: len(entry["kept"]) for path, entry in plan.choice.items()}
-    assert sizes == {"transformer_blocks": 2, "single_transformer_blocks": 3}
+    for row in plan.facts["buckets"]:
+        sizes = {path: len(kept) for path, kept in row["kept"].items()}
+        assert sizes == {"transformer_blocks": 2, "single_transformer_blocks": 3}
     with torch.no_grad():
         assert smaller(model, plan, 0)(**inputs).sample.isfinite().all()
 
@@ -186,7 +190,7 @@ def test_what_cannot_be_is_refused(deep):
     with pytest.raises(ToolchainError, match="needs calibration inputs"):
         MixtureOfBlocks().apply(deep, Context())
     plan = MixtureOfBlocks().plan(deep, context)
-    once = MixtureOfBlocks().rewrite(copy.deepcopy(deep), plan)
+    once = MixtureOfBlocks(bucket=0).apply(copy.deepcopy(deep), context).model
     with pytest.raises(ToolchainError, match="for a stack of 6 blocks; this one has 3"):
         MixtureOfBlocks().rewrite(once, plan)
     with torch.no_grad():
@@ -200,3 +204,64 @@ def test_what_is_left_alone_is_named(deep):
     assert MixtureOfBlocks(exclude=("blocks",)).plan(deep, context).skipped == {"blocks": "excluded by 'blocks'"}
     none = MixtureOfBlocks(buckets=1).plan(nn.Linear(2, 2), Context(calibration=[{"input": torch.ones(1, 2)}]))
     assert none.skipped == {"": "no family knows a stack of blocks in it"}
+
+
+# All ranges in one model
+
+
+def timed_calls():
+    return [{"x": torch.ones(4, 3), "timestep": torch.tensor([10.0, 400, 600, 990])}]
+
+
+def test_every_timestep_runs_the_network_of_its_range():
+    result = MixtureOfBlocks(buckets=2).apply(Timed(), Context(calibration=timed_calls()))
+    assert isinstance(result.model, ByTimestep)
+    assert len(result.model.variants) == 2
+    assert result.plan.choice["blocks"]["kept"] == [[0], [1]]
+    # Each range keeps the block that speaks there, so what comes out is what both blocks give: at the borders too.
+    times = torch.tensor([0.0, 499.9, 500, 999, 1000, 1500])
+    x = torch.zeros(6, 3)
+    assert torch.equal(run(result.model, {"x": x, "timestep": times}), run(Timed(), {"x": x, "timestep": times}))
+
+
+def test_ranges_of_the_same_blocks_share_a_network():
+    model = MixtureOfBlocks(buckets=4).apply(Timed(), Context(calibration=timed_calls())).model
+    assert len(model.variants) == 2
+    assert model.table == (1, 1, 0, 0)
+    assert model.timesteps == (875, 625, 375, 125)
+
+
+def test_in_every_range_the_whole_model_is_its_own_network(deep):
+    context = Context(calibration=calls())
+    step = MixtureOfBlocks()
+    plan = step.plan(deep, context)
+    whole = step.rewrite(copy.deepcopy(deep), Plan.from_json(plan.as_json()))
+    for bucket in range(4):
+        inputs = {**calls(1)[0], "t": torch.full((2,), 250 * bucket + 3)}
+        assert torch.equal(run(whole, inputs), run(smaller(deep, plan, bucket), inputs))
+
+
+def test_a_model_that_counts_timesteps_to_one_is_cut_there_and_empty_ranges_are_named():
+    times = torch.tensor([0.1, 0.2, 0.9])
+    context = Context(calibration=[{"x": torch.ones(3, 3), "timestep": times}])
+    for known in (context, replace(context, ranges={"timestep": (0, 1)})):
+        plan = MixtureOfBlocks().plan(Timed(), known)
+        assert [row["to"] for row in plan.facts["buckets"]] == [0.25, 0.5, 0.75, 1]
+        assert [row["samples"] for row in plan.facts["buckets"]] == [2, 0, 0, 1]
+        assert "no calibration sample has a timestep of 0.25 to 0.5, 0.5 to 0.75" in plan.facts["notes"][0]
+
+
+def test_what_holds_no_timestep_is_refused(deep):
+    with pytest.raises(ToolchainError, match=r"input 'x' has shape \(2, 4, 8, 8\); one a row is needed"):
+        MixtureOfBlocks(timestep="x").plan(deep, Context(calibration=calls(1)))
+
+
+def test_flux_keeps_its_position_ids_whole_while_rows_part():
+    subject = flux()
+    context = Context(calibration=[subject.inputs], shared=("img_ids", "txt_ids"), ranges={"timestep": (0, 1)})
+    model = MixtureOfBlocks(buckets=2).apply(subject.copy(), context).model
+    with torch.no_grad():
+        mixed = model(**subject.inputs)[0]
+        for row in range(2):
+            own = {n: v if n.endswith("_ids") else v[row : row + 1] for n, v in subject.inputs.items()}
+            torch.testing.assert_close(model(**own)[0][0], mixed[row], atol=1e-5, rtol=1e-5)

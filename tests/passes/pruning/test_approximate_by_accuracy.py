@@ -107,7 +107,7 @@ def test_what_a_target_lacks_is_found_and_the_rest_stays(dit):
             "blocks.0.attn": {"kind": "attention", "of": 4, "whole": False, "removed": [1, 2]},
         },
     )
-    step = ApproximateByAccuracy(gate=10, group=64)
+    step = ApproximateByAccuracy(score="mine", gate=10, group=64)
 
     result = step.apply(dit.copy(), scored(distance(dit, target)))
 
@@ -124,7 +124,7 @@ def test_what_a_target_lacks_is_found_and_the_rest_stays(dit):
 
 
 def test_nothing_is_left_out_of_a_model_that_needs_everything(subject):
-    step, context = ApproximateByAccuracy(gate=0), scored(distance(subject, subject.model))
+    step, context = ApproximateByAccuracy(score="mine", gate=0), scored(distance(subject, subject.model))
     before = copy.deepcopy(subject.model.state_dict())
 
     result = step.apply(subject.copy(), context)
@@ -137,7 +137,7 @@ def test_nothing_is_left_out_of_a_model_that_needs_everything(subject):
 
 def test_a_tolerance_is_kept_to_the_best_and_not_to_the_last(dit):
     """Each trial costs 1; with 1.5 to lose, only the first is kept."""
-    step = ApproximateByAccuracy(tolerance=1.5, gate=0)
+    step = ApproximateByAccuracy(score="mine", tolerance=1.5, gate=0)
     plan = step.plan(dit.model, scored(lambda model: -float(len(missing(model)))))
     assert [trial["verdict"] for trial in plan.facts["trials"]] == ["kept", "worse", "worse", "worse"]
     assert plan.facts["best"] == 0
@@ -218,7 +218,7 @@ def test_a_layer_that_cannot_go_whole_is_tried_in_parts_and_keeps_the_last():
 
 
 def test_a_plan_is_repeatable_and_replayed_where_there_are_no_weights(dit):
-    step = ApproximateByAccuracy(tolerance=0.5, gate=1, group=64)
+    step = ApproximateByAccuracy(score="mine", tolerance=0.5, gate=1, group=64)
     context = scored(distance(dit, dit.model))
     plan = step.plan(dit.model, context)
     assert plan.choice
@@ -248,7 +248,7 @@ def test_what_a_user_can_mend_is_said(dit):
     with pytest.raises(ToolchainError, match="exclude 'x' matches no layer"):
         ApproximateByAccuracy(exclude=("x",)).plan(dit.model, Context())
     with pytest.raises(ToolchainError, match="no score 'fidelity' here"):
-        ApproximateByAccuracy().plan(dit.model, Context())
+        ApproximateByAccuracy(score="fidelity").plan(dit.model, Context())
     with pytest.raises(ToolchainError, match=r"no losses 'a.py:f' here"):
         ApproximateByAccuracy(losses="a.py:f").plan(dit.model, Context())
     with pytest.raises(ToolchainError, match="value is not finite: nan"):

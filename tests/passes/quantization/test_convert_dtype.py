@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from passes.contract import Context, Plan
 from passes.quantization.convert_dtype import ConvertDtype
+from tests.engines import exported, in_onnxruntime
 from toolchain.errors import ToolchainError
 
 
@@ -142,3 +145,108 @@ def test_it_exports_with_the_same_interface_and_onnx_runtime_agrees(dit, tmp_pat
     assert {i.name: i.type for i in session.get_inputs()}["x"] == "tensor(float)"
     [got] = session.run(None, {name: tensor.numpy() for name, tensor in dit.inputs.items()})
     torch.testing.assert_close(torch.from_numpy(got), dit.output(result.model), atol=2e-2, rtol=2e-2)
+
+
+# Values that no module shows
+
+
+class Hidden(nn.Module):
+    """300 squared is 90,000, above what 16 bits hold; divided by, it is a 0 and shows nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loud, self.other = nn.Linear(32, 32, bias=False), nn.Linear(32, 32)
+        self.loud.weight = nn.Parameter(torch.eye(32) * 300)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.loud(x)
+        return self.other(h / (h * h + 1).sqrt())
+
+
+class NormByHand(nn.Module):
+    """A layer norm of operators, as users write it, over values of some hundreds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loud, self.other = nn.Linear(32, 32), nn.Linear(32, 32)
+        with torch.no_grad():
+            self.loud.weight *= 2_000
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.loud(x)
+        centred = h - h.mean(-1, keepdim=True)
+        return self.other(centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
+
+
+@pytest.mark.parametrize("kind", [Hidden, NormByHand])
+def test_an_overflow_that_is_divided_by_is_found_and_its_layer_kept(kind, calm):
+    inputs = {"x": torch.randn(4, 32)}
+    model = kind().eval()
+    with torch.no_grad():
+        wanted = model(**inputs)
+        halved = copy.deepcopy(model).half()(inputs["x"].half()).float()
+    assert float((halved - wanted).norm() / wanted.norm()) > 0.3, "true half precision is wrong without help"
+    result = ConvertDtype().apply(model, context_for(inputs))
+    assert result.changed == ("other",)
+    assert "come from within loud were not finite" in result.plan.skipped["loud"]
+    assert result.plan.facts["error"] < 0.01
+    with torch.no_grad():
+        got = result.model(**inputs)
+    assert float((got - wanted).norm() / wanted.norm()) < 0.01
+
+
+def test_a_mask_that_hides_with_infinities_is_no_overflow(calm):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores = self.q(x) @ self.k(x).transpose(-1, -2)
+            hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+            return scores.masked_fill(hidden, float("-inf")).softmax(-1)
+
+    inputs = {"x": torch.randn(2, 6, 8)}
+    assert set(ConvertDtype().apply(Masked().eval(), context_for(inputs)).changed) == {"q", "k"}
+
+
+def test_an_error_above_what_is_allowed_gives_layers_back_and_at_last_all(calm):
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+    context = context_for({"x": torch.randn(4, 32)})
+    free = ConvertDtype(dtype="bfloat16").plan(Chain().eval(), context)
+    assert len(free.choice) == 2
+    bound = free.facts["error"] * 0.95
+    tight = ConvertDtype(dtype="bfloat16", max_error=bound).plan(Chain().eval(), context)
+    assert len(tight.choice) == 1
+    assert tight.facts["error"] <= bound
+    assert any("the model's error was" in reason for reason in tight.skipped.values())
+    none = ConvertDtype(dtype="bfloat16", max_error=1e-9).plan(Chain().eval(), context)
+    assert none.choice == {}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_batch_norms_run_with_statistics_of_their_type(dtype, affine, calm, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=affine), nn.ReLU(), nn.Conv2d(8, 4, 3)).train()
+    for _ in range(3):
+        model(torch.randn(8, 3, 9, 9) * 2 + 1)
+    model.eval()
+    inputs = {"input": torch.randn(2, 3, 9, 9)}
+    with torch.no_grad():
+        wanted = model(**inputs)
+        result = ConvertDtype(dtype=dtype).apply(copy.deepcopy(model), context_for(inputs))
+        got = result.model(**inputs)
+    assert set(result.changed) == {"0", "1", "3"}
+    assert result.model[1].running_mean.dtype == getattr(torch, dtype)
+    assert 0 < float((got - wanted).norm() / wanted.norm()) < (0.005 if dtype == "float16" else 0.05)
+    assert model[1].running_mean.dtype == torch.float32
+    if dtype == "float16":
+        path = exported(result.model, inputs, tmp_path)
+        torch.testing.assert_close(in_onnxruntime(path, inputs), got, atol=5e-3, rtol=5e-3)

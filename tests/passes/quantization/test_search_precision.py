@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from passes.contract import Context, Plan
 from passes.quantization.linear import QuantizedLinear
 from passes.quantization.quantize_int8 import QuantizeInt8
-from passes.quantization.search_precision import SearchPrecision
+from passes.quantization.search_precision import SearchPrecision, made
 from toolchain.errors import ToolchainError
 
 INT8 = {"pass": "quantize_int8", "smallest": 0}
@@ -129,3 +131,120 @@ def test_budgets_that_cannot_be_kept_and_passes_that_do_not_quantize_are_refused
             SearchPrecision(candidates=({"pass": name},))
     with pytest.raises(ToolchainError, match="observr"):
         SearchPrecision(candidates=({"pass": "quantize_int8", "observr": "max"},))
+
+
+# What is measured is what comes out
+
+
+class Block(nn.Module):
+    """A norm with two layers that read it, so that smoothing folds into the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b, self.c = nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return x + self.c(torch.tanh(self.a(h)) * self.b(h))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def blocks(calm: None) -> tuple[Blocks, Context]:
+    calls = [{"x": torch.randn(64, 64) * torch.linspace(0.1, 6, 64)} for _ in range(3)]
+    return Blocks().eval(), Context(calibration=calls, example=calls[0])
+
+
+def error_of(model: nn.Module, original: nn.Module, context: Context) -> float:
+    with torch.no_grad():
+        wanted = torch.stack([original(**call) for call in context.calibration]).double()
+        got = torch.stack([model(**call) for call in context.calibration]).double()
+    return float((got - wanted).norm() / wanted.norm())
+
+
+INT4 = {"pass": "quantize_weights", "smallest": 0}
+ALGORITHMS = {
+    "rounding": {**INT4, "algorithm": "rtn"},
+    "awq": {**INT4, "algorithm": "awq"},
+    "gptq": {**INT4, "algorithm": "gptq"},
+    "svd": {"pass": "quantize_svd", "smallest": 0, "rank": 8},
+    "smoothquant": {**INT8, "smooth": 0.5},
+    "int8": INT8,
+    "fp8": {"pass": "quantize_fp8", "smallest": 0},
+    "half precision": {"pass": "convert_dtype"},
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_error_that_was_measured_is_that_of_the_model_that_comes_out(name, blocks):
+    model, context = blocks
+    original = copy.deepcopy(model)
+    step = SearchPrecision(candidates=(ALGORITHMS[name],), max_error=0.5, calls=3)
+    result = step.apply(copy.deepcopy(model), context)
+
+    assert result.changed
+    measured = result.plan.facts["error_in_pytorch"]
+    assert measured > 1e-6
+    assert error_of(result.model, original, context) == pytest.approx(measured, rel=1e-3)
+    if not any(entry.get("rows") for entry in result.plan.choice.values()):  # else engines compute more exactly
+        assert result.plan.facts["error"] == pytest.approx(measured, rel=1e-3)
+    assert result.plan.facts["uniform"][0]["error"] == pytest.approx(result.plan.facts["error"], rel=1e-3)
+    replayed = step.rewrite(copy.deepcopy(model), Plan.from_json(result.plan.as_json(), result.plan.arrays))
+    assert error_of(replayed, original, context) == pytest.approx(measured, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "svd", "smoothquant"])
+def test_what_a_candidate_gives_everywhere_is_what_the_pass_itself_gives(name, blocks):
+    model, context = blocks
+    table = ALGORITHMS[name]
+    alone = made(table).apply(copy.deepcopy(model), context)
+    searched = SearchPrecision(candidates=(table,), max_error=0.5).apply(copy.deepcopy(model), context)
+    assert error_of(searched.model, model, context) == pytest.approx(error_of(alone.model, model, context), rel=1e-6)
+    assert searched.plan.arrays.keys() == {f"0/{name}" for name in alone.plan.arrays}
+
+
+@pytest.mark.parametrize("name", ["awq", "smoothquant"])
+def test_a_norm_is_divided_with_the_layers_behind_it_or_not_at_all(name, blocks):
+    model, context = blocks
+    with torch.no_grad():
+        model.blocks[0].a.weight *= 30  # so that one block is worth keeping
+    free = SearchPrecision(candidates=(ALGORITHMS[name],), max_error=0.5).plan(copy.deepcopy(model), context)
+    everywhere = free.facts["uniform"][0]["error"]
+    result = SearchPrecision(candidates=(ALGORITHMS[name],), max_error=everywhere * 0.8).apply(
+        copy.deepcopy(model), context
+    )
+    for number in range(2):
+        whole = {f"blocks.{number}.{child}" for child in ("norm", "a", "b")}
+        assert whole <= set(result.changed) or not whole & set(result.changed), result.changed
+    assert 0 < len(result.changed) < 8
+    assert error_of(result.model, model, context) == pytest.approx(result.plan.facts["error_in_pytorch"], rel=1e-3)
+
+
+def test_four_bits_cost_less_than_eight(blocks):
+    model, context = blocks
+    step = SearchPrecision(candidates=(INT8, ALGORITHMS["rounding"]), max_error=0.5)
+    eight, four = step.plan(copy.deepcopy(model), context).facts["uniform"]
+    assert eight["cost_share"] == pytest.approx(0.28, abs=0.02)
+    assert four["cost_share"] < 0.65 * eight["cost_share"]
+    tight = SearchPrecision(candidates=(INT8, ALGORITHMS["rounding"]), budget=0.2).apply(model, context)
+    assert {entry["pass"] for entry in tight.plan.choice.values()} >= {"quantize_weights"}
+    assert tight.after.bytes <= 0.21 * tight.before.bytes
+
+
+def test_candidates_of_other_kinds_stand_side_by_side(blocks):
+    model, context = blocks
+    original = copy.deepcopy(model)
+    candidates = (ALGORITHMS["half precision"], ALGORITHMS["smoothquant"], ALGORITHMS["gptq"])
+    result = SearchPrecision(candidates=candidates, budget=0.24, calls=3).apply(model, context)
+    assert len({entry["pass"] for entry in result.plan.choice.values()}) > 1
+    assert error_of(result.model, original, context) == pytest.approx(result.plan.facts["error_in_pytorch"], rel=1e-3)

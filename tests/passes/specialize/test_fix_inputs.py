@@ -102,13 +102,19 @@ def styled():
 def test_a_vector_can_be_bound_and_what_is_no_constant_says_why():
     subject = styled()
     result = outcome(subject, style=[1.0, 2.0, 3.0])
-    assert result.changed == ()
+    assert result.changed == ("",), "the input is gone, though no module is constant"
     assert result.plan.skipped == {
         "style": "its calls give different values",
         "pair": "it gives a tuple, not a tensor",
     }
     with torch.no_grad():
         torch.testing.assert_close(result.model(x=subject.inputs["x"]), subject.model(**subject.inputs))
+
+
+def test_an_input_that_decides_no_module_is_gone_all_the_same():
+    result = outcome(bert("sdpa"), attention_mask=1)
+    assert result.changed == ("",)
+    assert result.plan.choice[""] == {"without": ["attention_mask"]}
 
 
 def test_a_plan_comes_back_from_text():

@@ -3,6 +3,7 @@ import torch
 
 from passes.contract import Context
 from passes.specialize.merge_guidance import MergeGuidance
+from targets.onnx_export import export_onnx
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
 from toolchain.errors import ToolchainError
@@ -86,3 +87,17 @@ def test_what_cannot_be_merged_is_quoted(dit, parameters, message):
 def test_without_a_call_there_is_nothing_to_look_at(dit):
     with pytest.raises(ToolchainError, match="got none"):
         MergeGuidance(none=4).plan(dit.model, Context())
+
+
+@pytest.mark.parametrize("fixed", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_guided_model_exports_with_an_open_batch(dit, tmp_path, fixed):
+    _, result = merged(dit, "", fixed=fixed, scale=3.0)
+    scale = {} if fixed else {"guidance_scale": torch.tensor([1.5, 3.0])}
+    inputs = {**dit.inputs, "t": dit.inputs["t"].float(), **scale}
+    dynamic = {name: {0: ("batch", 1, 64)} for name in inputs}
+    export_onnx(result.model, inputs, dynamic=dynamic, outputs=["y_"], path=tmp_path / "model.onnx")
+    for rows in (1, 3):
+        call = {name: value[:1].repeat(rows, *[1] * (value.ndim - 1)) for name, value in inputs.items()}
+        with torch.no_grad():
+            wanted = result.model(**call)
+        torch.testing.assert_close(in_onnxruntime(tmp_path / "model.onnx", call), wanted, atol=1e-4, rtol=1e-4)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from passes.contract import Context, Plan
+from passes.recovery.distill import Distill
 from passes.tokens.dropping import PolicyStep, keep_maps, probabilities, received, whole
 from passes.tokens.interpreter import Interpreter, fit, interpreter
 from passes.tokens.prune_tokens import PruneTokens
@@ -221,6 +222,16 @@ def test_while_training_the_gate_is_1_and_teaches_the_interpreter():
     output.square().sum().backward()
     steps = [m for m in model.modules() if isinstance(m, PolicyStep)]
     assert all(step.interpreter.products.weight.grad.abs().max() > 0 for step in steps)
+
+
+def test_distilling_teaches_the_interpreters():
+    subject = vit("sdpa")
+    context = Context(calibration=[subject.inputs], original=subject.model)
+    model = PruneTokens(method="policy", keep=0.5).apply(subject.copy(), context).model
+    train = Distill(steps=2, batch=1, lr=1e-3, train=("*.interpreter.products",))
+    plan = train.plan(model, context)
+    assert {path.rpartition(".")[2] for path in plan.choice} == {"products"}
+    assert plan.choice, "their gradient is not zero"
 
 
 def test_new_modules_are_in_the_mode_of_the_model(dit):

@@ -1,0 +1,38 @@
+"""Which inputs of a model have a row for each sample of a call, and calls made of some of the rows.
+
+An input without such rows (position ids, rotary tables, a schedule) is shared: whatever becomes of the rows, it stays
+as it is. The input contract says which these are (``Context.shared``); where there is none, an input that has not as
+many rows as the one that surely has them is shared. Two equal sizes prove nothing, so the contract goes first.
+
+Calls are of tensors or of arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from passes.contract import Context
+from passes.variants import some_rows
+
+__all__ = ["one_call", "shared_inputs", "some_rows", "two_of_each"]
+
+
+def shared_inputs(context: Context, example: Mapping[str, Tensor], *, like: str) -> tuple[str, ...]:
+    """Names of the inputs that all rows of a call share, seen from a call whose input ``like`` has the rows."""
+    rows = example[like].shape[:1]
+    return tuple(name for name, value in example.items() if name in context.shared or value.shape[:1] != rows)
+
+
+def one_call(calls: Sequence[Mapping[str, Tensor]], shared: Collection[str]) -> dict[str, Tensor]:
+    """The rows of several calls in one; what rows share is that of the first call."""
+    return {
+        name: value if name in shared else torch.cat([call[name] for call in calls]) for name, value in calls[0].items()
+    }
+
+
+def two_of_each(call: Mapping[str, Tensor], shared: Collection[str]) -> dict[str, Tensor]:
+    """All rows, and after them all rows again."""
+    return {name: value if name in shared else torch.cat([value, value]) for name, value in call.items()}

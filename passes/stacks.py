@@ -1,0 +1,27 @@
+"""Stacks of blocks in a model, and why a list of blocks is none any more after some passes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from passes.dynamic.contributions import LeftOut, Watched
+from passes.tokens.running import TokenRun
+from passes.traits import BlockStack, layers_of
+
+
+def stacks_of(model: nn.Module) -> tuple[dict[str, BlockStack], dict[str, str]]:
+    """The stacks by path; and by path too, why the blocks of a list cannot be taken for one."""
+    return dict(layers_of(model, BlockStack)), {
+        path: reason
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and (reason := why_no_stack(module))
+    }
+
+
+def why_no_stack(blocks: nn.ModuleList) -> str:
+    """What a pass made of the blocks of a list; empty where none did."""
+    if any(isinstance(block, TokenRun) for block in blocks):
+        return "its blocks run as one since a pass changed their tokens; what takes blocks out goes before that pass"
+    if any(isinstance(block, Watched | LeftOut) for block in blocks):
+        return "reuse_blocks runs some of its blocks at some steps only; what takes blocks out goes before it"
+    return ""
