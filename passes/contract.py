@@ -346,8 +346,8 @@ class Pass(BaseModel, ABC):
         if self.needs_calibration and not context.calibration:
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
         self.refuse_incomplete()
-        before = cost(model, context.example)
         model = plain(model)
+        before = cost(model, context.example)
         plan = self.with_reason(model, self.plan(model, context))
         model = self.carry_out(model, plan, context)
         example = without(context, self.removed_inputs(plan)).example

@@ -31,6 +31,16 @@ def other_matrices(model: nn.Module, named: Container[str], why: str) -> dict[st
     return found
 
 
+def never_called(layer: nn.Linear) -> str:
+    """Why a linear layer cannot be replaced although it is one; empty when it can.
+
+    PyTorch's ``MultiheadAttention`` reads the weight of its output projection and does not call it.
+    """
+    kind = type(layer).__name__
+    hidden = kind == "NonDynamicallyQuantizableLinear"
+    return f"it is a {kind}, whose weight its attention reads without calling it" if hidden else ""
+
+
 def is_matrix(weight: Tensor) -> bool:
     """Whether a tensor of floats has two sizes above 1."""
     return weight.is_floating_point() and sum(size > 1 for size in weight.shape) > 1

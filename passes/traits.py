@@ -32,11 +32,13 @@ class Stream:
         value: where the projection is whose last ``heads * head_dim`` features are the values, head after head.
         output: where the projection is that reads the heads' results for these tokens.
         tokens: ``own``: the layer's own; ``text``: text that attends along with them; ``both`` in one row.
+        shared: how many times over a head's columns repeat its values: several query heads may read one.
     """
 
     value: Place
     output: Place
     tokens: Literal["own", "text", "both"] = "own"
+    shared: int = 1
 
 
 class HeadedAttention(ABC):

@@ -9,7 +9,9 @@ from torch import nn
 
 from passes.contract import Context
 from passes.dynamic.reuse_blocks import ReuseBlocks
+from passes.heads.perturb_heads import PerturbHeads
 from passes.pruning.prune_depth import PruneDepth
+from passes.pruning.prune_heads import PruneHeads
 from passes.traits import BlockStack, layer_at
 from tests.passes.conftest import randomise
 
@@ -76,6 +78,37 @@ def test_a_search_judges_the_right_cut(method):
     wanted = rightly_cut(model, [i for i in range(4) if i != gone])
     with torch.no_grad():
         torch.testing.assert_close(step.rewrite(model, plan)(**inputs).logits, wanted(**inputs).logits)
+
+
+GROUPED = pytest.mark.parametrize("name", ["Llama", "Gemma3", "Qwen3"])
+
+
+@GROUPED
+def test_query_heads_that_share_a_key_are_removed_as_if_they_were_masked(name):
+    model, inputs = causal(name), call()
+    result = PruneHeads(share=0.5).apply(copy.deepcopy(model), Context(calibration=[inputs]))
+    assert len(result.changed) == 4
+    for path in result.changed:
+        [group] = result.plan.choice[path]["removed"]
+        model.get_submodule(path).o_proj.weight.data[:, 16 * group : 16 * group + 16] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@GROUPED
+def test_query_heads_that_share_a_value_are_pulled_towards_it(name):
+    model, inputs = causal(name), call()
+    pulled = PerturbHeads(u=1.0).apply(copy.deepcopy(model), Context(example=inputs)).model
+    for layer in model.model.layers:
+        attention = layer.self_attn
+
+        def forward(hidden_states, attention=attention, **_):
+            values = attention.v_proj(hidden_states).unflatten(-1, (2, 8))
+            return attention.o_proj(values.repeat_interleave(2, dim=-2).flatten(-2)), None
+
+        attention.forward = forward
+    with torch.no_grad():
+        torch.testing.assert_close(pulled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_list_that_is_read_by_position_and_not_known_keeps_the_stack():
