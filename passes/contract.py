@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,10 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
+from passes.on_shapes import on_shapes
 from passes.surgery import follow, several_names
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import parse_json, read_tensors, read_text
+from toolchain.writing import write_text
 
 Inputs = dict[str, Tensor]
 Json = Any
@@ -115,6 +116,10 @@ def without(context: Context, names: Sequence[str]) -> Context:
     )
 
 
+PLAN_SCHEMA = 1
+"""Of written plans; raised when one that was written before would be carried out otherwise."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A pass's decision, small enough to read and review.
@@ -160,9 +165,15 @@ class Plan:
             raise ToolchainError("the plan's arrays are not those that it was made with")
         return Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"], arrays=arrays)
 
-    def write(self, path: Path) -> None:
-        """Write ``path`` as JSON and, where there are arrays, a safetensors file beside it."""
-        path.write_text(self.as_json())
+    def write(self, path: Path, *, version: str = "") -> None:
+        """Write ``path`` as JSON and, where there are arrays, a safetensors file beside it.
+
+        Args:
+            path: the file.
+            version: of the toolchain, for who reads it later.
+        """
+        content = {"schema": PLAN_SCHEMA, "version": version, **json.loads(self.as_json())}
+        write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
         if self.arrays:
             # Each on its own: safetensors refuses tensors that share memory, as a tied weight does.
             whole = {name: array.detach().clone().contiguous() for name, array in self.arrays.items()}
@@ -170,13 +181,34 @@ class Plan:
 
     @staticmethod
     def read(path: Path) -> Plan:
-        """Read what ``write`` wrote."""
+        """Read what ``write`` wrote.
+
+        Raises:
+            ToolchainError: it is no plan, or one of another schema.
+        """
         beside = path.with_suffix(".safetensors")
         arrays = read_tensors(beside, what="the plan's arrays") if beside.exists() else {}
         try:
+            refuse_schema(path)
             return Plan.from_json(read_text(path, what="the plan"), arrays)
         except ToolchainError as fault:
-            raise ToolchainError(fault.message, where=fault.where or str(path), help="export again") from fault
+            raise ToolchainError(
+                fault.message, where=fault.where or str(path), help=fault.help or "export again"
+            ) from fault
+
+
+def refuse_schema(path: Path) -> None:
+    """Raise for a plan of another schema, with the command that writes its artifact anew."""
+    content = parse_json(read_text(path, what="the plan"), what="the plan", where=str(path))
+    found = content.get("schema", PLAN_SCHEMA) if isinstance(content, dict) else PLAN_SCHEMA
+    if found != PLAN_SCHEMA:
+        by = f", written by version {content['version']}" if content.get("version") else ""
+        recipe = path.parent.parent / "recipe.toml"
+        raise ToolchainError(
+            f"the plan has schema {found!r}{by}; this version reads {PLAN_SCHEMA}",
+            where=str(path),
+            help=f"write the artifact anew: enginewright run {recipe} -o NEW",
+        )
 
 
 def digest_of(array: Tensor) -> str:
@@ -456,7 +488,7 @@ def counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
 def counted_on_shapes(model: nn.Module, example: Inputs) -> FlopCounterMode | None:
     """A counter that has seen one call on shapes alone; None where shapes depend on what tensors hold."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with on_shapes(model):
             return called(model, example)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
         return None

@@ -6,10 +6,19 @@ from pathlib import Path
 
 from reports import html, junit, markdown
 from reports.record import Report
+from toolchain.writing import write_text
 
 
 def write_all(report: Report, folder: Path) -> None:
-    """Render a report into a folder."""
-    (folder / "report.html").write_text(html.render(report))
-    (folder / "report.md").write_text(markdown.render(report))
-    (folder / "junit.xml").write_text(junit.render(report))
+    """Render a report into a folder, each file whole or not at all; a link in its place is replaced, not followed.
+
+    Raises:
+        ToolchainError: the folder cannot be written; the old files are whole.
+    """
+    written = {
+        "report.html": html.render(report),
+        "report.md": markdown.render(report),
+        "junit.xml": junit.render(report),
+    }
+    for name, text in written.items():
+        write_text(folder / name, text)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from reports import words
-from reports.record import Report, SizeCheck, Step, TargetRecord, TokenMap
+from reports.record import Fidelity, ModelRecord, Report, SizeCheck, Step, TargetRecord, TokenMap
+
+UNTOUCHED = "the untouched original"
+"""What engines are compared with unless a step means to compute something else."""
+
+
+def title(report: Report) -> str:
+    """The verdict, and on what."""
+    if report.verdict == "met":
+        return "all gates met" if len(report.gates) > 1 else "its gate is met"
+    if not report.gates and report.verdict == "not_measured":
+        return "no gates were asked for"
+    return words.VERDICT[report.verdict]
 
 
 def headline(report: Report) -> str:
@@ -16,7 +29,9 @@ def headline(report: Report) -> str:
     parts = [f"{counts[verdict]} {word}" for verdict, word in words.VERDICT.items() if counts[verdict]]
     faulty = [target.name for target in report.targets if target.faults]
     faults = f" Unusable: {words.listing(faulty)}." if faulty else ""
-    return f"Of {words.plural(len(report.gates), 'gate')}: {words.listing(parts)}.{faults}"
+    absent = [target.name for target in report.targets if not (target.optional or target.fidelity or target.faults)]
+    missing = f" Not measured, and not optional: {words.listing(absent)}." if absent else ""
+    return f"Of {words.plural(len(report.gates), 'gate')}: {words.listing(parts)}.{faults}{missing}"
 
 
 def paragraph(report: Report) -> str:
@@ -50,16 +65,57 @@ def _speed(report: Report, target: TargetRecord) -> str:
     timed = target.latency
     if timed is None:
         return f"its speed was not measured: {why_not_measured(report, target)}"
+    if timed.unsafe:
+        ratio = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)
+        return f"whether it is faster is open: {ratio} of the original's time, from samples that are unsafe"
     return words.ratio_phrase(timed.ratio, timed.ratio_low, timed.ratio_high)
+
+
+def speed(target: TargetRecord) -> str:
+    """The ratio of times with its interval, and whether anything may rest on it."""
+    timed = target.latency
+    if timed is None:
+        return words.NOT_MEASURED
+    ratio = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)
+    return f"{words.VERDICT['inconclusive']}: {ratio}" if timed.unsafe else ratio
+
+
+def calls(output: Fidelity) -> str:
+    """Over how many calls an output was compared, which was the worst, and how far off the middle one is."""
+    if output.calls is None:
+        return ""
+    if output.calls == 1:
+        return "1 call"
+    said = f"worst of {output.calls} calls, call {output.worst_call}"
+    middle = output.median.get("relative_l2")
+    return said if middle is None else f"{said}; median {words.number(middle)}"
+
+
+def rows(output: Fidelity) -> str:
+    """Over which rows the figures are, where an input marks the real ones."""
+    all_rows = output.everywhere.get("relative_l2")
+    if not output.mask or all_rows is None:
+        return ""
+    return f"over the rows that {output.mask} keeps; over all rows {words.number(all_rows)}"
+
+
+def reference_sentence(report: Report) -> str:
+    """What the engines were held against; steps that mean to compute something else are on both sides."""
+    reference = str(report.validation.get("reference") or "the original")
+    said = f"{reference[:1].upper()}{reference[1:]} and every engine that runs here got the same inputs."
+    if reference in (UNTOUCHED, "the original"):
+        return said
+    return f"{said} What those steps did is on both sides, so their own mistakes do not show in the figures."
 
 
 def _nearness(report: Report, target: TargetRecord) -> str:
     if not target.fidelity:
         return f"its fidelity was not measured: {why_not_measured(report, target)}"
-    worst = max(target.fidelity, key=lambda output: output.relative_l2)
+    worst = _furthest(target)
     cosine = worst_cosine(target)
     off = f"its worst output, {worst.output}, is off by {words.number(worst.relative_l2)} in relative L2"
-    return f"{off}; the lowest cosine is {cosine}"
+    how = "; ".join(filter(None, (calls(worst), rows(worst))))
+    return f"{off}{f' ({how})' if how else ''}; the lowest cosine is {cosine}"
 
 
 def worst_cosine(target: TargetRecord) -> str:
@@ -70,8 +126,21 @@ def worst_cosine(target: TargetRecord) -> str:
 
 def worst_relative_l2(target: TargetRecord) -> str:
     """The largest relative L2 over the outputs."""
-    values = [output.relative_l2 for output in target.fidelity]
-    return words.number(max(values)) if values else words.NOT_MEASURED
+    if not target.fidelity:
+        return words.NOT_MEASURED
+    return words.number(_furthest(target).relative_l2)
+
+
+def how_compared(target: TargetRecord) -> str:
+    """Calls and rows behind the worst relative L2; empty where nothing was compared."""
+    if not target.fidelity:
+        return ""
+    worst = _furthest(target)
+    return "; ".join(filter(None, (calls(worst), rows(worst))))
+
+
+def _furthest(target: TargetRecord) -> Fidelity:
+    return max(target.fidelity, key=lambda output: output.relative_l2)
 
 
 def why_not_measured(report: Report, target: TargetRecord) -> str:
@@ -98,6 +167,14 @@ def skip_reasons(step: Step) -> list[tuple[str, int]]:
     return Counter(skip.reason for skip in step.skipped).most_common()
 
 
+def left_out(model: ModelRecord) -> list[tuple[str, list[str]]]:
+    """Each reason for leaving inputs out, and their names."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in model.inputs_left_out:
+        by_reason.setdefault(entry.reason, []).append(entry.name)
+    return list(by_reason.items())
+
+
 def tokens_left(tokens: TokenMap) -> str:
     """How many tokens of an input passed every border."""
     left = [passed for row in tokens.left for passed in row]
@@ -109,5 +186,10 @@ def warnings(report: Report) -> list[tuple[str, str]]:
     found = []
     for target in report.targets:
         doubts = target.latency.warnings if target.latency else []
-        found += [(target.name, text) for text in (*target.faults, *doubts)]
+        zeros = [
+            f"output {output.output!r} is 0 in the original and not in the engine: its relative error is infinite"
+            for output in target.fidelity
+            if math.isinf(output.relative_l2)
+        ]
+        found += [(target.name, text) for text in (*target.faults, *target.not_compared, *zeros, *doubts)]
     return found

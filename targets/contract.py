@@ -66,6 +66,9 @@ class Graph:
         hints: what passes found out about layers, by module path.
         threads: threads that a CPU engine may use.
         say: called with a line of progress.
+        links: whether its weights stay links to files that lie elsewhere, and the engine's own graphs may link them
+            too; or else an engine's folder holds its own copy of what it reads, and nothing with two names.
+        untouched: the graph is the source's own and no step changed it, so nothing but what was asked for is rewritten.
     """
 
     path: Path
@@ -74,6 +77,8 @@ class Graph:
     hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     threads: int = 1
     say: Callable[[str], None] = lambda text: None
+    untouched: bool = False
+    links: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +88,12 @@ class Built:
     Args:
         resolved: parameters that were ``auto`` and what they became.
         notes: sentences for the report.
-        bytes: size of the engine, where that is not the size of the files in its folder.
+        reads: files outside its folder that the engine reads, such as the artifact's own graph and its weights.
     """
 
     resolved: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    bytes: int | None = None
+    reads: tuple[Path, ...] = ()
 
 
 class Runner(Protocol):

@@ -1,8 +1,8 @@
 """From a PyTorch module to an ONNX file whose weights lie in safetensors files beside it.
 
 Weights that are on disk already are not written again: their file is linked into the folder ``weights`` beside the
-graph (ONNX allows no path that leaves the graph's folder, and no symbolic link), which costs no space, outlives the
-original's removal, and is read where it lies. Across file systems, where no link can be, it is copied.
+graph (ONNX allows no path that leaves the graph's folder, and no symbolic link), which costs no space. Across file
+systems, where no link can be, it is copied. Whether links stay in an artifact is decided afterwards: ``weights.py``.
 
 Nothing of this machine stays in the file: the exporter's stack traces go, the name of each node's module stays (under
 the metadata key ``module``). The same module and inputs give the same bytes.
@@ -15,15 +15,11 @@ import contextlib
 import io
 import json
 import logging
-import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
@@ -35,6 +31,7 @@ from targets.element_types import hollow, in_type, keep_interface, restore
 from targets.exporter_errors import refusal
 from targets.four_bits import pack
 from targets.simplify import simplify
+from targets.weights import LINKED, check, link
 from toolchain.errors import ToolchainError
 
 OPSET = 20
@@ -43,9 +40,6 @@ OPSET = 20
 NEWEST_TRACED = 22
 """Newest opset that models are traced for; later ones join attention into one operator. A graph that holds a later
 type gets the later number afterwards: the operators that are there only learned more types."""
-
-LINKED = "weights"
-"""Folder beside a graph with the weight files that were on disk before."""
 
 CHATTER = (
     "torch.onnx",
@@ -184,7 +178,8 @@ def refuse_frozen(model: ir.Model, dynamic: Axes) -> None:
             if low < high and isinstance(value.shape[axis], int):
                 raise ToolchainError(
                     f"the exporter fixed dimension {name!r} of {value.name!r} at {value.shape[axis]}",
-                    help="something in the model holds for that size alone; make the dimension fixed in its inputs",
+                    help="something in the model holds for that size alone; fix the dimension: with "
+                    f"'?{name}={value.shape[axis]}' behind an hf: or onnx: model, in the inputs of a py: model",
                 )
 
 
@@ -248,7 +243,7 @@ def save(model: ir.Model, path: Path, *, embed: bool = False) -> None:
         write_external(rest, path.with_suffix(".safetensors"))
     take_in(model, apart=set(large.values()))
     ir.save(model, path)
-    check(path, {place.path for place in places.values()})
+    check(path)
 
 
 def take_in(model: ir.Model, *, apart: set[ir.Value]) -> None:
@@ -286,45 +281,6 @@ def point_at(values: Mapping[str, ir.Value], places: Mapping[str, stored.Place],
             name=name,
             base_dir=folder,
         )
-
-
-def link(paths: Iterable[Path], folder: Path) -> dict[Path, str]:
-    """Link files into ``folder``, or copy them where no link can be; the name that each has there."""
-    folder.mkdir(exist_ok=True)
-    names: dict[Path, str] = {}
-    for path in sorted(paths):
-        name, number = path.name, 1
-        while (folder / name).exists() and not (folder / name).samefile(path):
-            number += 1
-            name = f"{path.stem}-{number}{path.suffix}"
-        if not (folder / name).exists():
-            try:
-                os.link(path.resolve(), folder / name)
-            except OSError:
-                shutil.copyfile(path, folder / name)
-        names[path] = name
-    return names
-
-
-def check(path: Path, linked: Iterable[Path]) -> None:
-    """Have ONNX's checker look at a file.
-
-    The checker refuses external data that has a second name on the disk, so where files are linked it looks at a copy
-    of the graph beside empty files of the same sizes.
-    """
-    if not linked:
-        onnx.checker.check_model(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / path.name
-        shutil.copyfile(path, copy)
-        # Every file of weights, because halves of one graph read what was written for the whole.
-        for file in (*(path.parent / LINKED).iterdir(), *path.parent.glob("*.safetensors")):
-            stand_in = Path(folder) / file.relative_to(path.parent)
-            stand_in.parent.mkdir(exist_ok=True)
-            with stand_in.open("wb") as empty:
-                empty.truncate(file.stat().st_size)
-        onnx.checker.check_model(copy)
 
 
 def write_external(values: Mapping[str, ir.Value], path: Path) -> None:

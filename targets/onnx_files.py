@@ -76,9 +76,10 @@ def external_bytes(path: Path, *, linked: bool = False) -> int:
     return sum(int(entry.get("length", 0)) for entry in entries if not linked or "/" in entry.get("location", ""))
 
 
-def graph_bytes(path: Path) -> int:
-    """What a graph takes with the weights that it reads; a weight file may hold more."""
-    return path.stat().st_size + external_bytes(path)
+def files_of(path: Path) -> tuple[Path, ...]:
+    """A graph's file and those that hold its external data."""
+    model = onnx.load(path, load_external_data=False)
+    return path, *(path.parent / location for location in sorted(external_files(model)))
 
 
 def check_location(tensor: onnx.TensorProto, path: Path) -> None:

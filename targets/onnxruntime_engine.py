@@ -28,8 +28,9 @@ from targets import machine
 from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
 from targets.dynamic_int8 import add_output_pairs, reduce_range, static_products, to_dynamic, to_float
 from targets.four_bits import multiply_out
-from targets.onnx_export import LINKED, module_path, save
-from targets.onnx_files import check_onnx, external_bytes, graph_bytes
+from targets.onnx_export import module_path, save
+from targets.onnx_files import check_onnx, external_bytes, files_of
+from targets.weights import LINKED, load_graph
 from toolchain.errors import ToolchainError, require
 from toolchain.reading import read_setting
 
@@ -39,6 +40,22 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 ENGINE = "engine.json"
+
+ALIKE = 0.1
+"""Forms whose times differ by less than this share are taken for equally fast: a race of some calls tells no more."""
+
+ACCURACY = {"exact": "1", "fast": "4"}
+"""ONNX Runtime's number for the activations of products with 4-bit weights: fp32, or 8 bits inside the product."""
+
+FOUR_BITS = {
+    "exact": "products with 4-bit weights take activations in fp32, as the plan says; weights_only=fast rounds them to "
+    "8 bits inside the product, which is faster and less exact",
+    "fast": "products with 4-bit weights round activations to 8 bits inside the product, which no plan says",
+}
+
+EVERY_OPTIMIZER = "graph optimizer"
+FAILING_OPTIMIZERS = ("QDQSelectorActionTransformer", EVERY_OPTIMIZER)
+"""Left out one after the other where ONNX Runtime refuses a graph that it has rewritten itself."""
 
 FAR, FURTHER = 0.01, 2.0
 """A faster 8-bit form is not taken where its relative error is above the first and that many times the other's."""
@@ -62,6 +79,10 @@ class OnnxRuntime(Target):
         "auto", description="form of 8-bit products on a CPU; auto keeps the faster, unless it is far less accurate"
     )
 
+    weights_only: Literal["exact", "fast"] = Field(
+        "exact", description="products with 4-bit weights on a CPU: activations in fp32, or rounded to 8 bits, faster"
+    )
+
     def availability(self) -> Availability:
         """Needs the package, and for CUDA and TensorRT also that provider in it and a GPU."""
         found = machine.installed("onnxruntime", extra="gpu")
@@ -77,16 +98,26 @@ class OnnxRuntime(Target):
 
     def build(self, graph: Graph, folder: Path) -> Built:
         """Name the artifact's own graph, or lower its 8-bit products for a CPU into a graph of this target."""
-        model = ir.load(graph.path)
+        model = load_graph(graph.path)
         if multiply_out(model):
             graph = replace(graph, path=folder / "multiplied.onnx")
             save(model, graph.path)
         products = sum(1 for _ in static_products(model))
-        if products and self.provider == "cpu":
+        if products and self.provider == "cpu" and not (graph.untouched and self.int8 in ("auto", "static")):
             return self.lower(model, products, graph, folder)
-        self.session(graph.path, graph.threads)  # refuses here what it would refuse later
-        choose(graph.path, folder)
-        return Built(bytes=graph_bytes(graph.path))
+        notes = self.check(graph.path, graph.threads)
+        resolved = {}
+        if products and self.provider == "cpu":
+            resolved = {"int8": "static"}
+            notes.append("8-bit products as the file holds them: no step asked for another form")
+        if four_bit_products(model):
+            notes.append(FOUR_BITS[self.weights_only])
+        return Built(resolved=resolved, notes=tuple(notes), reads=choose(graph.path, folder, links=graph.links))
+
+    def check(self, path: Path, threads: int) -> list[str]:
+        """Open a graph once, so that what would be refused later is refused now; notes on how it could be opened."""
+        _, left_out = self.opened(path, threads)
+        return [f"ONNX Runtime itself fails on this graph unless its {left_out} is off, so it is"] if left_out else []
 
     def lower(self, model: ir.Model, products: int, graph: Graph, folder: Path) -> Built:
         """Choose the form of the 8-bit products, write it, and say why and what 8 bits bring over fp32 here."""
@@ -117,9 +148,8 @@ class OnnxRuntime(Target):
         share = seconds[form] / seconds["fp32"]
         outcome = f"8 bits took {share:.2f} of the time of the same graph in fp32 in ONNX Runtime"
         notes.append(outcome if share < 1 else f"8 bits are NOT faster than fp32 here: {outcome}")
-        keep_only(forms[form], folder)
-        choose(forms[form], folder)
-        return Built(resolved={"int8": form}, notes=tuple(notes), bytes=graph_bytes(forms[form]))
+        reads = choose(forms[form], folder, links=graph.links)
+        return Built(resolved={"int8": form}, notes=tuple(notes), reads=reads)
 
     def choose_form(self, sessions: Mapping[str, Any], seconds: Mapping[str, float], graph: Graph) -> tuple[str, str]:
         """The faster 8-bit form, unless it is much further from fp32 than the other; and a sentence about it."""
@@ -128,6 +158,10 @@ class OnnxRuntime(Target):
         faster, other = sorted(errors, key=lambda name: seconds[name])
         share = seconds["dynamic"] / seconds["static"]
         taken = f"the dynamic form took {share:.2f} of the static form's time"
+        if 1 - ALIKE < share < 1 + ALIKE:
+            closer, further = sorted(("static", "dynamic"), key=lambda name: errors[name])
+            error = f"its relative error is {errors[closer]:.2g}, not {errors[further]:.2g}"
+            return closer, f"{closer} 8-bit products: {error}, and {taken}, which timing cannot tell apart"
         if errors[faster] > FAR and errors[faster] > FURTHER * errors[other]:
             error = f"the {faster} form's relative error is {errors[faster]:.2g}, not {errors[other]:.2g}"
             return other, f"{other} 8-bit products: {error} ({taken})"
@@ -169,6 +203,10 @@ class OnnxRuntime(Target):
 
     def session(self, path: Path, threads: int) -> Any:
         """An inference session; a graph that ONNX Runtime refuses is a ``ToolchainError`` with its reason."""
+        return self.opened(path, threads)[0]
+
+    def opened(self, path: Path, threads: int) -> tuple[Any, str]:
+        """An inference session, and which of its optimizers had to be left out because it fails on the graph."""
         runtime = require("onnxruntime", extra="gpu")
         opset = max(entry.version for entry in check_onnx(path).opset_import if entry.domain in ("", "ai.onnx"))
         # From opset 21 on it writes pairs without a zero point that ONNX Runtime 1.32 itself refuses.
@@ -176,12 +214,21 @@ class OnnxRuntime(Target):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        try:
-            return runtime.InferenceSession(
-                path, options, providers=[PROVIDERS[self.provider]], disabled_optimizers=without
-            )
-        except Exception as cause:  # onnxruntime raises pybind classes of no common base
-            raise ToolchainError(f"ONNX Runtime refuses the graph: {str(cause).splitlines()[0]}") from cause
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY[self.weights_only])
+        refusals: list[Exception] = []
+        for left_out in ("", *FAILING_OPTIMIZERS):
+            disabled = [*without, *([left_out] if left_out else [])]
+            if left_out == EVERY_OPTIMIZER:
+                options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            try:
+                providers = [PROVIDERS[self.provider]]
+                session = runtime.InferenceSession(path, options, providers=providers, disabled_optimizers=disabled)
+            except Exception as cause:  # onnxruntime raises pybind classes of no common base
+                refusals.append(cause)
+            else:
+                return session, left_out
+        first = refusals[0]
+        raise ToolchainError(f"ONNX Runtime refuses the graph: {str(first).splitlines()[0]}") from first
 
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module] | None = None) -> Runner:
         """Ready the graph that ``engine.json`` names."""
@@ -237,7 +284,7 @@ class SessionRunner:
         Runs the unoptimized graph with every float value as an output.
         """
         runtime = require("onnxruntime", extra="gpu")
-        model = ir.load(self.path)
+        model = load_graph(self.path)
         nodes = {
             value.name: node
             for node in model.graph
@@ -258,6 +305,15 @@ class SessionRunner:
             if not np.isfinite(value).all():
                 return module_path(nodes[name]) or nodes[name].name or name
         return ""
+
+
+def four_bit_products(model: ir.Model) -> bool:
+    """Whether a graph holds weights of 4 bits that are multiplied."""
+    four = (ir.DataType.INT4, ir.DataType.UINT4)
+    return any(
+        node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].dtype in four
+        for node in model.graph
+    )
 
 
 def unoptimized(path: Path, threads: int) -> SessionRunner:
@@ -293,6 +349,21 @@ def distance(got: Sequence[npt.NDArray[np.generic]], wanted: Sequence[npt.NDArra
     return max(float(np.linalg.norm(g - w) / (np.linalg.norm(w) or 1.0)) for g, w in pairs)
 
 
-def choose(path: Path, folder: Path) -> None:
-    """Write which graph this engine is: one of its own, or the artifact's."""
+def stand_alone(path: Path) -> None:
+    """Write a graph's weights into one file of its own: only what it reads, and no links, which the checker refuses."""
+    if not external_bytes(path, linked=True):
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        save(load_graph(path), Path(folder) / path.name, embed=True)
+        for file in Path(folder).iterdir():
+            file.replace(path.parent / file.name)
+    shutil.rmtree(path.parent / LINKED)
+
+
+def choose(path: Path, folder: Path, *, links: bool) -> tuple[Path, ...]:
+    """Write which graph this engine is, one of its own or the artifact's; files outside its folder that it reads."""
+    keep_only(path, folder)
+    if path.parent == folder and not links:
+        stand_alone(path)
     (folder / ENGINE).write_text(json.dumps({"graph": os.path.relpath(path, folder)}) + "\n")
+    return () if path.parent == folder else files_of(path)

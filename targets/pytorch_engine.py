@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,6 +66,11 @@ class EagerRunner:
     ) -> None:
         self.module, self.threads, self.outputs, self.dims = module, threads, outputs, dims or {}
 
+    def as_timed(self) -> EagerRunner:
+        """What stands for the original where time is taken: a graph is optimized then, as its users run it."""
+        as_used = getattr(self.module, "as_used", None)
+        return EagerRunner(as_used(), threads=self.threads, outputs=self.outputs) if as_used else self
+
     def __call__(self, inputs: Arrays) -> Arrays:
         """Named inputs -> named outputs."""
         if torch.get_num_threads() != self.threads:
@@ -101,21 +107,50 @@ class EagerRunner:
         """Path of the innermost module that first puts out a NaN or an infinity; empty when none does."""
         found: list[str] = []
 
-        def look(path: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(module: nn.Module, args: Any, result: Any) -> None:
-                del module, args
-                if not found and any(t.is_floating_point() and not t.isfinite().all() for t in flat(result)):
-                    found.append(path or "the model itself")
+        def look(path: str, result: Any) -> None:
+            if not found and any(t.is_floating_point() and not t.isfinite().all() for t in flat(result)):
+                found.append(path)
 
-            return hook
+        self.watched(inputs, look)
+        return found[0] if found else ""
 
-        hooks = [module.register_forward_hook(look(path)) for path, module in self.module.named_modules()]
+    def first_unsteady(self, inputs: Arrays) -> str:
+        """Path of the innermost module whose output first differs between two runs of one call; empty when none's."""
+
+        def seen() -> list[tuple[str, tuple[float, ...]]]:
+            found: list[tuple[str, tuple[float, ...]]] = []
+            self.watched(inputs, lambda path, result: found.append((path, sums(result))))
+            return found
+
+        pairs = zip(seen(), seen(), strict=False)  # a random branch may take more layers in one of them
+        return next((path for (path, one), (_, other) in pairs if not close(one, other)), "")
+
+    def watched(self, inputs: Arrays, look: Callable[[str, Any], None]) -> None:
+        """Run one call and show each module's path and output, in the order in which they end."""
+
+        def hook_of(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda module, args, result: look(path or "the model itself", result)
+
+        hooks = [module.register_forward_hook(hook_of(path)) for path, module in self.module.named_modules()]
         try:
             self(inputs)
         finally:
             for hook in hooks:
                 hook.remove()
-        return found[0] if found else ""
+
+
+def sums(result: Any) -> tuple[float, ...]:
+    """Two numbers for each tensor of an output: far less to keep than the tensor, and hardly ever equal by chance."""
+    numbers = ((torch.view_as_real(each) if each.is_complex() else each).double() for each in flat(result))
+    return tuple(float(each) for values in numbers for each in (values.sum(), values.square().sum()))
+
+
+def close(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two outputs are the same but for the order of additions."""
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def flat(result: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from targets.onnx_export import check, place_of
+from targets.weights import check, load_graph
 from toolchain.errors import ToolchainError
 
 ENLARGING = {"Expand", "Tile"}
@@ -44,7 +44,7 @@ def split_graph(path: Path, constant: Sequence[str], prepare: Path, step: Path) 
     Raises:
         ToolchainError: nothing in the graph hangs on these inputs alone.
     """
-    whole = ir.load(path)
+    whole = load_graph(path)
     passed = crossing(whole.graph, constant)
     if not passed:
         raise ToolchainError(f"no operation of the exported graph depends on {', '.join(constant)} alone")
@@ -52,7 +52,7 @@ def split_graph(path: Path, constant: Sequence[str], prepare: Path, step: Path) 
     first, second = first_half(whole.clone(), passed), second_half(whole.clone(), passed, constant)
     for half, place in ((first, prepare), (second, step)):
         ir.save(half, place)
-        check(place, linked_by(half))
+        check(place)
     path.unlink()
     outer = [name_of(value) for value in second.graph.inputs]
     return Halves(
@@ -60,11 +60,6 @@ def split_graph(path: Path, constant: Sequence[str], prepare: Path, step: Path) 
         step=tuple(name for name in outer if name not in passed),
         passed=tuple(passed),
     )
-
-
-def linked_by(model: ir.Model) -> set[Path]:
-    """Weight files that a graph reads where a link to them lies."""
-    return {place.path for value in model.graph.initializers.values() if (place := place_of(value))}
 
 
 def crossing(graph: ir.Graph, constant: Sequence[str]) -> list[str]:

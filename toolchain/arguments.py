@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from toolchain.recipe import Recipe
     from validation.inputs import InputSpec
 
+WEIGHT_MODES = ("auto", "copy", "link")
+"""What may become of weights that are on disk."""
+
 
 def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
     """The recipe that ``export`` or ``plan`` was asked for. Unknown names are found before anything heavy loads."""
@@ -29,10 +32,11 @@ def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
     check_names(content)
     if chosen.trust_remote_code:
         content["trust_remote_code"] = True
-    asked = {"dtype": chosen.dtype, "embed_weights": chosen.embed_weights}
+    mode, file = weights_from(chosen.weights)
+    asked = {"dtype": chosen.dtype, "embed_weights": chosen.embed_weights, "weights": mode}
     content["export"] = {key: value for key, value in asked.items() if value}
-    if chosen.weights:
-        content["weights"] = chosen.weights
+    if file:
+        content["weights"] = file
     if chosen.calibration:
         content["calibration"] = {"file": chosen.calibration}
     if getattr(chosen, "no_validate", False):
@@ -40,6 +44,18 @@ def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
     from toolchain.recipe import make
 
     return make(content)
+
+
+def weights_from(texts: Sequence[str]) -> tuple[str | None, str | None]:
+    """What ``--weights`` was given: what becomes of weights on disk, and a file of weights; a file called copy is
+    ``./copy``.
+    """
+    modes = [text for text in texts if text in WEIGHT_MODES]
+    files = [text for text in texts if text not in WEIGHT_MODES]
+    for given in (modes, files):
+        if len(given) > 1:
+            raise ToolchainError(f"--weights was given twice: {given[0]!r} and {given[1]!r}", where="--weights")
+    return next(iter(modes), None), next(iter(files), None)
 
 
 def check_names(content: dict[str, Any]) -> None:

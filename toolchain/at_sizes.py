@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 
-from targets.onnx_files import graph_bytes
+from targets.onnx_files import external_bytes
 from targets.onnxruntime_engine import unoptimized
 from targets.pytorch_engine import EagerRunner
 from toolchain.errors import ToolchainError
@@ -200,7 +200,7 @@ def prove(path: Path, model: Model, calls: Sequence[SizedCall] | None, *, thread
     """
     if not sizes.dims_of(model.inputs):
         return ""
-    if graph_bytes(path) > LARGEST_GRAPH:
+    if path.stat().st_size + external_bytes(path) > LARGEST_GRAPH:
         return "not run on its own, because it is larger than 2 GB"
     original = eager(model, threads)
     typical_call = model.at({}, seed)

@@ -55,37 +55,49 @@ def parser() -> argparse.ArgumentParser:
     one = command("export", "take a model through passes to engines, validate them, and write an artifact folder")
     one.add_argument("model", help=MODEL_HELP)
     recipe_options(one)
+    trust_option(one)
     output_options(one)
     one.add_argument("--no-validate", action="store_true", help="build only")
 
     one = command("run", "do what a recipe says; export writes the recipe it ran")
-    one.add_argument("recipe", help="a TOML file, or the name of a recipe that ships")
+    one.add_argument("recipe", help="a TOML file, or the name of a recipe that ships; code that it names is run")
+    trust_option(one)
     output_options(one)
 
     one = command("plan", "decide and estimate, change nothing")
-    one.add_argument("subject", help="a model or a recipe file")
+    one.add_argument("subject", help="a model or a recipe file; code that it names is run")
     recipe_options(one)
+    trust_option(one)
 
     one = command("bench", "paired latency of engines and their original")
     one.add_argument("subject", help="an artifact folder, or a model")
     one.add_argument("--against", action="append", default=[], metavar="SUBJECT", help="time these in turns with it")
-    one.add_argument("--rounds", type=int, default=30, help="timed calls of each runner")
+    one.add_argument("--rounds", type=int, default=30, help="timed calls (samples) of each runner")
     one.add_argument("--threads", type=int, help="CPU threads; default: every core allowed")
     one.add_argument("--size", action="append", default=[], metavar="NAME=N", help="size of a dynamic dimension")
     source_option(one)
+    trust_option(one)
 
     one = command("compare", "fidelity of two artifacts, engines or models on the same inputs")
     one.add_argument("original", help="artifact folder (FOLDER#TARGET for one engine), model, or .onnx file")
     one.add_argument("candidate", help="the same; compared with the first")
-    one.add_argument("--calls", type=int, default=8, help="calls to compare on")
+    one.add_argument("--calls", type=int, help="calls to compare on; default: as the artifact was validated, else 8")
     one.add_argument("--gate", action="append", default=[], metavar="BOUND", help="such as 'fidelity.cosine >= 0.999'")
     source_option(one)
+    trust_option(one)
 
     one = command("check", "regression gate: an artifact's figures against a baseline file")
     one.add_argument("artifact", type=Path, help="artifact folder")
     one.add_argument("--baseline", type=Path, required=True, help="JSON file of figures and tolerances")
     one.add_argument("--update", action="store_true", help="write the baseline from this artifact, on purpose")
     one.add_argument("--junit", type=Path, help="also write the outcome as JUnit XML")
+    one.add_argument(
+        "--figure",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="a figure of your own to hold too, such as accuracy=0.913; 'wer=0.12,lower' where less is better",
+    )
 
     one = command("report", "render report.html, report.md and junit.xml again from report.json")
     one.add_argument("artifact", type=Path, help="artifact folder")
@@ -101,10 +113,17 @@ def recipe_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--gate", dest="gates", action="append", default=[], metavar="BOUND", help="'latency.ratio <= 0.8'"
     )
-    one.add_argument("--weights", help="safetensors file, in place of shipped or random weights")
+    one.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="FILE|copy|link",
+        help="safetensors file, in place of shipped or random weights; or what becomes of weights that are on disk: "
+        "copy or link them into the artifact (default: copy up to 2 GB)",
+    )
     one.add_argument("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
     one.add_argument("--dtype", help="compute in float32, float16 or bfloat16; default: as the weights are")
-    one.add_argument("--embed-weights", action="store_true", help="copy the weights, so that the folder stands alone")
+    one.add_argument("--embed-weights", action="store_true", help="write all weights anew, in the type computed in")
     one.add_argument("--calibration", help="safetensors file with an array per input, or .txt with a sentence a line")
     one.add_argument("--seed", type=int, default=0)
 
@@ -118,6 +137,15 @@ def source_option(one: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATH",
         help="where the file or folder that an artifact was made from is now, if it was moved; must be the same",
+    )
+
+
+def trust_option(one: argparse.ArgumentParser) -> None:
+    """Whether artifacts may run code."""
+    one.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the Python code that an artifact's model is made by (a py: file, a checkpoint's own code)",
     )
 
 

@@ -124,7 +124,9 @@ class Engine:
         module, _, name = self.interface.returns.partition(":")
         if module.partition(".")[0] not in LIBRARIES:
             raise ToolchainError(f"the artifact names {self.interface.returns!r} for its outputs; refused")
-        cls = getattr(importlib.import_module(module), name)
+        cls = getattr(importlib.import_module(module), name, None)
+        if not (isinstance(cls, type) and issubclass(cls, Mapping)):
+            raise ToolchainError(f"the artifact names {self.interface.returns!r} for its outputs; refused")
         return cls(**dict(zip(self.interface.keys, values, strict=True)))
 
     def __getattr__(self, name: str) -> Any:
@@ -150,7 +152,10 @@ def skeleton(interface: Interface) -> nn.Module:
     library, _, name = interface.original.partition(":")
     if library not in LIBRARIES:
         raise AttributeError("the engine is no module; it has no other attributes than those of an engine")
-    cls = getattr(importlib.import_module(library), name)
+    found = getattr(importlib.import_module(library), name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise AttributeError(f"the artifact names {interface.original!r} for its module; refused")
+    cls: Any = found
     with without_memory():
         if library == "diffusers":
             built: nn.Module = cls.from_config(dict(interface.config))
@@ -159,19 +164,22 @@ def skeleton(interface: Interface) -> nn.Module:
     return built
 
 
-def load(folder: str | Path, target: str | None = None, *, threads: int | None = None) -> Engine:
+def load(
+    folder: str | Path, target: str | None = None, *, threads: int | None = None, trust_code: bool = False
+) -> Engine:
     """Ready an artifact's engine, to be called like the module that it was made from.
 
     Args:
         folder: what ``enginewright export`` wrote.
         target: which engine; by default the first that runs here.
         threads: CPU threads; by default every core allowed.
+        trust_code: run the Python code that the model is made by, which only the target ``pytorch`` needs.
 
     Raises:
-        ToolchainError: damaged, or no engine of it runs here.
+        ToolchainError: damaged, or no engine of it runs here, or that would run code which is not trusted.
     """
     folder = Path(folder)
-    run = reopen(folder)
+    run = reopen(folder, trust_code=trust_code)
     return Engine(first_engine(run, folder, target, threads or threads_here()), *read_interface(run.manifest))
 
 
@@ -186,7 +194,7 @@ def first_engine(run: Run, folder: Path, target: str | None, threads: int) -> Ru
     raise UnavailableError("; ".join(reasons) or f"{str(folder)!r} was exported without targets")
 
 
-def load_module(folder: str | Path, *, source: str | Path | None = None) -> nn.Module:
+def load_module(folder: str | Path, *, source: str | Path | None = None, trust_code: bool = False) -> nn.Module:
     """An artifact's optimized PyTorch module, for further training: source, recorded plans, weights of its own.
 
     Several networks by timestep come together, in a module that takes the artifact's own inputs by name.
@@ -194,12 +202,14 @@ def load_module(folder: str | Path, *, source: str | Path | None = None) -> nn.M
     Args:
         folder: what ``enginewright export`` wrote.
         source: the file or folder that it was made from, if that was moved.
+        trust_code: run the Python code that the model is made by: a ``py:`` file, or what a checkpoint brings along.
 
     Raises:
-        ToolchainError: the artifact is damaged, or its source is not where it was, or not what it was.
+        ToolchainError: the artifact is damaged, or its source is not where it was, or not what it was, or is code
+            which is not trusted.
     """
     folder = Path(folder)
-    run = reopen(folder, (Path(source) if source is not None else None,))
+    run = reopen(folder, (Path(source) if source is not None else None,), trust_code=trust_code)
     module = replay(run, folder)
     for parameter in (*module.parameters(), *module.buffers()):
         if stored.place_of(parameter):

@@ -24,6 +24,7 @@ from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
 from toolchain.sources.contract import Model, read_interface
 from toolchain.sources.onnx_source import inputs_of
+from toolchain.trust import refuse_untrusted
 from validation.inputs import InputSpec
 
 
@@ -40,6 +41,9 @@ class Opened:
     original: Runner | None = None
     absent: Mapping[str, str]
     """Targets that do not run here, and why."""
+    seed: int | None = None
+    calls: int | None = None
+    """Of the recipe, where there is one: what its outputs were compared on."""
 
 
 @dataclass(kw_only=True)
@@ -59,41 +63,47 @@ class Reopened(Run):
         """The untouched original.
 
         Raises:
-            ToolchainError: its source has moved or was changed.
+            ToolchainError: its source has moved or was changed, or is code and not trusted.
         """
         record = self.manifest.get("source")
         self.recipe = origin.located(self.recipe, record, self.places)
+        refuse_untrusted(self.recipe, trusted=self.trust_code)
         model = super().model
         origin.check(model, record)
         return model
 
 
-def reopen(folder: Path, places: Sequence[Path | None] = (None,)) -> Reopened:
-    """The run that an artifact came from.
+def reopen(folder: Path, places: Sequence[Path | None] = (None,), *, trust_code: bool = False) -> Reopened:
+    """The run that an artifact came from; its model is loaded when it is first asked for.
 
     Raises:
         ToolchainError: the artifact is damaged.
     """
     manifest = artifact.read_manifest(folder)
     recipe = read(folder / "recipe.toml")
-    return Reopened(recipe, Progress(quiet=True), manifest=manifest, places=places)
+    return Reopened(recipe, Progress(quiet=True), manifest=manifest, places=places, trust_code=trust_code)
 
 
-def open_subject(text: str, *, threads: int | None = None, source: Sequence[Path] = ()) -> Opened:
+def open_subject(
+    text: str, *, threads: int | None = None, source: Sequence[Path] = (), trust_code: bool = False
+) -> Opened:
     """Open ``FOLDER``, ``FOLDER#TARGET``, ``FILE.onnx`` or a model string.
 
     Args:
         text: what to open.
         threads: of its runners.
         source: where an artifact's source may be, if it was moved.
+        trust_code: run the code that an artifact's model is made by; a model string names its own.
 
     Raises:
-        ToolchainError: damaged, unknown, or nothing in it runs here.
+        ToolchainError: damaged, unknown, code that is not trusted, or nothing in it runs here.
     """
     threads = threads or threads_here()
     place, _, wanted = text.partition("#")
+    artifact.heal_absent(Path(place))
     if Path(place).is_dir():
-        return open_artifact(reopen(Path(place), (*source, None)), Path(place), wanted, threads)
+        run = reopen(Path(place), (*source, None), trust_code=trust_code)
+        return open_artifact(run, Path(place), wanted, threads)
     if place.endswith(".onnx") and sources.gives(place) == "module":
         return open_onnx(Path(place), threads)
     model = sources.load(text)
@@ -108,7 +118,16 @@ def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
     runners = {name: completing(runner, specs) for name, runner in runners.items()}
     model = compared_with(run.model, recorded(run, folder))
     original = eager(model, threads)
-    return Opened(runners=runners, inputs=model.inputs, model=model, original=original, absent=absent)
+    head = run.recipe.head
+    return Opened(
+        runners=runners,
+        inputs=model.inputs,
+        model=model,
+        original=original,
+        absent=absent,
+        seed=head.seed,
+        calls=head.validation.calls,
+    )
 
 
 def recorded(run: Run, folder: Path) -> list[tuple[Pass, Plan]]:

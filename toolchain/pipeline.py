@@ -19,11 +19,12 @@ from passes.contract import Context, Inputs, Pass, Plan, Result, cost, module_at
 from passes.graph.module import GraphModule
 from passes.patterns import PATTERN, keeps_pattern
 from passes.surgery import share
-from reports import record, rendering
+from reports import record, rendering, summary, words
 from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
-from toolchain import artifact, at_sizes, calibration, environment, origin, scoring, sources, teachers
+from targets.weights import settle_weights
+from toolchain import __version__, artifact, at_sizes, calibration, environment, origin, scoring, sources, teachers
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import (
@@ -36,7 +37,7 @@ from toolchain.errors import (
     raise_faults,
     unknown,
 )
-from toolchain.measure import judge_gates, measure
+from toolchain.measure import judge_gates, measure, refuse_unsteady
 from toolchain.preparing import fed, part_in_two, read_halves, said_of
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
@@ -56,6 +57,14 @@ class Run:
     progress: Progress
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rewriters: list[str] = field(default_factory=list)
+    """Steps that changed what engines are compared with."""
+    trust_code: bool = False
+    """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
+    links: bool = False
+    """Whether the artifact's weights are links to files that lie elsewhere."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about the artifact for the report."""
     proofs: dict[str, str] = field(default_factory=dict)
     """For each graph, at which sizes it was run before engines were built from it, in words."""
     sparse: dict[str, nn.Module] = field(default_factory=dict)
@@ -115,7 +124,7 @@ class Run:
             say=self.progress.count,
             draw=calibration.drawn_by(self.recipe, self.model),
             calls_in=lambda text: calibration.calls_in(self.recipe.path(text), self.model.inputs),
-            teacher_of=lambda text: teachers.teacher_of(text, self.recipe),
+            teacher_of=lambda text: teachers.teacher_of(text, self.recipe, trust_code=self.trust_code),
             folder=self.recipe.folder,
             shared=shared_by_rows(self.model.inputs),
             ranges={s.name: (s.low, s.high) for s in self.model.inputs if s.low is not None and s.high is not None},
@@ -136,7 +145,10 @@ class Run:
                 began = time.perf_counter()
                 with placed(f"step {number + 1} ({step.name()}); steps before it: {before}"):
                     result = step.apply(module, context)
+                    untouched = self.reference.module
                     self.compared = compared_with(self.reference, [(step, result.plan)])
+                if self.reference.module is not untouched:
+                    self.rewriters.append(step.name())
                 module = result.model
                 self.note_patterns(module, result.plan)
                 context = self.after(context, step, result.plan)
@@ -242,10 +254,12 @@ def said(result: Result) -> str:
     return f"changed {len(result.changed)}, left alone {len(skipped)}"
 
 
-def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tuple[record.Report, int]:
+def export(
+    recipe: Recipe, out: Path, *, force: bool, progress: Progress, trust_code: bool = False
+) -> tuple[record.Report, int]:
     """Run a recipe into ``out``; returns the report and the exit code."""
     began = time.perf_counter()
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     for note in recipe.notes:
         progress.line(note)
     with artifact.staging(out, force=force) as folder:
@@ -254,6 +268,7 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
             refuse_sizes(model, recipe.head.validation.batch)
             if not recipe.head.validation.skip:  # without validation it is not run: its weights may not fit into memory
                 refuse_non_finite(model, run.example(), run.threads)
+                refuse_random(model, run.example(), run.threads)
         scratch = folder / ".scratch"
         scratch.mkdir()
         module = run.optimize(scratch)
@@ -270,10 +285,14 @@ def export(recipe: Recipe, out: Path, *, force: bool, progress: Progress) -> tup
                 write_graph(run, called, part, folder / f"model{name}.onnx")
             write_table(module, folder)
             part_in_two(module, folder)
+            run.links, linked = settle_weights(folder, recipe.head.export.weights)
+            if linked:
+                run.notes.append(linked)
+                progress.line(linked)
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
-        write_artifact(run, report, folder)
+        write_artifact(run, report, folder, artifact.place_of(out))
     return report, exit_code(report)
 
 
@@ -295,11 +314,18 @@ def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
 
 
+def refuse_random(model: Model, example: Inputs, threads: int) -> None:
+    """An original that answers one call in two ways cannot be a reference: no engine could ever agree with it."""
+    runner = at_sizes.eager(model, threads)
+    arrays = {name: tensor.numpy() for name, tensor in example.items()}
+    refuse_unsteady(runner, arrays)
+
+
 def write_plans(run: Run, folder: Path) -> None:
     """``plans/NN-name.json`` for each step."""
     (folder / "plans").mkdir()
     for number, (step, result, _) in enumerate(run.results):
-        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json")
+        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", version=__version__)
 
 
 def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
@@ -367,14 +393,14 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built[0].resolved)
-    size = sum(each.bytes or 0 for each in built)
-    files = [path for engine in engines for path in engine.rglob("*") if path.is_file()]
+    files = {path for engine in engines for path in engine.rglob("*") if path.is_file()}
+    files |= {path for each in built for path in each.reads}
     return found.model_copy(
         update={
             "built": True,
             "parameters": {**found.parameters, **built[0].resolved},
             "seconds": round(time.perf_counter() - began, 3),
-            "bytes": size or sum(path.stat().st_size for path in files) or None,
+            "bytes": sum(path.stat().st_size for path in files),
             "notes": list(dict.fromkeys(note for each in built for note in each.notes)),
         }
     )
@@ -397,6 +423,8 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
         hints=run.part_hints.get(part, run.part_hints.get("", {})),
         threads=run.threads,
         say=run.progress.say,
+        links=run.links,
+        untouched=not run.results and isinstance(run.model.module, GraphModule),
     )
     return step.target.build(graph, engine)
 
@@ -430,6 +458,7 @@ def validate(
     )
     how: dict[str, Any] = {
         "inputs": kind_of_inputs(reference),
+        "reference": said_of_reference(run.rewriters),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
@@ -445,6 +474,11 @@ def proven(run: Run) -> str:
     if len(run.proofs) == 1:
         return next(iter(run.proofs.values()))
     return "; ".join(f"{name} {proof}" for name, proof in run.proofs.items())
+
+
+def said_of_reference(steps: Sequence[str]) -> str:
+    """What engines were compared with, in words: some steps mean to compute something else than the original."""
+    return f"the original as {words.listing(list(dict.fromkeys(steps)))} rewrote it" if steps else summary.UNTOUCHED
 
 
 def kind_of_inputs(model: Model) -> str:
@@ -471,6 +505,8 @@ def make_report(
             parameter_count=first.parameter_count,
             macs=first.macs,
             bytes=first.bytes,
+            inputs_left_out=[record.LeftOut(**vars(each)) for each in run.model.left_out],
+            notes=list(run.model.notes),
         ),
         verdict=verdict(gates, targets),
         steps=[step_record(*entry, run.step_notes.get(number, [])) for number, entry in enumerate(run.results)],
@@ -481,6 +517,7 @@ def make_report(
         environment=environment.describe(),
         versions=environment.versions(),
         seconds=round(seconds, 3),
+        notes=list(run.notes),
     )
 
 
@@ -504,26 +541,41 @@ def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str]
 
 
 def verdict(gates: list[record.Gate], targets: list[record.TargetRecord]) -> record.Verdict:
-    """Missed as soon as one gate is, or an engine is faulty; met only when something was asked and all of it met."""
-    if any(gate.verdict == "missed" for gate in gates) or any(target.faults for target in targets):
+    """Missed as soon as one gate is, or an engine is faulty; met only when something was asked, all of it was met, and
+    no target that must be there was left unmeasured.
+    """
+    found = {gate.verdict for gate in gates}
+    if "missed" in found or any(target.faults for target in targets):
         return "missed"
-    if not gates or any(gate.verdict == "not_measured" for gate in gates):
+    if not gates or "not_measured" in found or unmeasured(targets):
         return "not_measured"
-    return "met"
+    return "inconclusive" if "inconclusive" in found else "met"
+
+
+def unmeasured(targets: list[record.TargetRecord]) -> list[str]:
+    """Targets that are not optional and that no output was compared of."""
+    return [target.name for target in targets if not target.optional and not target.fidelity and not target.faults]
 
 
 def exit_code(report: record.Report) -> int:
-    """1: a gate missed or an engine faulty; 3: a wanted target not built, or a gate not measured; else 0."""
+    """1: a gate missed or an engine faulty; 3: a wanted target not built, or a gate not met; else 0."""
     if report.verdict == "missed":
         return MISSED
     unbuilt = any(not target.built and not target.optional for target in report.targets)
-    unmeasured = any(gate.verdict == "not_measured" for gate in report.gates)
-    return CANNOT if unbuilt or unmeasured else DONE
+    return CANNOT if unbuilt or (report.gates and report.verdict != "met") else DONE
 
 
-def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
-    """Everything but the graph, the plans and the engines: recipe, report and manifest."""
-    (folder / "recipe.toml").write_text(run.recipe.moved(folder).as_toml(run.resolved))
+def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> None:
+    """Everything but the graph, the plans and the engines: recipe, report and manifest.
+
+    Args:
+        run: what was done.
+        report: its record.
+        folder: where to write.
+        out: where that will lie in the end, which is where the paths of its recipe start.
+    """
+    recipe = run.recipe.with_weights("link" if run.links else "copy").moved(out)
+    (folder / "recipe.toml").write_text(recipe.as_toml(run.resolved))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:
@@ -532,6 +584,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path) -> None:
     artifact.write_manifest(
         folder,
         {
+            "version": __version__,
             "model": report.model.model_dump(),
             "plans": {
                 f"plans/{number + 1:02d}-{step.name()}.json": result.plan.digest()
@@ -552,8 +605,8 @@ class Decision:
     plan: Plan
 
 
-def decide(recipe: Recipe, progress: Progress) -> list[Decision]:
+def decide(recipe: Recipe, progress: Progress, *, trust_code: bool = False) -> list[Decision]:
     """Plan every step; each is carried out in memory, because the next one plans on its result. Writes nothing."""
-    run = Run(recipe, progress)
+    run = Run(recipe, progress, trust_code=trust_code)
     run.optimize()
     return [Decision(step_record(*entry), entry[1].plan) for entry in run.results]

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -21,6 +20,7 @@ from passes.graph.module import GraphModule
 from passes.hoisting import hoisted
 from targets.contract import ShapeRange
 from targets.split_graph import Halves, split_graph
+from targets.weights import load_graph
 from toolchain.errors import ToolchainError
 from toolchain.reading import first_line, read_json
 from validation.contract import Runner
@@ -73,7 +73,7 @@ def fed(
     mine = [{key: array for key, array in call.items() if key in own} for call in calls]
     if name == PREPARE:
         return ranges, mine
-    graph = GraphModule(ir.load(folder / f"model{PREPARE}.onnx"), folder / f"model{PREPARE}.onnx")
+    graph = GraphModule(load_graph(folder / f"model{PREPARE}.onnx"), folder / f"model{PREPARE}.onnx")
 
     def passed(call: Arrays) -> Arrays:
         given = graph(**{key: torch.from_numpy(call[key]) for key in halves.prepare})

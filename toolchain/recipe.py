@@ -60,7 +60,13 @@ class Export(Table):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="floating type to compute in; None: as the weights are"
     )
-    embed_weights: bool = Field(False, description="copy weights that are on disk, so that the folder stands alone")
+    weights: Literal["auto", "copy", "link"] = Field(
+        "auto",
+        description="weights that are on disk: copy what is read, as it is; or link the files; auto: copy up to 2 GB",
+    )
+    embed_weights: bool = Field(
+        False, description="write all weights anew into model.safetensors, in the type that is computed in"
+    )
 
 
 class Validation(Table):
@@ -69,7 +75,9 @@ class Validation(Table):
     skip: bool = Field(False, description="build only")
     calls: int = Field(8, ge=1, description="held-out calls that outputs are compared on")
     samples: int | None = Field(None, ge=1, description="samples drawn in whole runs; None: what the model's task says")
-    rounds: int = Field(20, ge=3, description="timed calls of each runner, taken in turns")
+    rounds: int = Field(
+        30, ge=3, description="timed calls (samples) of each runner, taken in turns of 3; below 24 a ratio is unsafe"
+    )
     warm_up: int = Field(3, ge=1, description="untimed calls of each runner before")
     threads: int | None = Field(None, ge=1, description="CPU threads of each runner; None: every core allowed")
     batch: dict[str, int] = Field({}, description="sizes of dynamic dimensions for timing; default: typical sizes")
@@ -122,6 +130,11 @@ class Recipe:
     def part(self, name: str) -> Recipe:
         """The same recipe for one network of a pipeline."""
         return replace(self, head=self.head.model_copy(update={"model": f"{self.head.model}#{name}"}))
+
+    def with_weights(self, mode: Literal["copy", "link"]) -> Recipe:
+        """The same recipe with what became of weights on disk said."""
+        export = self.head.export.model_copy(update={"weights": mode})
+        return replace(self, head=self.head.model_copy(update={"export": export}))
 
     def moved(self, folder: Path) -> Recipe:
         """The same recipe for a file in another folder: relative paths lead to where they did, absolute ones stay."""

@@ -50,6 +50,7 @@ class InputSpec:
         high: for integers one past the largest value, for floats the largest.
         guessed: whether nobody said which values it takes, so that the range is a guess.
         default: every element, where a caller leaves the input out; it is never drawn. None: it must be given.
+        corners: the last axis holds boxes, as (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1.
     """
 
     name: str
@@ -59,6 +60,7 @@ class InputSpec:
     high: float | None = None
     default: float | None = None
     guessed: bool = False
+    corners: bool = False
 
     def sizes(self, chosen: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """The shape with each dynamic dimension at its chosen or typical size."""
@@ -101,6 +103,8 @@ def draw(specs: Sequence[InputSpec], *, seed: int, sizes: Mapping[str, int] | No
             arrays[spec.name] = rng.integers(int(spec.low), int(spec.high), shape).astype(dtype)
         else:
             arrays[spec.name] = rng.uniform(spec.low, spec.high, shape).astype(dtype)
+        if spec.corners:
+            arrays[spec.name] = sorted_corners(arrays[spec.name])
     return arrays
 
 
@@ -117,6 +121,12 @@ def mixed(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
         else:
             found.reshape(-1)[0] = True
     return found
+
+
+def sorted_corners(boxes: Array) -> Array:
+    """Boxes (..., 4) of two corners each, as (smaller x, smaller y, larger x, larger y)."""
+    pairs = boxes.reshape(*boxes.shape[:-1], 2, 2)
+    return np.sort(pairs, axis=-2).reshape(boxes.shape)
 
 
 def completed(given: Mapping[str, Array], specs: Sequence[InputSpec]) -> Arrays:

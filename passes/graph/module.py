@@ -24,16 +24,22 @@ class GraphModule(nn.Module):
     Args:
         graph: read only from here on; a pass clones it and gives a new module.
         file: the untouched file that the graph was read from; runs in the graph's place.
+        optimized: let ONNX Runtime rewrite the graph first, as engines do. Off, it is computed operator by operator as
+            it is written: what engines are compared with must not share their optimizer's mistakes.
     """
 
-    def __init__(self, graph: ir.Model, file: Path | None = None) -> None:
+    def __init__(self, graph: ir.Model, file: Path | None = None, *, optimized: bool = False) -> None:
         super().__init__()
-        self.graph, self.file = graph, file
+        self.graph, self.file, self.optimized = graph, file, optimized
         self.sessions: dict[int, Any] = {}
         """By number of threads; made at the first call."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
-        return GraphModule(self.graph.clone(), self.file)
+        return GraphModule(self.graph.clone(), self.file, optimized=self.optimized)
+
+    def as_used(self) -> GraphModule:
+        """The same graph as a user would run it, optimized: what times are compared with."""
+        return GraphModule(self.graph, self.file, optimized=True)
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
         """Inputs by name -> outputs in the graph's order.
@@ -65,6 +71,8 @@ class GraphModule(nn.Module):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # what goes wrong is raised
+        if not self.optimized:
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         with tempfile.TemporaryDirectory() as folder:
             path = self.file or Path(folder) / "model.onnx"
             if self.file is None:

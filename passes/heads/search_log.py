@@ -9,6 +9,7 @@ from pathlib import Path
 
 from toolchain.errors import ToolchainError
 from toolchain.reading import parse_json, read_text
+from toolchain.writing import in_words, make_folder, refuse_link
 
 
 class SearchLog:
@@ -24,10 +25,12 @@ class SearchLog:
         self.scores: dict[str, float] = {}
         if path is None:
             return
+        refuse_link(path, "the log of the search")
         if path.exists() and (lines := whole_lines(path)):
             self.read(lines, search)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with in_words("the log of the search", path):
+                make_folder(path.parent)
             self.write({"search": search})
 
     def read(self, lines: list[str], search: str) -> None:
@@ -55,13 +58,23 @@ class SearchLog:
         self.scores[of] = score
 
     def write(self, entry: dict[str, str | float]) -> None:
-        """Append a line and wait until the disk has it."""
+        """Append a line and wait until the disk has it.
+
+        Raises:
+            ToolchainError: it cannot be written; the lines before it are whole.
+        """
         if self.path is None:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with in_words("the log of the search", self.path), self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                line = (json.dumps(entry) + "\n").encode()
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -7,7 +7,6 @@ and then renamed, so that what lies there is always whole.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from toolchain.errors import ToolchainError
 from toolchain.reading import first_line, parse_json
+from toolchain.writing import in_words, make_folder, replacing
 
 FILE = "distill.safetensors"
 
@@ -47,18 +47,20 @@ def save(
     state: State,
     settings: str,
 ) -> None:
-    """Write weights, the optimizer's state, the random state and ``state``, in place of what was there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write weights, the optimizer's state, the random state and ``state``, in place of what was there.
+
+    Raises:
+        ToolchainError: they cannot be written; the checkpoint before is whole.
+    """
     tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
     for number, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
     tensors["random"] = torch.get_rng_state()
-    partial = folder / f".{FILE}.{os.getpid()}"
     whole = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, partial, metadata={"state": json.dumps(asdict(state)), "settings": settings})
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(folder / FILE)
+    with in_words("the checkpoint", folder / FILE):
+        make_folder(folder)
+    with replacing(folder / FILE, what="the checkpoint") as new:
+        save_file(whole, new, metadata={"state": json.dumps(asdict(state)), "settings": settings})
 
 
 def load(folder: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: str) -> State:

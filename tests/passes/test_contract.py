@@ -27,7 +27,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "approximate_by_accuracy": {"score": "smallness"},
     "select_heads": {"score": "smallness"},
     "fix_inputs": {"inputs": {"t": 500.0}},
-    "fold_adapters": {"file": "adapter.safetensors"},
+    "fold_adapters": {"file": "adapter.safetensors", "alpha": 2.0},
     "merge_models": {"teachers": ("1", "2"), "steps": 1, "batch": 1},
     "hoist_constants": {"constant": ["y"]},
     "merge_guidance": {"condition": "y", "none": 4, "scale": 3.0},

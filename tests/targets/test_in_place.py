@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from targets import onnx_export, simplify, stored
+from targets import simplify, stored, weights
 from targets.onnx_export import export_onnx
 from targets.onnx_files import check_onnx
 
@@ -84,7 +83,7 @@ def test_across_file_systems_the_file_is_copied(
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(weights.os, "link", refuse)
     path = export(module, tmp_path / "out")
     copy = path.parent / "weights" / "w.safetensors"
     assert not copy.samefile(tmp_path / "src" / "w.safetensors")
@@ -96,7 +95,7 @@ def test_two_sources_of_one_name_stay_apart(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         save_file({name: torch.ones(3)}, tmp_path / name / "w.safetensors")
-    names = onnx_export.link([tmp_path / "one" / "w.safetensors", tmp_path / "two" / "w.safetensors"], tmp_path / "x")
+    names = weights.link([tmp_path / "one" / "w.safetensors", tmp_path / "two" / "w.safetensors"], tmp_path / "x")
     assert sorted(names.values()) == ["w-2.safetensors", "w.safetensors"]
     for source, name in names.items():
         assert (tmp_path / "x" / name).samefile(source)
@@ -108,7 +107,7 @@ def test_a_graph_that_the_checker_refuses_is_refused_with_linked_weights_too(mod
     graph.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(graph, path)
     with pytest.raises(onnx.checker.ValidationError, match="NoSuchOperator"):
-        onnx_export.check(path, {path.parent / "weights" / "w.safetensors"})
+        weights.check(path)
 
 
 @pytest.mark.parametrize("embed", [False, True])

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
+from passes.contract import Context
 from passes.quantization.linear import QuantizedLinear
+from passes.quantization.quantize_weights import QuantizeWeights
 from targets import machine
 from targets.contract import Graph, ShapeRange
 from targets.dynamic_int8 import reduce_range, to_float
@@ -225,6 +230,86 @@ def test_the_faster_form_is_not_taken_where_it_is_far_off(
     assert built.resolved == {"int8": wanted}
     assert ("relative error" in built.notes[0]) == (wanted == "dynamic")
     assert "2.00 of the static form's time" in built.notes[0]
+
+
+@pytest.mark.parametrize(("static", "dynamic"), [(1.0, 0.95), (1.0, 1.05), (1.0, 1.0)])
+def test_times_that_cannot_be_told_apart_leave_the_choice_to_the_error(
+    static: float, dynamic: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 64)
+    for scale, wanted in ((4 / 127, "static"), (8 / 127, "dynamic")):
+        root = tmp_path / wanted
+        (root / "engines" / "one").mkdir(parents=True)
+        module = nn.Sequential(QuantizedLinear(nn.Linear(64, 64), scale)).eval()
+        export_onnx(module, {"input": x}, dynamic={}, outputs=["y"], path=root / "model.onnx")
+        monkeypatch.setattr(OnnxRuntime, "race", lambda *_: {"static": static, "dynamic": dynamic, "fp32": 3.0})
+        graph = Graph(path=root / "model.onnx", ranges={}, examples=[{"input": x.numpy()}])
+        built = OnnxRuntime().build(graph, root / "engines" / "one")
+        assert "which timing cannot tell apart" in built.notes[0]
+        errors = [float(found) for found in re.findall(r"error is ([\d.e-]+), not ([\d.e-]+)", built.notes[0])[0]]
+        assert errors[0] <= errors[1]
+
+
+def test_a_file_that_is_quantized_already_is_left_as_it_is_unless_asked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 64)
+    module = nn.Sequential(QuantizedLinear(nn.Linear(64, 64), 4 / 127)).eval()
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "model.onnx"
+    export_onnx(module, {"input": x}, dynamic={}, outputs=["y"], path=path)
+    graph = Graph(path=path, ranges={}, examples=[{"input": x.numpy()}], untouched=True)
+    for number, (int8, form) in enumerate((("auto", "static"), ("static", "static"), ("dynamic", "dynamic"))):
+        folder = tmp_path / "a" / "engines" / str(number)
+        folder.mkdir(parents=True)
+        target = OnnxRuntime(int8=int8)
+        built = target.build(graph, folder)
+        assert built.resolved == {"int8": form}
+        got = target.load(folder, threads=1)({"input": x.numpy()})["y"]
+        same = np.array_equal(got, target.open(path, 1)({"input": x.numpy()})["y"])
+        assert same == (form == "static")
+        assert any("as the file holds them" in note for note in built.notes) == (form == "static")
+
+
+def test_a_graph_that_the_optimizer_itself_breaks_is_opened_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(4, 64)
+    export_onnx(nn.Linear(64, 64).eval(), {"input": x}, dynamic={}, outputs=["y"], path=tmp_path / "m.onnx")
+    true = onnxruntime.InferenceSession
+
+    def fragile(*given: Any, **named: Any) -> Any:
+        if "QDQSelectorActionTransformer" not in named["disabled_optimizers"]:
+            raise RuntimeError("Type Error: Type parameter (T1) of Optype (MatMulNBits) bound to different types")
+        return true(*given, **named)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fragile)
+    (tmp_path / "engines" / "one").mkdir(parents=True)
+    built = OnnxRuntime().build(Graph(path=tmp_path / "m.onnx", ranges={}), tmp_path / "engines" / "one")
+    assert built.notes == (
+        "ONNX Runtime itself fails on this graph unless its QDQSelectorActionTransformer is off, so it is",
+    )
+
+
+def test_products_with_four_bit_weights_are_those_of_the_plan_unless_fast_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    call = {"input": torch.randn(8, 64)}
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    module = QuantizeWeights(smallest=0).apply(model, Context(example=call)).model
+    export_onnx(module, call, dynamic={}, outputs=["y"], path=tmp_path / "model.onnx")
+    with torch.no_grad():
+        wanted = module(**call).numpy()
+    errors = {}
+    for form in ("exact", "fast"):
+        folder = tmp_path / "engines" / form
+        folder.mkdir(parents=True)
+        target = OnnxRuntime(weights_only=form)
+        built = target.build(Graph(path=tmp_path / "model.onnx", ranges={}), folder)
+        assert any("8 bits inside the product" in note for note in built.notes)
+        got = target.load(folder, threads=1)({"input": call["input"].numpy()})["y"]
+        errors[form] = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    assert errors["exact"] < 1e-5
+    assert errors["fast"] > 1e-4
 
 
 def test_a_layer_that_is_called_twice_is_changed_once(tmp_path: Path) -> None:

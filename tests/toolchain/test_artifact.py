@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.disks import disk, may_mount
 from toolchain import artifact
 from toolchain.errors import ToolchainError
 
@@ -65,15 +66,10 @@ def test_a_full_disk_is_said_in_words_and_leaves_nothing(tmp_path: Path) -> None
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 200 kB, where this process may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", place], capture_output=True, check=False
-    )
-    if mount.returncode:
+    if not may_mount():
         pytest.skip("mounting needs root")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with disk(tmp_path / "disk", "200k") as place:
+        yield place
 
 
 def test_a_disk_that_really_fills_in_the_middle_of_an_export(small_disk: Path) -> None:
@@ -90,24 +86,29 @@ def test_a_disk_that_really_fills_in_the_middle_of_an_export(small_disk: Path) -
     assert list(small_disk.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_swept_up(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (tmp_path / f".out.partial-{gone.pid}").mkdir()
-    alive = tmp_path / f".out.partial-{os.getppid()}"
-    alive.mkdir()
-    finish(tmp_path / "out", "x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, "out"])
+def export_killed(out: Path, at: Callable[[Path], object]) -> None:
+    """An export in a forked process that is killed when ``at`` is done with its folder."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with artifact.staging(out, force=True) as folder:
+                at(folder)
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
-def test_an_old_folder_moved_aside_by_a_killed_replacement_comes_back(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    finish(out, "old")
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    out.rename(tmp_path / f".out.old-{gone.pid}")
-    artifact.sweep(out)
-    assert (out / "file").read_text() == "old"
+def test_what_a_killed_run_left_is_swept_up_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
+    export_killed(tmp_path / "out", lambda folder: (folder / "half").touch())
+    assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+    with artifact.staging(tmp_path / "out", force=False) as alive:
+        (alive / "file").touch()
+        finish(tmp_path / "out", "x")
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.parent.name, "out"])
+        artifact.write_manifest(alive, {})
+        (tmp_path / "out").rename(tmp_path / "first")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "out"]
 
 
 def test_kill_9_in_the_middle_leaves_no_half_artifact_and_the_next_run_works(tmp_path: Path) -> None:
@@ -145,3 +146,43 @@ def test_a_changed_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
         artifact.read_manifest(out)
     with pytest.raises(ToolchainError, match="no artifact"):
         artifact.read_manifest(tmp_path)
+
+
+def test_an_emptied_list_of_files_is_damage(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "x")
+    content = json.loads((out / "manifest.json").read_text()) | {"files": {}}
+    (out / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ToolchainError, match=r"manifest\.json lists no files"):
+        artifact.read_manifest(out)
+
+
+def test_a_file_of_an_engine_that_the_manifest_does_not_list_is_damage(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "x")
+    (out / "note.txt").write_text("a user's own")
+    artifact.read_manifest(out)
+    (out / "engines" / "onnxruntime").mkdir(parents=True)
+    (out / "engines" / "onnxruntime" / "model.onnx").write_text("junk")
+    with pytest.raises(ToolchainError, match=r"engines/onnxruntime/model\.onnx is not in manifest\.json"):
+        artifact.read_manifest(out)
+
+
+def test_a_report_that_was_edited_or_is_covered_by_no_digest_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text("{}")
+    (out / "file").write_text("x")
+    artifact.write_manifest(out, {})
+    manifest = artifact.read_manifest(out)
+    artifact.check_report(out, manifest)
+    (out / "report.json").write_text("[]")
+    artifact.read_manifest(out)  # an engine runs without its report
+    with pytest.raises(ToolchainError, match=r"report\.json was changed since the run"):
+        artifact.check_report(out, manifest)
+    (out / "report.json").unlink()
+    with pytest.raises(ToolchainError, match=r"report\.json is missing"):
+        artifact.check_report(out, manifest)
+    del manifest["report"]
+    with pytest.raises(ToolchainError, match="has no digest of report"):
+        artifact.check_report(out, manifest)

@@ -56,14 +56,14 @@ def record(out: Path) -> dict[str, Any]:
 
 def test_a_moved_source_is_named_with_its_digest_and_taken_where_it_is(user_file: tuple[Path, Path]) -> None:
     old, out = user_file
-    before = toolchain.load_module(out)
+    before = toolchain.load_module(out, trust_code=True)
     moved = old.rename(old.parent / "new")
     with pytest.raises(ToolchainError, match="not where it was") as caught:
-        toolchain.load_module(out)
+        toolchain.load_module(out, trust_code=True)
     assert caught.value.where == str(old / "net.py")
     assert record(out)["files"]["."]["sha256"] in str(caught.value.help)
     assert "--source PATH" in str(caught.value.help)
-    after = toolchain.load_module(out, source=moved / "net.py")
+    after = toolchain.load_module(out, source=moved / "net.py", trust_code=True)
     assert all(map(torch.equal, before.parameters(), after.parameters()))
 
 
@@ -71,17 +71,17 @@ def test_a_source_that_is_another_is_refused_wherever_it_lies(user_file: tuple[P
     old, out = user_file
     moved = old.rename(old.parent / "new")
     with pytest.raises(ToolchainError, match=r"not what the artifact was made from: absent\.py is missing"):
-        toolchain.load_module(out, source=moved / "absent.py")
+        toolchain.load_module(out, source=moved / "absent.py", trust_code=True)
     size = (moved / "part.py").stat().st_size
     (moved / "part.py").write_text("WIDTH = 160\n")
     with pytest.raises(ToolchainError, match=f"part.py has {size + 1} bytes, not {size}"):
-        toolchain.load_module(out, source=moved / "net.py")
+        toolchain.load_module(out, source=moved / "net.py", trust_code=True)
     (moved / "part.py").write_text("WIDTH = 17\n")
     with pytest.raises(ToolchainError, match=r"part\.py has another SHA-256"):
-        toolchain.load_module(out, source=moved / "net.py")
+        toolchain.load_module(out, source=moved / "net.py", trust_code=True)
     moved.rename(old)
     with pytest.raises(ToolchainError, match=r"part\.py has another SHA-256") as caught:
-        toolchain.load_module(out)  # a file that was changed where it lies is no better
+        toolchain.load_module(out, trust_code=True)  # a file that was changed where it lies is no better
     assert record(out)["files"]["."]["sha256"] in str(caught.value.help)
 
 
@@ -98,9 +98,9 @@ def test_an_artifact_that_records_nothing_opens_as_before_but_takes_no_other_sou
     content = artifact.read_manifest(out)
     del content["source"]
     (out / "manifest.json").write_text(json.dumps(content))
-    assert toolchain.load_module(out) is not None
+    assert toolchain.load_module(out, trust_code=True) is not None
     with pytest.raises(ToolchainError, match="records no files of its source"):
-        toolchain.load_module(out, source=old / "net.py")
+        toolchain.load_module(out, source=old / "net.py", trust_code=True)
 
 
 def test_bench_and_compare_take_the_new_place(
@@ -112,10 +112,11 @@ def test_bench_and_compare_take_the_new_place(
     assert lost.returncode == 2
     assert str(old / "net.py") in lost.stderr
     assert "--source PATH" in lost.stderr
-    found = enginewright("bench", out, "--rounds", 3, "--source", moved, "--json")
+    found = enginewright("bench", out, "--rounds", 3, "--source", moved, "--trust-code", "--json")
     assert found.returncode == 0, found.stderr
     assert "onnxruntime" in json.loads(found.stdout)["runners"]
-    same = enginewright("compare", f"py:{moved}:build", out, "--source", moved.parent / "part.py", "--source", moved)
+    places = ("--source", moved.parent / "part.py", "--source", moved)
+    same = enginewright("compare", f"py:{moved}:build", out, *places, "--trust-code")
     assert same.returncode == 0, same.stderr
 
 

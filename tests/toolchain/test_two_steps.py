@@ -137,7 +137,7 @@ def test_guided_rows_and_their_bound_condition() -> None:
 TRAIN = step("distill", steps=6, batch=2, lr=3e-4)
 FIXED = step("fix_inputs", inputs={"y": 2})
 MEANT: dict[str, Steps] = {
-    "an adapter": [step("fold_adapters", file="lora.safetensors")],
+    "an adapter": [step("fold_adapters", file="lora.safetensors", alpha=2.0)],
     "guidance": [step("merge_guidance", none=4)],
     "an earlier state": [step("cut_after", layer=1)],
     "a perturbation": [step("perturb_heads", u=1.0)],
@@ -206,7 +206,7 @@ def test_what_a_run_is_compared_with_is_made_once(files: Path, monkeypatch: pyte
     made: list[int] = []
     original = FoldAdapters.reference
     monkeypatch.setattr(FoldAdapters, "reference", lambda *given: made.append(1) or original(*given))
-    run, _ = done(step("fold_adapters", file="lora.safetensors"), step("prune_heads"), folder=files)
+    run, _ = done(step("fold_adapters", file="lora.safetensors", alpha=2.0), step("prune_heads"), folder=files)
     assert run.reference is run.reference
     assert run.exported.module is run.reference.module
     assert made == [1]
@@ -300,7 +300,7 @@ HOLDING_PATHS: dict[str, Steps] = {
     "approximate_by_accuracy": [step("approximate_by_accuracy", score="mine/score.py:score", gate=0)],
     "approximate_by_accuracy, losses": [step("approximate_by_accuracy", losses="mine/score.py:losses", gate=0)],
     "select_heads": [step("select_heads", mode="prune", score="mine/score.py:score", log="mine/log.jsonl")],
-    "fold_adapters": [step("fold_adapters", file="lora.safetensors")],
+    "fold_adapters": [step("fold_adapters", file="lora.safetensors", alpha=2.0)],
     "distill": [step("prune_heads", share=0.5), {**TRAIN, "checkpoint": "mine/kept", "data": "calibration"}],
     "merge_models": [step("merge_models", teachers=["a.safetensors", "b.safetensors"], steps=1, batch=1)],
 }

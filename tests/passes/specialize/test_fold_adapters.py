@@ -1,3 +1,6 @@
+import json
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from passes.contract import Context
+from passes.specialize import fold_adapters
 from passes.specialize.fold_adapters import FoldAdapters
 from toolchain.errors import ToolchainError
 
@@ -75,12 +79,70 @@ def test_alpha_is_the_files_or_the_parameters_or_the_rank(dit, tmp_path, key, pa
 
 
 def test_the_reference_has_the_adapter_and_the_original_has_not(dit, tmp_path):
-    step = FoldAdapters(file="lora.safetensors")
+    step = FoldAdapters(file="lora.safetensors", alpha=3)
     before = dit.output(dit.model)
     plan = step.plan(dit.model, written(tmp_path, factors(dit.model)))
     reference = step.reference(dit.model, plan)
-    assert torch.equal(dit.output(reference), dit.output(step.rewrite(dit.copy(), plan)))
+    folded = dit.output(step.rewrite(dit.copy(), plan))
+    torch.testing.assert_close(dit.output(reference), folded, atol=1e-5, rtol=1e-5)
+    assert (folded - before).abs().max() > 1e-2
     assert torch.equal(dit.output(dit.model), before)
+
+
+def test_a_mistake_in_the_fold_shows_against_the_reference(dit, tmp_path, monkeypatch):
+    step = FoldAdapters(file="lora.safetensors", alpha=3)
+    plan = step.plan(dit.model, written(tmp_path, factors(dit.model)))
+    true = fold_adapters.product
+    monkeypatch.setattr(fold_adapters, "product", lambda *given: 0.5 * true(*given))
+    wrong = dit.output(step.rewrite(dit.copy(), plan))
+    assert (dit.output(step.reference(dit.model, plan)) - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({"r": 3, "lora_alpha": 12}, 4),
+        ({"r": 3, "lora_alpha": 12, "peft_type": "LORA"}, 4),
+        ({"r": 3, "lora_alpha": 12, "use_rslora": True}, 12 / 3**0.5),
+        ({"r": 8, "lora_alpha": 12, "rank_pattern": {"attn.qkv": 3}, "alpha_pattern": {"qkv": 30}}, 10),
+        ({"r": 3, "lora_alpha": 12, "alpha_pattern": {"proj": 30}}, 4),
+    ],
+)
+def test_alpha_is_what_pefts_configuration_says(dit, tmp_path, config, factor):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    context = written(tmp_path, factors(dit.model, PATHS[:1]))
+    plan = FoldAdapters(file="lora.safetensors").plan(dit.model, context)
+    assert plan.choice[PATHS[0]]["factor"] == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "neither 'lora.safetensors' nor 'adapter_config.json' beside it says the adapter's alpha"),
+        ({"r": 4, "lora_alpha": 8}, "says rank 4, the file has 3"),
+        ({"r": 3, "lora_alpha": 8, "use_dora": True}, "DoRA scales each column"),
+        ({"r": 3, "lora_alpha": 8, "peft_type": "LOHA"}, "is of 'LOHA'; only LoRA adapters are folded"),
+        ({"r": 3, "lora_alpha": "x"}, "lora_alpha 'x', which is no number"),
+    ],
+)
+def test_an_adapter_whose_strength_nobody_says_is_refused(dit, tmp_path, config, said):
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    context = written(tmp_path, factors(dit.model, PATHS[:1]))
+    with pytest.raises(ToolchainError, match=re.escape(said)):
+        FoldAdapters(file="lora.safetensors").plan(dit.model, context)
+
+
+def test_keys_of_kohya_name_layers_without_dots(dit, tmp_path):
+    pairs = factors(dit.model)
+    more = {f"lora_unet_{path.replace('.', '_')}.alpha": torch.tensor(6.0) for path in pairs}
+    context = written(
+        tmp_path, {f"lora_unet_{p.replace('.', '_')}": pair for p, pair in pairs.items()}, "down_up", more
+    )
+    result = FoldAdapters(file="lora.safetensors").apply(dit.copy(), context)
+    torch.testing.assert_close(
+        dit.output(result.model), dit.output(beside(dit.copy(), pairs, 2.0)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_what_matches_nothing_is_listed(dit, tmp_path):
@@ -88,9 +150,9 @@ def test_what_matches_nothing_is_listed(dit, tmp_path):
     more = {"blocks.9.attn.qkv.lora_A.weight": torch.zeros(1), "text.bias": torch.zeros(1)}
     context = written(tmp_path, pairs, more=more)
     with pytest.raises(ToolchainError, match="2 entries of 'lora.safetensors' match no layer") as caught:  # noqa: RUF043
-        FoldAdapters(file="lora.safetensors").plan(dit.model, context)
+        FoldAdapters(file="lora.safetensors", alpha=3).plan(dit.model, context)
     assert caught.value.help == "unmatched: blocks.9.attn.qkv (down only), text.bias"
-    plan = FoldAdapters(file="lora.safetensors", partly=True).plan(dit.model, context)
+    plan = FoldAdapters(file="lora.safetensors", alpha=3, partly=True).plan(dit.model, context)
     assert plan.facts["fusable"] is False
     assert plan.facts["unmatched"] == ["blocks.9.attn.qkv (down only)", "text.bias"]
 
@@ -123,4 +185,4 @@ def test_an_adapter_for_another_model_is_refused(dit, tmp_path):
 def test_factors_that_do_not_fit_are_quoted(dit, tmp_path):
     pairs = {PATHS[0]: (torch.zeros(3, 31), torch.zeros(96, 3))}
     with pytest.raises(ToolchainError, match=r"factors \(3, 31\) and \(96, 3\) do not make a weight of \(96, 32\)"):
-        FoldAdapters(file="lora.safetensors").plan(dit.model, written(tmp_path, pairs))
+        FoldAdapters(file="lora.safetensors", alpha=3).plan(dit.model, written(tmp_path, pairs))

@@ -304,7 +304,7 @@ def test_a_users_model_goes_all_the_way_and_opens_from_any_folder(
 
     (tmp_path / "third").mkdir()
     monkeypatch.chdir(tmp_path / "third")
-    opened = open_subject("../elsewhere/out")
+    opened = open_subject("../elsewhere/out", trust_code=True)
     assert opened.original is not None
     engine, calls = opened.runners["onnxruntime"], [draw(opened.inputs, seed=n, sizes={"batch": n}) for n in (2, 7)]
     (found,) = compare([opened.original(call) for call in calls], [engine(call) for call in calls])

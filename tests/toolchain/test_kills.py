@@ -1,0 +1,204 @@
+"""Kills at random moments and disks of random sizes: nothing that was there is lost, and nothing is left.
+
+Each run is a child forked from a process that has imported and tried everything, so that it is as quick as the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.disks import disk, may_mount
+from toolchain import artifact, pipeline
+from toolchain.cli import main
+from toolchain.errors import ToolchainError
+from toolchain.progress import Progress
+from toolchain.recipe import make
+
+pytestmark = pytest.mark.slow
+
+TOYS, EXPORTS, WRITERS = 200, 40, 60
+"""Kills: of the replacement alone, of whole exports, and of what writes single files; 300 in all."""
+
+DISKS = 20
+
+NET = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(SEED)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), {"x": torch.zeros(4, 64)}
+"""
+
+
+def child(work: Callable[[], object]) -> int:
+    """Run in a forked process; its number."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            found = work()
+            code = found if isinstance(found, int) else 0
+        except ToolchainError:
+            code = 2
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pid: int) -> int:
+    """How a child ended: its exit code, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_within(seconds: float, work: Callable[[], object], chance: random.Random) -> int:
+    """Kill a child at a random moment of the time given; how it ended."""
+    pid = child(work)
+    time.sleep(chance.uniform(0, seconds))
+    os.kill(pid, signal.SIGKILL)
+    return ended(pid)
+
+
+def taken(work: Callable[[], object]) -> float:
+    """Seconds that a child takes, the slowest of three."""
+    longest = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        assert ended(child(work)) == 0
+        longest = max(longest, time.perf_counter() - began)
+    return longest
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def toy(out: Path, text: str) -> None:
+    """An export whose work is done at once: most of its time goes into the replacement."""
+    with artifact.staging(out, force=True) as folder:
+        for number in range(4):
+            (folder / f"{number}").write_text(text)
+        artifact.write_manifest(folder, {})
+
+
+def test_kills_around_the_replacement_of_an_artifact_lose_nothing(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    out = tmp_path / "out"
+    toy(out, "0")
+    seconds = taken(lambda: toy(out, "0"))
+    killed, last = 0, "0"
+    while killed < TOYS:
+        text = f"{killed + 1}"
+        killed += killed_within(1.2 * seconds, lambda: toy(out, text), chance) == -signal.SIGKILL  # noqa: B023
+        artifact.read_manifest(out)
+        found = {(out / f"{number}").read_text() for number in range(4)}
+        assert found in ({last}, {text})
+        (last,) = found
+        if killed % 20 == 0:
+            toy(out, last)
+            assert names(tmp_path) == ["out"]
+    toy(out, last)
+    assert names(tmp_path) == ["out"]
+    print(f"{killed} kills")
+
+
+def export(folder: Path, out: Path, seed: int, *, force: bool = True) -> int:
+    (folder / f"net{seed}.py").write_text(NET.replace("SEED", str(seed)))
+    content = {
+        "model": f"py:net{seed}.py:build",
+        "steps": [{"pass": "prune_width", "share": 0.5}] if seed % 2 else [],
+        "targets": [{"target": "onnxruntime"}],
+        "validation": {"skip": True},
+    }
+    _, code = pipeline.export(make(content, folder=folder), out, force=force, progress=Progress(quiet=True))
+    return code
+
+
+def test_kills_of_whole_exports_lose_nothing(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    (tmp_path / "here").mkdir()
+    out = tmp_path / "here" / "out"
+    export(tmp_path, out, 0)
+    seconds = taken(lambda: export(tmp_path, out, 0))
+    killed = 0
+    for number in range(10 * EXPORTS):
+        if killed == EXPORTS:
+            break
+        before = (out / "recipe.toml").read_text()
+        code = killed_within(1.1 * seconds, lambda: export(tmp_path, out, number % 2), chance)  # noqa: B023
+        killed += code == -signal.SIGKILL
+        manifest = artifact.read_manifest(out)
+        now = (out / "recipe.toml").read_text()
+        assert now == before or f"net{number % 2}.py" in now
+        assert {"model.onnx", "recipe.toml"} <= manifest["files"].keys()
+    assert killed == EXPORTS
+    assert export(tmp_path, out, 0) == 0
+    assert names(tmp_path / "here") == ["out"]
+
+
+@pytest.mark.parametrize("command", ["report", "check"])
+def test_kills_of_what_writes_single_files_lose_nothing(artifact_copy: Path, command: str) -> None:
+    chance = random.Random(command)
+    folder = artifact_copy.parent
+    baseline = folder / "b.json"
+    rendered = ("report.html", "report.md", "junit.xml")
+    arguments = ["report", str(artifact_copy)]
+    if command == "check":
+        arguments = ["check", str(artifact_copy), "--baseline", str(baseline), "--update"]
+    work = lambda: main([*arguments, "--quiet"])  # noqa: E731
+    assert ended(child(work)) == 0
+    seconds = taken(work)
+    whole = {name: (artifact_copy / name).read_bytes() for name in rendered}
+    figures = json.loads(baseline.read_text()) if command == "check" else None
+    killed = 0
+    while killed < WRITERS // 2:
+        killed += killed_within(1.1 * seconds, work, chance) == -signal.SIGKILL
+        assert {name: (artifact_copy / name).read_bytes() for name in rendered} == whole
+        assert figures is None or json.loads(baseline.read_text()) == figures
+    assert ended(child(work)) == 0
+    assert names(folder) == (["b.json", "out"] if command == "check" else ["out"])
+    assert not [name for name in names(artifact_copy) if ".partial-" in name]
+
+
+@pytest.fixture
+def artifact_copy(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    shutil.copytree(request.getfixturevalue("artifact"), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_disks_of_random_sizes_keep_the_old_artifact_and_say_that_they_are_full(tmp_path: Path) -> None:
+    if not may_mount():
+        pytest.skip("mounting needs root")
+    chance = random.Random(2)
+    export(tmp_path, tmp_path / "old", 0)
+    size = sum(path.stat().st_size for path in (tmp_path / "old").rglob("*") if path.is_file())
+    outcomes = []
+    for number in range(DISKS):
+        room = int(1.2 * size + chance.uniform(0, 2.5) * size) // 4096 * 4
+        with disk(tmp_path / f"disk{number}", f"{room}k") as place:
+            out = place / "out"
+            shutil.copytree(tmp_path / "old", out)
+            before = (out / "manifest.json").read_bytes()
+            code = ended(child(lambda: export(tmp_path, out, 1)))  # noqa: B023
+            outcomes.append(code)
+            assert code in (0, 2), "a traceback, or a full disk that was taken for something else"
+            artifact.read_manifest(out)
+            assert ((out / "manifest.json").read_bytes() == before) == (code == 2)
+            assert names(place) == ["out"]
+            if code == 2:
+                limits = ["report", str(out)]
+                assert ended(child(lambda: main([*limits, "--quiet"]))) in (0, 2)  # noqa: B023
+                artifact.read_manifest(out)
+                assert names(place) == ["out"]
+    assert outcomes.count(2) >= DISKS // 2
+    print(f"{outcomes.count(2)} of {DISKS} were full")

@@ -1,0 +1,55 @@
+"""Code that a recipe names: what runs it when an artifact is opened, and what it takes to allow that.
+
+Digests are no protection: whoever made an artifact wrote them too. So nothing that an artifact brings or names is run
+because it is opened; the user says ``--trust-code``, or ``trust_code=True`` in Python. A recipe that the user hands to
+``run`` is the user's own act, and so is a model string on the command line: they run what they name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from toolchain import sources
+from toolchain.errors import ToolchainError
+
+if TYPE_CHECKING:
+    from toolchain.recipe import Recipe
+
+NO_CODE = ("onnx", "pt2")
+"""Sources that never run anything, whatever a recipe trusts."""
+
+
+def model_code(recipe: Recipe) -> list[str]:
+    """What loading a recipe's model runs, beside our own code and installed libraries."""
+    model, prefix = recipe.model, recipe.head.model.partition(":")[0]
+    if prefix == "py":
+        return [model.removeprefix("py:")]
+    if recipe.head.trust_remote_code and prefix in sources.prefixes() and prefix not in NO_CODE:
+        return [f"what {model!r} brings along (trust_remote_code = true)"]
+    return []
+
+
+def recipe_code(recipe: Recipe) -> list[str]:
+    """What running a recipe runs: its model's code, and what its steps name, such as scores and teachers."""
+    named = (text for step in recipe.steps for text in texts_in(step.model_dump(mode="json")) if ".py:" in text)
+    return list(dict.fromkeys([*model_code(recipe), *(str(recipe.path(text.removeprefix("py:"))) for text in named)]))
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text of a nested value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(each)
+
+
+def refuse_untrusted(recipe: Recipe, *, trusted: bool) -> None:
+    """Raise where an artifact's model cannot be had without running code, and the user did not say that it may."""
+    if (found := model_code(recipe)) and not trusted:
+        raise ToolchainError(
+            f"the artifact names code that opening it would run: {', '.join(found)}",
+            where=str(recipe.folder / "recipe.toml"),
+            help="if you trust it: --trust-code, or trust_code=True in Python",
+        )
