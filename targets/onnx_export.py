@@ -45,6 +45,7 @@ CHATTER = (
     "torch.onnx",
     "torch.export",
     "torch._dynamo",
+    "torch._guards",
     "torch._subclasses.fake_tensor",
     "torch.fx.experimental.symbolic_shapes",
 )

@@ -91,22 +91,23 @@ def test_sizes_in_multiples_work_from_the_smallest_to_the_largest(example: int, 
         torch.testing.assert_close(found, module(frames).detach(), atol=1e-5, rtol=1e-5)
 
 
-class Mixes(nn.Module):
-    """The batch of one input shapes another."""
+class Modulates(nn.Module):
+    """Rows of one input take a scale and a shift made from another, in a view of the first one's batch."""
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        y = c.view(x.shape[0], -1, x.shape[2])
-        return x + y.reshape(y.shape[0], -1, 2, x.shape[2])[:, :, 0].sum(1, keepdim=True)
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        made = (t[:, None] * torch.ones(16)).reshape(x.shape[0], -1, 2, 8)
+        shift, scale = made.unbind(2)
+        return x * (1 + scale) + shift
 
 
 def test_inputs_with_one_batch_may_be_mixed_in_a_view(tmp_path: Path) -> None:
     batch = ("batch", 1, 8)
-    inputs = {"x": torch.randn(2, 12, 8), "c": torch.randn(2, 16)}
-    session = export(Mixes(), tmp_path, inputs, {"x": {0: batch, 1: ("time", 2, 40)}, "c": {0: batch}})
+    inputs = {"x": torch.randn(2, 6, 8), "t": torch.randn(2)}
+    session = export(Modulates(), tmp_path, inputs, {"x": {0: batch, 1: ("time", 2, 40)}, "t": {0: batch}})
     for rows in (1, 3):
-        x, c = torch.randn(rows, 5, 8), torch.randn(rows, 16)
-        found = torch.from_numpy(session.run(None, {"x": x.numpy(), "c": c.numpy()})[0])
-        torch.testing.assert_close(found, Mixes()(x, c))
+        x, t = torch.randn(rows, 5, 8), torch.randn(rows)
+        found = torch.from_numpy(session.run(None, {"x": x.numpy(), "t": t.numpy()})[0])
+        torch.testing.assert_close(found, Modulates()(x, t))
 
 
 def test_a_module_is_left_as_it_was(tmp_path: Path) -> None:
