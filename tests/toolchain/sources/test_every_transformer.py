@@ -88,7 +88,7 @@ def tried(kind: str, name: str) -> str:
     """Build a tiny model, save it, load it as a user would, and export it."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as engine:
         try:
             config, cls = shrink(T.CONFIG_MAPPING[kind]()), getattr(T, name)
             with torch.device("meta"):
@@ -106,7 +106,7 @@ def tried(kind: str, name: str) -> str:
                 for spec in model.inputs
             }
             example = {key: torch.from_numpy(a) for key, a in draw(model.inputs, seed=0, sizes=sizes).items()}
-            path = Path(folder) / "model.onnx"
+            path = Path(engine) / "model.onnx"
             export_onnx(model.module, example, dynamic=dynamic, outputs=model.outputs, path=path)
         except ToolchainError as error:
             return f"refused: {error.message}"
