@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import toolchain
 from tests.conftest import ROOT
 from toolchain import catalog
 from toolchain.arguments import recipe_from
@@ -115,7 +116,8 @@ def test_passes_and_extras_that_it_names_exist() -> None:
     named = {
         name.partition(":")[0] for name in re.findall(r"`([a-z]+(?:_[a-z0-9]+)+(?::[^`]*)?)`", TEXT) if name[0] != "_"
     }
-    others = {*catalog.entries("targets"), *catalog.entries("models"), "from_pretrained", "save_pretrained"}
+    others = {*catalog.entries("targets"), *catalog.entries("models"), *toolchain.__all__}
+    others |= {"from_pretrained", "save_pretrained"}
     assert named - others <= set(passes), named - others - set(passes)
     assert [name for name in passes if f"`{name}" not in TEXT] == []
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
