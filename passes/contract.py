@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
+from passes.on_shapes import on_shapes
+from passes.plain import plain
 from passes.surgery import follow, several_names
 from passes.variants import ByTimestep
 from toolchain.errors import ToolchainError, invalid, raise_faults
@@ -345,6 +346,7 @@ class Pass(BaseModel, ABC):
         if self.needs_calibration and not context.calibration:
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
         self.refuse_incomplete()
+        model = plain(model)
         before = cost(model, context.example)
         plan = self.with_reason(model, self.plan(model, context))
         model = self.carry_out(model, plan, context)
@@ -374,6 +376,7 @@ class Pass(BaseModel, ABC):
         """
         if self.works_on == "graph":
             return self.rewrite(model, plan)
+        model = plain(model)
         places = several_names(model)
         olds = {path: old for path in plan.choice if (old := module_at(model, path)) is not None and id(old) in places}
         parts = [replace(plan, choice={path: plan.choice[path]}) for path in plan.choice] if self.by_layer else [plan]
@@ -488,7 +491,7 @@ def counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
 def counted_on_shapes(model: nn.Module, example: Inputs) -> FlopCounterMode | None:
     """A counter that has seen one call on shapes alone; None where shapes depend on what tensors hold."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with on_shapes(model):
             return called(model, example)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
         return None

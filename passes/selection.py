@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
 
 from toolchain.errors import ToolchainError
 
@@ -11,6 +13,37 @@ from toolchain.errors import ToolchainError
 def excluded_by(path: str, patterns: Sequence[str]) -> str:
     """The reason to skip a path that a pattern matches; empty when none does."""
     return next((f"excluded by {pattern!r}" for pattern in patterns if fnmatchcase(path, pattern)), "")
+
+
+def other_matrices(model: nn.Module, named: Container[str], why: str) -> dict[str, str]:
+    """Every other module that holds a float matrix of its own, by path, and what it holds: no report leaves one out.
+
+    Args:
+        model: to look through.
+        named: paths of modules that the pass speaks of itself.
+        why: the end of each reason.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        held = [name for name, p in module.named_parameters(recurse=False) if is_matrix(p)]
+        if held and path not in named:
+            found[path] = f"{type(module).__name__} (holds {', '.join(held)}): {why}"
+    return found
+
+
+def never_called(layer: nn.Linear) -> str:
+    """Why a linear layer cannot be replaced although it is one; empty when it can.
+
+    PyTorch's ``MultiheadAttention`` reads the weight of its output projection and does not call it.
+    """
+    kind = type(layer).__name__
+    hidden = kind == "NonDynamicallyQuantizableLinear"
+    return f"it is a {kind}, whose weight its attention reads without calling it" if hidden else ""
+
+
+def is_matrix(weight: Tensor) -> bool:
+    """Whether a tensor of floats has two sizes above 1."""
+    return weight.is_floating_point() and sum(size > 1 for size in weight.shape) > 1
 
 
 def check_patterns(patterns: Iterable[str], paths: Iterable[str], *, what: str, setting: str = "exclude") -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -91,6 +91,8 @@ class ProjectedAttention(HeadedAttention):
         text: the text that attends along with them.
         crossed: whether the values are of other tokens than the queries.
         gives: what the layer returns, for one that says nothing; None where that is not known.
+        shared: input projections that have one head where the others have several (grouped-query attention), and how
+            many; such a group counts as one head here, ``head_dim`` wide in all, because its keys serve all of it.
     """
 
     core: nn.Module
@@ -106,6 +108,7 @@ class ProjectedAttention(HeadedAttention):
     text: Stream | None = None
     crossed: bool = False
     gives: Literal["tensor", "tensor and weights"] | None = None
+    shared: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def output(self) -> nn.Linear:  # type: ignore[override]
@@ -122,7 +125,13 @@ class ProjectedAttention(HeadedAttention):
         """The layer's own tokens, then the text."""
         if self.crossed:
             return ()
-        own = Stream(value=(self.core, self.inputs[-1]), output=(self.holder, self.output_name), tokens=self.tokens)
+        values = self.inputs[-1]
+        own = Stream(
+            value=(self.core, values),
+            output=(self.holder, self.output_name),
+            tokens=self.tokens,
+            shared=self.shared.get(values, 1),
+        )
         return (own, *self.of_text())
 
     def of_text(self) -> tuple[Stream, ...]:
@@ -133,8 +142,9 @@ class ProjectedAttention(HeadedAttention):
         """Take every other head out of the projections and set the layer's counts. Spent afterwards: ask anew."""
         assert kept, "a layer needs at least one head"
         assert set(kept) <= set(range(self.heads)), f"heads {kept} of {self.heads}"
-        rows = head_indices(kept, heads=self.heads, head_dim=self.head_dim, stacks=self.stacks)
         for name in self.inputs:
+            width = self.head_dim // self.shared.get(name, 1)
+            rows = head_indices(kept, heads=self.heads, head_dim=width, stacks=self.stacks)
             setattr(self.core, name, keep_rows(linear_at(self.core, name), rows))
         columns = head_indices(kept, heads=self.heads, head_dim=self.head_dim)
         width = self.heads * self.head_dim
@@ -318,7 +328,8 @@ def obstacles(attention: ProjectedAttention, known: Collection[str]) -> Iterator
             return
     width = attention.heads * attention.head_dim
     sizes = {name: linear_at(core, name).out_features for name in attention.inputs}
-    if any(size != attention.stacks * width for size in sizes.values()):
+    shared = attention.shared
+    if any(size * shared.get(name, 1) != attention.stacks * width for name, size in sizes.items()):
         yield f"its {attention.heads} heads of {attention.head_dim} do not fill its projections: {sizes}"
     for output, others in zip(attention.outputs, (attention.others, 0), strict=False):
         if output.in_features != width + others:

@@ -6,13 +6,14 @@ it knows (named in its ``RECOGNISERS``). Families look at a layer's structure an
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -31,11 +32,13 @@ class Stream:
         value: where the projection is whose last ``heads * head_dim`` features are the values, head after head.
         output: where the projection is that reads the heads' results for these tokens.
         tokens: ``own``: the layer's own; ``text``: text that attends along with them; ``both`` in one row.
+        shared: how many times over a head's columns repeat its values: several query heads may read one.
     """
 
     value: Place
     output: Place
     tokens: Literal["own", "text", "both"] = "own"
+    shared: int = 1
 
 
 class HeadedAttention(ABC):
@@ -107,18 +110,46 @@ class BlockStack:
     Args:
         blocks: in order.
         fixed: positions of those that must stay, and why.
+        holder: the module that calls them in a loop, if it is known.
     """
 
     blocks: nn.ModuleList
     fixed: Mapping[int, str] = field(default_factory=dict)
+    holder: nn.Module | None = None
 
     def keep_blocks(self, kept: Sequence[int]) -> None:
-        """Take every other block out, in place. Spent afterwards: ask anew."""
+        """Take every other block out, in place. Spent afterwards: ask anew.
+
+        What the holder reads by a block's position in its configuration is cut alike, in a copy of its own.
+        """
         assert kept, "a stack needs at least one block"
         assert set(self.fixed) <= set(kept), f"blocks {sorted(self.fixed)} must stay"
+        if self.holder is not None and len(kept) < len(self.blocks):
+            cut_lists(self.holder, kept, of=len(self.blocks))
         blocks = [self.blocks[i] for i in kept]
         del self.blocks[:]
         self.blocks.extend(blocks)
+
+
+BY_POSITION = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")
+"""Lists with an entry for each block that configurations of transformers hold, and models read by position."""
+
+
+def cut_lists(holder: nn.Module, kept: Sequence[int], *, of: int) -> None:
+    """Give a module a configuration of its own whose lists for ``of`` blocks are those of the blocks kept."""
+    config = getattr(holder, "config", None)
+    if config is None or isinstance(config, Mapping):
+        return
+    named: dict[str, Any] = {name: getattr(config, name, None) for name in BY_POSITION}
+    lists = {name: found for name, found in named.items() if isinstance(found, list | tuple) and len(found) == of}
+    if not lists:
+        return
+    own: Any = copy.copy(config)
+    for name, found in lists.items():
+        object.__setattr__(own, name, [found[i] for i in kept])
+    if getattr(own, "num_hidden_layers", None) == of:
+        object.__setattr__(own, "num_hidden_layers", len(kept))
+    holder.config = own
 
 
 class TokenBlock(ABC):
@@ -285,11 +316,18 @@ def layers_of(model: nn.Module, trait: type[Trait]) -> Iterator[tuple[str, Trait
     """Each layer that has the trait, with its module path, in the model's order."""
     for path, module in model.named_modules():
         if (answer := trait_of(module, trait)) is not None:
-            yield path, answer
+            yield path, held(model, path, answer)
 
 
 def layer_at(model: nn.Module, path: str, trait: type[Trait]) -> Trait:
     """The layer at a path that a plan names."""
     answer = trait_of(model.get_submodule(path), trait)
     assert answer is not None, f"{path} lost its trait {trait.__name__} between plan and rewrite"
+    return held(model, path, answer)
+
+
+def held(model: nn.Module, path: str, answer: Trait) -> Trait:
+    """An answer that also knows the module around it, where that matters: a list of blocks is called by its holder."""
+    if isinstance(answer, BlockStack) and path:
+        return cast(Trait, replace(answer, holder=model.get_submodule(path.rpartition(".")[0])))
     return answer

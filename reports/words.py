@@ -8,8 +8,13 @@ from typing import Any
 
 from reports.record import Verdict
 
-VERDICT: dict[Verdict, str] = {"met": "met", "missed": "missed", "not_measured": "not measured"}
-GLYPH: dict[Verdict, str] = {"met": "✓", "missed": "✗", "not_measured": "○"}
+VERDICT: dict[Verdict, str] = {
+    "met": "met",
+    "missed": "missed",
+    "not_measured": "not measured",
+    "inconclusive": "inconclusive",
+}
+GLYPH: dict[Verdict, str] = {"met": "✓", "missed": "✗", "not_measured": "○", "inconclusive": "?"}
 NOT_MEASURED = VERDICT["not_measured"]
 
 
@@ -17,6 +22,8 @@ def number(value: float, digits: int = 3) -> str:
     """So many significant digits; scientific below 0.001 and from 100 000 on, so that nothing small reads as zero."""
     if value == 0:
         return "0"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
     if 1e-3 <= abs(value) < 1e5:
         return f"{value:.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
     return f"{value:.{digits - 1}e}"
@@ -75,6 +82,8 @@ def cosine(value: float) -> str:
 
 def decibels(value: float | None) -> str:
     """A signal-to-noise ratio; none stands for equal outputs."""
+    if value is not None and math.isinf(value):
+        return f"{number(value)} dB"
     return "infinite (equal)" if value is None else f"{value:.1f} dB"
 
 
@@ -82,6 +91,8 @@ def figure(value: float | None, unit: str = "") -> str:
     """A figure beside a bound or beside the original's: precise enough not to seem to be on the other side of it."""
     if value is None:
         return NOT_MEASURED
+    if math.isinf(value):
+        return f"{number(value)} {unit}".strip()
     text = cosine(value) if 0 < abs(1 - value) < 1e-5 else f"{value:.6g}"
     return f"{text} {unit}".strip()
 

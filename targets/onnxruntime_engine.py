@@ -257,8 +257,29 @@ class SessionRunner:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Named inputs -> named outputs; inputs that the graph folded away are left out."""
-        found = self.session.run(None, {name: array for name, array in inputs.items() if name in self.inputs})
+        given = {name: array for name, array in inputs.items() if name in self.inputs}
+        try:
+            found = self.session.run(None, given)
+        except Exception as cause:  # onnxruntime raises pybind classes of no common base
+            raise self.refusal(given, cause) from cause
         return dict(zip(self.outputs, found, strict=True))
+
+    def refusal(self, inputs: Arrays, cause: Exception) -> ToolchainError:
+        """The error for a call that the session does not take, with the dimensions by name."""
+        given = {value.name: inputs[value.name].shape for value in self.session.get_inputs() if value.name in inputs}
+        sizes = {
+            dim: size
+            for value in self.session.get_inputs()
+            for dim, size in zip(value.shape, given.get(value.name, ()), strict=False)
+            if isinstance(dim, str)
+        }
+        shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in given.items())
+        at = ", ".join(f"{dim} = {size}" for dim, size in sizes.items())
+        said = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        return ToolchainError(
+            f"ONNX Runtime cannot run the graph at {at or 'these sizes'} ({shapes}): {said}",
+            help="call it with sizes that the model takes",
+        )
 
     def first_non_finite(self, inputs: Arrays) -> str:
         """Module path, or node name, of the first value in the graph that is not finite; empty when all are.
@@ -296,6 +317,24 @@ def four_bit_products(model: ir.Model) -> bool:
         node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].dtype in four
         for node in model.graph
     )
+
+
+def unoptimized(path: Path, threads: int) -> SessionRunner:
+    """An ONNX file in ONNX Runtime on the CPU as it is written, without any rewriting.
+
+    Raises:
+        ToolchainError: ONNX Runtime refuses it.
+    """
+    runtime = require("onnxruntime", extra="gpu")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what goes wrong is raised
+    try:
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as cause:  # as above
+        raise ToolchainError(f"ONNX Runtime refuses the graph: {str(cause).splitlines()[0]}") from cause
+    return SessionRunner(session, path)
 
 
 def keep_only(path: Path, folder: Path) -> None:

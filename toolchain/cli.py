@@ -138,7 +138,9 @@ def parser() -> Parser:
     one = command("bench", "paired latency of engines and their original")
     one.add_argument("subject", help="an artifact folder, or a model")
     one.add_argument("--against", action="append", default=[], metavar="SUBJECT", help="time these in turns with it")
-    one.add_argument("--rounds", type=whole(3), default=30, metavar="N", help="timed calls of each runner; default: 30")
+    one.add_argument(
+        "--rounds", type=whole(3), default=30, metavar="N", help="timed calls (samples) of each runner; default: 30"
+    )
     one.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads; default: every core allowed")
     size_option(one)
     source_option(one)
@@ -147,7 +149,12 @@ def parser() -> Parser:
     one = command("compare", "fidelity of two artifacts, engines or models on the same inputs")
     one.add_argument("original", help="artifact folder (FOLDER#TARGET for one engine), model, or .onnx file")
     one.add_argument("candidate", help="the same; compared with the first")
-    one.add_argument("--calls", type=whole(1), default=8, metavar="N", help="calls to compare on; default: 8")
+    one.add_argument(
+        "--calls",
+        type=whole(1),
+        metavar="N",
+        help="calls to compare on; default: as the artifact was validated, else 8",
+    )
     one.add_argument("--gate", action="append", default=[], metavar="BOUND", help="such as 'fidelity.cosine >= 0.999'")
     source_option(one)
     trust_option(one)
@@ -157,6 +164,13 @@ def parser() -> Parser:
     one.add_argument("--baseline", type=Path, required=True, help="JSON file of figures and tolerances")
     one.add_argument("--update", action="store_true", help="write the baseline from this artifact, on purpose")
     one.add_argument("--junit", type=Path, help="also write the outcome as JUnit XML")
+    one.add_argument(
+        "--figure",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="a figure of your own to hold too, such as accuracy=0.913; 'wer=0.12,lower' where less is better",
+    )
 
     one = command("report", "render report.html, report.md and junit.xml again from report.json")
     one.add_argument("artifact", type=Path, help="artifact folder")

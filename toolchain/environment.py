@@ -32,10 +32,11 @@ def describe() -> dict[str, Any]:
     gpu = machine.gpu()
     return {
         "cpu": machine.cpu_model(),
+        "cpu_id": machine.cpu_id(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instructions": sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}),
         "int8_saturates": machine.int8_saturates(),
-        "gpu": "yes" if gpu.yes else f"none: {gpu.reason}",
+        "gpu": machine.gpu_name() if gpu.yes else f"none: {gpu.reason}",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -82,7 +82,9 @@ class Validation(Table):
     skip: bool = Field(False, description="build only")
     calls: int = Field(8, ge=1, description="held-out calls that outputs are compared on")
     samples: int | None = Field(None, ge=1, description="samples drawn in whole runs; None: what the model's task says")
-    rounds: int = Field(20, ge=3, description="timed calls of each runner, taken in turns")
+    rounds: int = Field(
+        30, ge=3, description="timed calls (samples) of each runner, taken in turns of 3; below 24 a ratio is unsafe"
+    )
     warm_up: int = Field(3, ge=1, description="untimed calls of each runner before")
     threads: int | None = Field(None, ge=1, description="CPU threads of each runner; None: every core allowed")
     batch: dict[str, int] = Field({}, description="sizes of dynamic dimensions for timing; default: typical sizes")

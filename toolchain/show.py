@@ -145,6 +145,8 @@ def source_details(prefix: str, text: str, trust_remote_code: bool) -> dict[str,
         "weights": model.weights,
         "inputs": inputs_as_json(model.inputs),
         "outputs": list(model.outputs),
+        "left_out": [vars(each) for each in model.left_out],
+        "notes": list(model.notes),
         "published": [],
     }
 
@@ -216,6 +218,10 @@ def tell_model(data: dict[str, Any]) -> None:
     for spec in data["inputs"]:
         print(f"input {spec['name']} ({', '.join(map(sized(spec), spec['shape']))}) {spec['dtype']}{limits_text(spec)}")
     print(f"outputs: {', '.join(data['outputs'])}")
+    for entry in data.get("left_out", []):
+        print(f"left out: {entry['name']} ({entry['reason']})")
+    for note in data.get("notes", []):
+        print(f"note: {note}")
     for figure in data["published"]:
         print(f"published {figure['figure']}: {figure['value']} ({figure['source']})")
 

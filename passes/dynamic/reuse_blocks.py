@@ -33,6 +33,7 @@ from passes.stacks import stacks_of
 from passes.surgery import share
 from passes.traits import BlockStack, layer_at
 from passes.variants import Reusing
+from passes.walking import why_not_without
 from toolchain.errors import ToolchainError
 
 
@@ -92,6 +93,8 @@ class ReuseBlocks(Pass):
         rows = len(example[told.input])
         skipped |= {path: r for path in stacks if path not in skipped and (r := why_not(found.get(path), rows))}
         fit = [path for path in stacks if path not in skipped]
+        skipped |= {path: r for path in fit if (r := why_not_without(model, path, stacks[path], (), context))}
+        fit = [path for path in fit if path not in skipped]
         if not fit:
             return Plan(choice={}, skipped=skipped)
         path = max(fit, key=lambda path: len(stacks[path].blocks))  # of equals the first

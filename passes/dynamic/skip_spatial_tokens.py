@@ -24,7 +24,7 @@ from passes.contract import Context, Pass, Plan
 from passes.dynamic.skipping import SkipStep, fitted, watched
 from passes.selection import check_patterns, excluded_by
 from passes.tokens.interpreter import interpreter
-from passes.tokens.running import SHORTENS, Found, Step, blocks_of, replace_stacks, token_stacks
+from passes.tokens.running import SHORTENS, Found, Step, blocks_of, path_of, replace_stacks, token_stacks
 from passes.traits import TokenStack, layers_of
 from toolchain.errors import ToolchainError
 
@@ -87,9 +87,7 @@ class SkipSpatialTokens(Pass):
 
         Raises ``ToolchainError`` for a model that lacks a block of the plan.
         """
-        known = {
-            f"{o}.{s.path}".lstrip(".") + f".{i}" for o, s in layers_of(model, TokenStack) for i in range(len(s.blocks))
-        }
+        known = {f"{path_of(o, s)}.{i}" for o, s in layers_of(model, TokenStack) for i in range(len(s.blocks))}
         for path in plan.choice:
             if path not in known:
                 raise ToolchainError(f"the plan is for another model: {path!r} is no block of this one")

@@ -14,8 +14,8 @@ from passes.contract import Context
 from passes.tokens.dropping import best
 from passes.tokens.interpreter import Interpreter, fit
 from passes.tokens.matching import rows
-from passes.tokens.running import Found, Step, TokenRun, Tokens
-from passes.traits import TokenBlock, TokenStack, layers_of
+from passes.tokens.running import Found, Step, TokenRun, Tokens, stack_at
+from passes.traits import TokenBlock
 from toolchain.errors import ToolchainError
 
 
@@ -44,13 +44,19 @@ class SkipStep(Step):
         """Gather, feed-forward, and the tokens that ran back in their places."""
         x = tokens.x
         scores = self.router.products(x)[..., 0]  # (B, N)
-        picked = best(scores, self.count, self.leading)
+        picked = best(scores, self.count, call.ahead + self.leading)
         run = rows(x, picked)  # (B, m, D)
-        y = call.feed_forward(call.feed_forward_input(run))
+        y = call.feed_forward(
+            rows(call.feed_forward_input(x), picked) if call.parallel else call.feed_forward_input(run)
+        )
         if self.learns or self.training:
             gate = rows(scores.sigmoid()[..., None], picked)
             y = y * (1 + (gate - gate.detach()))  # 1 to the last bit
-        tokens.x = put_back(x, call.add_feed_forward(run, y), picked)
+        if call.parallel:  # the projection reads both halves, of every token
+            idle = y.new_zeros(()).expand(*x.shape[:2], y.shape[-1])
+            tokens.x = call.add_feed_forward(x, put_back(idle, y, picked))
+        else:
+            tokens.x = put_back(x, call.add_feed_forward(run, y), picked)
 
 
 def put_back(x: Tensor, run: Tensor, picked: Tensor) -> Tensor:
@@ -73,17 +79,19 @@ class Watch(Step):
     def feed(self, tokens: Tokens, call: TokenBlock) -> None:
         """The feed-forward, and the norm of its change over that of the token."""
         before = tokens.x
-        super().feed(tokens, call)
-        change = torch.linalg.vector_norm(tokens.x - before, dim=-1) / torch.linalg.vector_norm(before, dim=-1)
-        self.inputs.append(before[:, self.leading :])
-        self.moved.append(change[:, self.leading :])
+        y = call.feed_forward(call.feed_forward_input(before))
+        tokens.x = call.add_feed_forward(before, y)
+        still = call.add_feed_forward(before, torch.zeros_like(y)) if call.parallel else before
+        change = torch.linalg.vector_norm(tokens.x - still, dim=-1) / torch.linalg.vector_norm(before, dim=-1)
+        self.inputs.append(before[:, call.ahead + self.leading :])
+        self.moved.append(change[:, call.ahead + self.leading :])
 
 
 def watched(model: nn.Module, found: Found, context: Context) -> list[Watch]:
     """What each block of a stack did on the calibration inputs; the model stays as it was."""
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
-    stack = next(s for owner, s in layers_of(twin, TokenStack) if f"{owner}.{s.path}".lstrip(".") == found.path)
+    stack = stack_at(twin, found.path)
     steps = [Watch(block, stack.block, leading=stack.leading) for block in stack.blocks]
     stack.put(TokenRun(steps, restore=False))
     with torch.no_grad():

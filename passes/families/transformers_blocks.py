@@ -15,25 +15,47 @@ from passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttenti
 
 
 def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
-    """``ViTAttention``: ``q_proj``, ``k_proj``, ``v_proj``, and ``o_proj`` that reads the heads."""
-    if not all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim")):
+    """``ViTAttention``, ``CLIPAttention``, ``LlamaAttention``: three projections, and one that reads the heads.
+
+    Where keys and values have fewer heads than queries (Llama, Gemma, Mistral, Qwen), the query heads that share one
+    go together.
+    """
+    if not all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "head_dim")):
+        return None
+    output = next((name for name in ("o_proj", "out_proj") if hasattr(module, name)), None)
+    if output is None:
         return None
     layer: Any = module
-    if not hasattr(module, "num_attention_heads"):
-        return FixedAttention("it does not say how many heads it has")
+    count = next((name for name in ("num_attention_heads", "num_heads") if hasattr(module, name)), None)
+    queries, keys = (getattr(getattr(module, name), "out_features", 0) for name in ("q_proj", "k_proj"))
+    each = queries // keys if keys and queries % keys == 0 else 1
+    if count is not None and each > 1:
+        return FixedAttention(f"it counts its heads, and {each} of them share a key")
     return projected_attention(
         ProjectedAttention(
             core=module,
             inputs=("q_proj", "k_proj", "v_proj"),
             stacks=1,
             holder=module,
-            output_name="o_proj",
-            heads=layer.num_attention_heads,
-            head_dim=layer.head_dim,
-            counts={"num_attention_heads": 1},
+            output_name=output,
+            heads=queries // (layer.head_dim * each) if count is None else getattr(layer, count),
+            head_dim=layer.head_dim * each,
+            counts={} if count is None else {count: 1},
             gives="tensor and weights",
-        )
+            shared={"k_proj": each, "v_proj": each} if each > 1 else {},
+        ),
+        whole=norms_of_a_head(module, layer.head_dim),
     )
+
+
+def norms_of_a_head(layer: nn.Module, head_dim: int) -> set[str]:
+    """Names of norms of queries and keys that work within one head, whichever it is (Gemma3, Qwen3)."""
+    found = {name: getattr(layer, name, None) for name in ("q_norm", "k_norm")}
+    return {
+        name
+        for name, norm in found.items()
+        if tuple(getattr(getattr(norm, "weight", None), "shape", ())) == (head_dim,)
+    }
 
 
 def attention_beside_output(module: nn.Module) -> HeadedAttention | FixedAttention | None:
@@ -55,6 +77,36 @@ def attention_beside_output(module: nn.Module) -> HeadedAttention | FixedAttenti
             counts={"num_attention_heads": 1, "all_head_size": core.attention_head_size},
             gives="tensor and weights",
         )
+    )
+
+
+def fused_attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
+    """``GPT2Attention``: ``c_attn`` stacks all queries, then all keys, then all values; ``c_proj`` reads the heads."""
+    if not all(hasattr(module, name) for name in ("c_attn", "c_proj", "num_heads", "head_dim", "split_size")):
+        return None
+    layer: Any = module
+    return projected_attention(
+        ProjectedAttention(
+            core=module,
+            inputs=("c_attn",),
+            stacks=3,
+            holder=module,
+            output_name="c_proj",
+            heads=layer.num_heads,
+            head_dim=layer.head_dim,
+            counts={"num_heads": 1, "split_size": layer.head_dim},
+            gives="tensor and weights",
+        ),
+        whole={name for name, _ in module.named_buffers(recurse=False)},  # the causal mask, in older releases
+    )
+
+
+def fused_feed_forward(module: nn.Module) -> FeedForward | None:
+    """``GPT2MLP``: ``c_fc``, an activation, ``c_proj``."""
+    if not (hasattr(module, "c_fc") and hasattr(module, "c_proj") and hasattr(module, "act")):
+        return None
+    return projected_feed_forward(
+        ProjectedFeedForward(layer=module, writers=((module, "c_fc"),), stacks=1, reader=(module, "c_proj"))
     )
 
 
@@ -110,9 +162,11 @@ def stack(module: nn.Module) -> BlockStack | None:
     return BlockStack(module) if alike and attends else None
 
 
+ATTENTIONS = (attention, attention_beside_output, fused_attention)
+
 RECOGNISERS = {
-    HeadedAttention: (only(HeadedAttention, attention), only(HeadedAttention, attention_beside_output)),
-    FixedAttention: (only(FixedAttention, attention), only(FixedAttention, attention_beside_output)),
-    FeedForward: (feed_forward, gated_feed_forward, feed_forward_in_two),
+    HeadedAttention: tuple(only(HeadedAttention, one) for one in ATTENTIONS),
+    FixedAttention: tuple(only(FixedAttention, one) for one in ATTENTIONS),
+    FeedForward: (feed_forward, gated_feed_forward, feed_forward_in_two, fused_feed_forward),
     BlockStack: (stack,),
 }

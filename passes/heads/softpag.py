@@ -160,13 +160,18 @@ class BlendedHeads(nn.Module):
         place: under which the values are noted.
         columns: (S', W), for each head chosen here 1 in its columns.
         first: of its heads among all chosen ones.
+        shared: how often a head's columns repeat its values.
+        head_dim: columns of a head.
     """
 
     columns: Tensor
 
-    def __init__(self, linear: nn.Module, call: Call, place: str, columns: Tensor, first: int) -> None:
+    def __init__(
+        self, linear: nn.Module, call: Call, place: str, columns: Tensor, first: int, *, shared: int, head_dim: int
+    ) -> None:
         super().__init__()
         self.linear, self.call, self.place, self.first = linear, call, place, first
+        self.shared, self.head_dim = shared, head_dim
         self.register_buffer("columns", columns, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +180,10 @@ class BlendedHeads(nn.Module):
             return self.linear(x)
         self.call.touched = True
         width = self.columns.shape[1]
-        value = self.call.values.pop(self.place)[..., -width:]
+        value = self.call.values.pop(self.place)[..., -(width // self.shared) :]
+        if self.shared > 1:
+            one = value.unflatten(-1, (-1, 1, self.head_dim // self.shared))
+            value = one.expand(*one.shape[:-2], self.shared, one.shape[-1]).flatten(-3)
         results, others = x[..., :width], x[..., width:]
         results = results + self.strength(x) * (value - results)
         return self.linear(torch.cat([results, others], dim=-1) if others.shape[-1] else results)
@@ -197,7 +205,9 @@ def blend_in(stream: Stream, layer: HeadedAttention, entry: Mapping[str, Json], 
     columns = torch.zeros(len(entry["heads"]), layer.heads, layer.head_dim, device=output.weight.device)
     for row, head in enumerate(entry["heads"]):
         columns[row, head] = 1
-    blended = BlendedHeads(output, call, place, columns.flatten(1), entry["first"])
+    blended = BlendedHeads(
+        output, call, place, columns.flatten(1), entry["first"], shared=stream.shared, head_dim=layer.head_dim
+    )
     setattr(*stream.value, NotedValues(values, call, place).train(values.training))
     setattr(*stream.output, blended.train(output.training))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from passes.contract import Context, Pass, Plan
 from passes.pruning.probes import evaluating
-from passes.selection import check_patterns, excluded_by
+from passes.selection import check_patterns, excluded_by, other_matrices
 from passes.surgery import linear_like, put_at
 from toolchain.errors import ToolchainError
 
@@ -58,7 +58,8 @@ class Factorize(Pass):
             self.check_calibration(context, "method 'activation'", otherwise="take method = 'weight'")
         found = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
         check_patterns(self.exclude, found, what="linear layer")
-        skipped = {path: reason for path, layer in found.items() if (reason := self.reason_to_skip(path, layer))}
+        skipped = other_matrices(model, found, "only linear layers are factorized")
+        skipped |= {path: reason for path, layer in found.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in found.items() if path not in skipped}
         refuse_meta(layers)
         squares = squares_of_inputs(model, layers, context) if self.method == "activation" else {}

@@ -25,6 +25,7 @@ from passes.selection import check_patterns, excluded_by
 from passes.stacks import stacks_of
 from passes.surgery import share
 from passes.traits import BlockStack, layer_at
+from passes.walking import why_not_without
 from toolchain.errors import ToolchainError, unknown
 
 Stacks = Mapping[str, BlockStack]
@@ -69,11 +70,23 @@ class PruneDepth(Pass):
         numbers = {name: self.number_removed(name, stack, stays) for name, stack in stacks.items()}
         facts: dict[str, Any] = {}
         if self.method == "list":
-            gone = self.listed(stacks, stays)
+            gone, whole = self.listed(stacks, stays), {}
         else:
+            first = {
+                name: [i for i, path in enumerate(paths_of(name, s)) if path not in stays] for name, s in stacks.items()
+            }
+            whole = kept_whole(model, stacks, {name: first[name][: numbers[name]] for name in stacks}, context)
+            numbers = {name: number if name not in whole else 0 for name, number in numbers.items()}
             gone, facts = self.judged(model, stacks, stays, numbers, context)
-        choice = {name: {"removed": sorted(gone[name]), "of": len(stacks[name].blocks)} for name in gone if gone[name]}
-        skipped = {name: self.reason(stacks[name], name, stays) for name in stacks if name not in choice}
+        whole |= kept_whole(model, stacks, gone, context)
+        choice = {
+            name: {"removed": sorted(gone[name]), "of": len(stacks[name].blocks)}
+            for name in gone
+            if gone[name] and name not in whole
+        }
+        skipped = {
+            name: whole.get(name) or self.reason(stacks[name], name, stays) for name in stacks if name not in choice
+        }
         return Plan(choice=choice, skipped=stays | skipped | others, facts={"method": self.method, **facts})
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -141,6 +154,12 @@ class PruneDepth(Pass):
             free = [i for i in free if f"{name}.{i}" not in stays]
             gone[name] = sorted(free, key=lambda i, name=name: (found[f"{name}.{i}"], i))[:number]  # type: ignore[misc]
         return gone, {"influence": found, "calibration_batches": len(context.calibration)}
+
+
+def kept_whole(model: nn.Module, stacks: Stacks, gone: Gone, context: Context) -> dict[str, str]:
+    """Stacks that cannot lose these blocks, and why, as one call of the model shows."""
+    tried = {name: why_not_without(model, name, stacks[name], gone[name], context) for name in gone if gone[name]}
+    return {name: reason for name, reason in tried.items() if reason}
 
 
 def paths_of(name: str, stack: BlockStack) -> list[str]:

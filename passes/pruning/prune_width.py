@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from passes.audit import without_proof
 from passes.contract import Context, Pass, Plan
 from passes.pruning.hidden_units import activation_scores, random_scores, taylor_scores, weight_norms
 from passes.selection import check_patterns, excluded_by
@@ -65,6 +66,8 @@ class PruneWidth(Pass):
         check_patterns(self.exclude, [*layers, *skipped], what="feed-forward")
         skipped |= {path: reason for path in layers if (reason := self.reason_to_skip(path, layers[path]))}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
+        skipped |= (disproved := without_proof(model, layers, context))
+        layers = {path: layer for path, layer in layers.items() if path not in disproved}
         scores = self.scores(model, layers, context)
         skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in scores}
         numbers = self.numbers_kept(scores)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from passes.contract import Context, Pass, Plan
 from passes.patterns import PATTERN
 from passes.pruning.factorize import refuse_meta, squares_of_inputs
-from passes.selection import check_patterns, excluded_by
+from passes.selection import check_patterns, excluded_by, other_matrices
 from passes.surgery import linear_like, put_at
 from toolchain.errors import ToolchainError
 
@@ -59,6 +59,7 @@ class Sparsify24(Pass):
             for path, module in model.named_modules()
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         }
+        skipped |= other_matrices(model, {*found, *skipped}, "only linear layers become sparse")
         check_patterns(self.exclude, [*found, *skipped], what="linear layer")
         skipped |= {path: reason for path, layer in found.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in found.items() if path not in skipped}

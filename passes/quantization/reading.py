@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from passes.contract import Context
 from passes.quantization.scales import some_rows
 from passes.quantization.smoothing import scales_with_weight
-from passes.selection import check_patterns, excluded_by
+from passes.selection import check_patterns, excluded_by, never_called, other_matrices
 
 TRAIL = "_enginewright_trail"
 """The attribute of a tensor under which its readers are noted, so that the note goes when the tensor does."""
@@ -105,12 +105,13 @@ def linear_layers(
             reason = excluded_by(path, exclude)
             if not reason and module.weight.numel() < smallest:
                 reason = f"has {module.weight.numel()} weights, fewer than {smallest}"
-            if reason := reason or fits(module):
+            if reason := reason or never_called(module) or fits(module):
                 skipped[path] = reason
             else:
                 layers[path] = module
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding):
             skipped[path] = f"{type(module).__name__}: only linear layers are quantized"
+    skipped |= other_matrices(model, {*layers, *skipped}, "only linear layers are quantized")
     check_patterns(exclude, [*layers, *skipped], what="linear layer")
     return layers, skipped
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from passes.contract import Context
 from passes.tokens.dropping import probabilities, received
 from passes.tokens.interpreter import fit, interpreter
-from passes.tokens.running import Found, Step, TokenRun, Tokens
-from passes.traits import TokenBlock, TokenStack, layers_of
+from passes.tokens.running import Found, Step, TokenRun, Tokens, stack_at
+from passes.traits import TokenBlock
 
 
 class Watch(Step):
@@ -49,7 +49,7 @@ def watched(model: nn.Module, found: Found, context: Context) -> list[Watch]:
     """What each block of a stack saw on the calibration inputs; the model stays as it was."""
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
-    stack = next(s for owner, s in layers_of(twin, TokenStack) if f"{owner}.{s.path}".strip(".") == found.path)
+    stack = stack_at(twin, found.path)
     by_class = stack.leading > 0 and not stack.padded
     steps = [Watch(block, stack.block, by_class=by_class, leading=stack.leading) for block in stack.blocks]
     stack.put(TokenRun(steps, restore=True))

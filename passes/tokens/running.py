@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from passes.audit import Call, disagreement, first_call, quietly, repeats, see, signature
 from passes.contract import Context, Plan, macs
+from passes.surgery import share
 from passes.tokens.matching import rows
 from passes.traits import TokenBlock, TokenStack, layers_of
 from toolchain.errors import ToolchainError
@@ -202,13 +204,54 @@ def count_tokens(model: nn.Module, stack: TokenStack, context: Context) -> int |
 
 def token_stacks(model: nn.Module, context: Context) -> tuple[list[Found], dict[str, str]]:
     """The stacks of a model; or, where there is none, why it is left alone, by module path."""
+    stacks = {path_of(owner, stack): stack for owner, stack in layers_of(model, TokenStack)}
+    skipped = {path: reason for path, stack in stacks.items() if (reason := refuted(model, path, stack, context))}
     found = [
-        Found(path=f"{owner}.{stack.path}".strip("."), stack=stack, tokens=count_tokens(model, stack, context))
-        for owner, stack in layers_of(model, TokenStack)
+        Found(path=path, stack=stack, tokens=count_tokens(model, stack, context))
+        for path, stack in stacks.items()
+        if path not in skipped
     ]
-    return found, {} if found else {
-        "": f"no family knows how the blocks of a {type(model).__name__} run on fewer tokens"
-    }
+    none = f"no family knows how the blocks of a {type(model).__name__} run on fewer tokens"
+    return found, skipped if stacks else {"": none}
+
+
+def path_of(owner: str, stack: TokenStack) -> str:
+    """The path of a stack's list of blocks, which the module at ``owner`` answered for."""
+    return f"{owner}.{stack.path}".strip(".")
+
+
+def stack_at(model: nn.Module, path: str) -> TokenStack:
+    """The stack whose list of blocks is at a path."""
+    return next(stack for owner, stack in layers_of(model, TokenStack) if path_of(owner, stack) == path)
+
+
+def refuted(model: nn.Module, path: str, stack: TokenStack, context: Context) -> str:
+    """Why a stack's blocks are not those of its family, or empty: run taken apart, with no token gone, they must agree.
+
+    First each kind of block alone, so that the reason names it, then all of them in the model.
+    """
+    paths = [f"{path}.{number}" for number in range(len(stack.blocks))]
+    seen = see(model, paths, context)
+    if seen is None or not all(each in seen.calls for each in paths):
+        return ""
+    looks = f"looks like a block that is known, and this {type(stack.blocks[0]).__name__} does not compute like one"
+    proven: set[Any] = set()
+    for each, block in zip(paths, stack.blocks, strict=True):
+        call, key = seen.calls[each][0], signature(block)
+        if key in proven:
+            continue
+        proven.add(key)
+        if not repeats(seen, call, block):
+            continue
+        with quietly(block):
+            if said := disagreement(seen, call, TokenRun([Step(block, stack.block)], restore=True)):
+                return f"{looks}: taken apart, {said}"
+    twin = share(model)
+    whole = stack_at(twin, path)
+    whole.put(TokenRun([Step(block, whole.block) for block in whole.blocks], restore=True))
+    with quietly(twin):
+        said = disagreement(seen, Call((), first_call(context) or {}, seen.calls[""][0].output), twin)
+    return f"its blocks cannot run as one, as fewer tokens need: of the whole model, {said}" if said else ""
 
 
 def blocks_of(found: Iterable[Found]) -> list[str]:
@@ -228,7 +271,7 @@ def replace_stacks(
         restore: give as many tokens back as came in.
     """
     for owner, stack in list(layers_of(model, TokenStack)):
-        path = f"{owner}.{stack.path}".strip(".")
+        path = path_of(owner, stack)
         if any(f"{path}.{i}" in plan.choice for i in range(len(stack.blocks))):
             steps = [step(stack, block, f"{path}.{i}") for i, block in enumerate(stack.blocks)]
             stack.put(TokenRun(steps, restore=restore))

@@ -108,7 +108,7 @@ def test_structure_and_8_bits_together(tmp_path: Path) -> None:
 def test_a_missed_gate_ends_in_1_and_an_unmeasured_one_in_3(tmp_path: Path) -> None:
     for gate, target, code in (
         ("fidelity.cosine >= 0.999999999", "onnxruntime", 1),
-        ("tensorrt_rtx: latency.ratio <= 1", "tensorrt_rtx", 3 if not TensorRtRtx().availability().runnable.yes else 0),
+        ("tensorrt_rtx: latency.ratio <= 1", "tensorrt_rtx", 3),  # not run, or from too few samples
         ("quality.judged_as_asked >= 0.9", "onnxruntime", 3),
     ):
         recipe = make(
@@ -254,6 +254,20 @@ def test_validation_inputs_are_not_the_calibration_inputs() -> None:
     assert not any(np.array_equal(a["x"].numpy(), b["x"]) for a in fit for b in held)
 
 
+def test_a_thousand_calibration_calls_and_more_do_not_reach_the_validation_inputs() -> None:
+    from toolchain import calibration
+    from toolchain.sources.contract import Model
+    from validation.inputs import InputSpec
+
+    spec = InputSpec(name="x", shape=(2,))
+    model = Model(name="m", module=torch.nn.Identity(), inputs=(spec,), outputs=("y",), weights="none")
+    fit = calibration.made(model, 1100, 0)
+    held = model.batches(8, calibration.VALIDATION_SEED)
+    assert len({call["x"].tobytes() for call in fit}) == 1100
+    assert not any(np.array_equal(a["x"], b["x"]) for a in fit for b in held)
+    assert np.array_equal(fit[0]["x"], model.batches(1, calibration.CALIBRATION_SEED)[0]["x"])
+
+
 def test_the_plan_on_disk_is_the_plan_in_the_report(artifact: Path) -> None:
     from passes.contract import Plan
 
@@ -269,3 +283,38 @@ def test_sizes_to_time_at_are_checked_before_any_work(tmp_path: Path) -> None:
         pipeline.export(recipe, tmp_path / "out", force=False, progress=Progress(quiet=True))
     assert "batch is 99; the model takes 1 to " in str(caught.value)
     assert "no dynamic dimension named 'bach'" in str(caught.value)
+
+
+def test_steps_that_change_the_reference_are_named_in_the_report(artifact: Path) -> None:
+    assert pipeline.said_of_reference(["fold_adapters", "merge_models"]) == (
+        "the original as fold_adapters and merge_models rewrote it"
+    )
+    run = Run(
+        make({"model": "dit:tiny", "steps": [{"pass": "prune_heads"}, {"pass": "fix_inputs", "inputs": {"y": 1}}]}),
+        QUIET,
+    )
+    run.optimize()
+    assert run.rewriters == ["fix_inputs"]
+    assert record.read(artifact / "report.json").validation["reference"] == "the untouched original"
+
+
+@pytest.mark.xfail(strict=True, reason="needs one state of a run: figures against the untouched original as well")
+def test_a_step_that_rewrites_its_own_reference_does_not_pass_by_construction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from passes.pruning.prune_heads import PruneHeads
+
+    monkeypatch.setattr(PruneHeads, "reference", lambda self, original, plan: self.rewrite(share(original), plan))
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "gates": ["fidelity.relative_l2 <= 0.0001"],  # three quarters of the heads are far more than that
+            "steps": [{"pass": "prune_heads", "share": 0.75}],
+            "targets": [{"target": "pytorch"}],
+            "validation": {"rounds": 3, "calls": 1},
+        }
+    )
+    report, _ = pipeline.export(recipe, tmp_path / "out", force=False, progress=QUIET)
+    assert report.steps[0].changed
+    assert report.validation["reference"] == "the original as prune_heads rewrote it"
+    assert report.verdict == "missed"

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -43,10 +45,29 @@ def test_bert_cross_attention_can_be_cut():
     assert layer(torch.randn(2, 5, 32), encoder_hidden_states=context)[0].shape == (2, 5, 32)
 
 
-def test_a_layer_that_keeps_its_count_elsewhere_is_refused():
-    layer = LlamaAttention(LlamaConfig(num_key_value_heads=2, **SIZES), layer_idx=0)
+@pytest.mark.parametrize("keys", [1, 2, 4])
+def test_query_heads_that_share_a_key_go_together(keys):
+    layer = LlamaAttention(
+        LlamaConfig(num_key_value_heads=keys, attn_implementation="sdpa", **SIZES), layer_idx=0
+    ).eval()
+    found = attention(layer)
+    assert (found.heads, found.head_dim) == (keys, 32 // keys), "a group of query heads counts as one head"
+    if keys == 1:
+        return
+    x, table = torch.randn(2, 5, 32), (torch.randn(1, 5, 8), torch.randn(1, 5, 8))
+    masked = copy.deepcopy(layer)
+    masked.o_proj.weight.data[:, found.head_dim : 2 * found.head_dim] = 0
+    found.keep_heads([head for head in range(keys) if head != 1])
+    assert layer.k_proj.out_features == 8 * (keys - 1)
+    assert layer.q_proj.out_features == 32 - found.head_dim
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, table, None)[0], masked(x, table, None)[0], atol=1e-6, rtol=1e-5)
 
-    assert attention(layer) == FixedAttention("it does not say how many heads it has")
+
+def test_a_layer_whose_projection_writes_more_than_its_heads_is_refused():
+    layer = LlamaAttention(LlamaConfig(num_key_value_heads=2, **SIZES), layer_idx=0)
+    layer.q_proj = nn.Linear(32, 64)  # a gate beside each query, as Qwen3-Next has
+    assert isinstance(attention(layer), FixedAttention)
 
 
 def test_a_position_bias_for_each_head_is_refused_by_name():

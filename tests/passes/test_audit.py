@@ -1,0 +1,154 @@
+"""Layers that have the parts of a known one and compute another thing are left alone, with a reason that says so."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from passes.audit import difference, see
+from passes.contract import Context
+from passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
+from passes.pruning.prune_heads import PruneHeads
+from passes.pruning.prune_width import PruneWidth
+from passes.tokens.prune_tokens import PruneTokens
+from tests.passes.conftest import bert, randomise, vit
+from tests.passes.joint import JOINT
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT = {**SIZES, "vocab_size": 70, "max_position_embeddings": 64}
+PICTURE = {**SIZES, "image_size": 32, "patch_size": 8}
+
+
+def ids(length=24):
+    return {"input_ids": torch.randint(3, 60, (2, length)), "attention_mask": torch.ones(2, length, dtype=torch.long)}
+
+
+def made(name, **config):
+    """A random network of transformers, by the name of its family."""
+    settings = getattr(transformers, f"{name}Config")(**config)
+    return randomise(getattr(transformers, f"{name}Model")(settings))
+
+
+UNLIKE_BERT = {
+    "RoFormer": {"embedding_size": 32},
+    "RobertaPreLayerNorm": {},
+    "Xmod": {"languages": ["en"], "default_language": "en"},
+    "BigBird": {"block_size": 4, "num_random_blocks": 1},
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE_BERT)
+def test_a_block_with_berts_parts_that_computes_another_thing_keeps_its_tokens(name):
+    model = made(name, **TEXT, **UNLIKE_BERT[name])
+    plan = PruneTokens(keep=0.5).plan(model, Context(calibration=[ids(48)]))
+    assert plan.choice == {}
+    assert plan.skipped["encoder.layer"].startswith(
+        f"looks like a block that is known, and this {name}Layer does not compute like one: taken apart, it "
+    )
+
+
+@pytest.mark.parametrize("make", [bert, vit])
+def test_a_block_that_is_what_it_looks_like_is_believed(make):
+    subject = make("sdpa")
+    assert PruneTokens(keep=0.5).plan(subject.model, Context(example=subject.inputs)).choice
+
+
+def test_a_bias_from_outside_that_has_a_row_for_each_head_keeps_the_heads():
+    config = transformers.BeitConfig(**PICTURE, use_relative_position_bias=True)
+    model = randomise(transformers.BeitModel(config))
+    plan = PruneHeads().plan(model, Context(example={"pixel_values": torch.randn(2, 3, 32, 32)}))
+    assert plan.choice == {}
+    assert "with one head taken out it ends in RuntimeError" in plan.skipped["layers.0.attention"]
+
+
+def test_a_convolution_between_two_projections_keeps_the_hidden_units():
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 32],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+    )
+    model = randomise(transformers.SegformerModel(config))
+    plan = PruneWidth().plan(model, Context(example={"pixel_values": torch.randn(1, 3, 32, 32)}))
+    assert plan.choice == {}
+    assert any("this SegformerMixMLP does not compute like one" in reason for reason in plan.skipped.values())
+
+
+def test_what_stands_between_two_projections_is_found_though_it_keeps_every_shape():
+    class Mixing(nn.Module):  # what `prune_width` takes for a feed-forward of ours
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.fc2(self.act(self.fc1(x)).softmax(dim=-1))
+
+    model = nn.Sequential(Mixing())
+    plan = PruneWidth().plan(model, Context(example={"input": torch.randn(3, 8)}))
+    assert plan.choice == {}
+    assert plan.skipped["0"].endswith("with one hidden unit taken out it gives other values")
+
+
+def test_layers_that_never_run_and_models_without_a_call_are_believed_by_their_structure():
+    subject = vit("sdpa")
+    assert see(subject.model, ["layers.0"], Context()) is None
+    assert PruneHeads().plan(subject.model, Context()).choice
+
+
+def test_a_model_without_values_is_looked_at_on_shapes():
+    config = transformers.BeitConfig(**PICTURE, use_relative_position_bias=True)
+    with torch.device("meta"):
+        model = transformers.BeitModel(config).eval()
+    seen = see(model, ["layers.0"], Context(example={"pixel_values": torch.randn(2, 3, 32, 32, device="meta")}))
+    assert not seen.exact
+    assert tuple(seen.calls["layers.0"][0].output.shape) == (2, 17, 32)
+
+
+def test_answers_are_compared_by_form_and_by_value():
+    x = torch.ones(2, 3)
+    assert difference(x, x + 1e-7, exact=True) == ""
+    assert difference(x, x + 1e-2, exact=True) == "it gives other values"
+    assert difference((None, x), (x, x), exact=True) == "", "what nobody reads may be anything"
+    assert difference((x,), x, exact=False) == "it gives a tensor (2, 3), and (a tensor (2, 3)) is wanted"
+    assert difference(x, x * float("nan"), exact=True) == "it gives other values"
+
+
+# Image tokens pass feed-forwards by, and text does not (SD3 and Flux)
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_text_tokens_run_through_every_feed_forward(name):
+    subject = JOINT[name]()
+    context = Context(example=subject.inputs, calibration=[subject.inputs])
+    plan = SkipSpatialTokens(ratio=0.5).plan(subject.model, context)
+    tokens = {"sd3": 16, "flux": 9}[name]
+    assert len(plan.choice) == {"sd3": 3, "flux": 4}[name]
+    assert {entry["of"] for entry in plan.choice.values()} == {tokens}, "text is not counted"
+
+    everything = {path: {"tokens": tokens, "of": tokens} for path in plan.choice}
+    all_run = SkipSpatialTokens().rewrite(subject.copy(), type(plan)(choice=everything, arrays=plan.arrays))
+    torch.testing.assert_close(subject.output(all_run), subject.output(subject.model), atol=1e-5, rtol=0)
+    some_run = SkipSpatialTokens().rewrite(subject.copy(), plan)
+    assert not torch.allclose(subject.output(some_run), subject.output(subject.model), atol=1e-3)
+
+
+def test_the_tokens_that_pass_by_keep_their_value_and_text_never_does():
+    subject = JOINT["flux"]()
+    context = Context(example=subject.inputs, calibration=[subject.inputs])
+    plan = SkipSpatialTokens(ratio=0.5).plan(subject.model, context)
+    model = SkipSpatialTokens().rewrite(subject.copy(), plan)
+    seen = []
+
+    def note(module, given, output):
+        seen.append(given[0].shape[1])
+
+    for path in ("ff", "ff_context"):
+        model.transformer_blocks[0].steps[0].block.get_submodule(path).register_forward_hook(note)
+    model.single_transformer_blocks[0].steps[0].block.proj_mlp.register_forward_hook(note)
+    subject.output(model)
+    image, text = plan.choice["transformer_blocks.0"]["tokens"], 5
+    assert sorted(seen) == sorted([image, text, image + text])
