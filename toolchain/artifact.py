@@ -122,7 +122,7 @@ def strange_in(out: Path) -> str:
         return ""
     try:
         content = read_json(out / MANIFEST, what=MANIFEST)
-        known = {MANIFEST, *RENDERED, *content["files"]}
+        known = {MANIFEST, REPORT, *RENDERED, *content["files"]}
         assert isinstance(content["schema"], int)
     except (ToolchainError, AssertionError, KeyError, TypeError):
         return "exists and is no artifact of ours"
