@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph.module import GraphModule, is_parameter, weights_of
 from passes.hoisting import hoisted
+from passes.on_shapes import on_shapes
 from passes.plain import plain
 from passes.surgery import follow, several_names
 from passes.variants import ByTimestep
@@ -295,7 +295,7 @@ class Pass(BaseModel, ABC):
         try:
             super().__init__(**parameters)
         except ValidationError as error:
-            raise_faults(invalid(error, what=self.name()))
+            raise_faults(invalid(error, what=self.name(), model=type(self)))
 
     @classmethod
     def name(cls) -> str:
@@ -491,7 +491,7 @@ def counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
 def counted_on_shapes(model: nn.Module, example: Inputs) -> FlopCounterMode | None:
     """A counter that has seen one call on shapes alone; None where shapes depend on what tensors hold."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with on_shapes(model):
             return called(model, example)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
         return None

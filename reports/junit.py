@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 
-from reports import summary
+from reports import summary, words
 from reports.record import Gate, Report, TargetRecord
 
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -28,8 +28,9 @@ def render(report: Report) -> str:
             case = add_case(suite, name, f"{gate.name} {gate.bound}")
             if gate.verdict == "missed":
                 mark(case, "failure", gate.reason or f"value is {gate.value}")
-            elif gate.verdict == "not_measured":
-                mark(case, "skipped", gate.reason or "not measured")
+            elif gate.verdict != "met":
+                said = words.VERDICT[gate.verdict]
+                mark(case, "skipped", f"{said}: {gate.reason}" if gate.reason else said)
     return finished(root)
 
 
@@ -40,16 +41,26 @@ def build_case(suite: ElementTree.Element, report: Report, target: TargetRecord)
         mark(case, "error", "; ".join(target.faults))
     elif not target.built:
         mark(case, "skipped" if target.optional else "error", summary.why_not_measured(report, target))
+    elif not target.runnable or not target.fidelity:
+        mark(case, "skipped", f"built, but not measured: {summary.why_not_measured(report, target)}")
 
 
-def render_cases(name: str, cases: Sequence[tuple[str, str]]) -> str:
-    """JUnit XML of checks, each a name and why it failed; empty when it did not."""
+def render_cases(name: str, cases: Sequence[tuple[str, str]], skipped: Mapping[str, str] | None = None) -> str:
+    """JUnit XML of checks, each a name and why it failed; empty when it did not.
+
+    Args:
+        name: of the suite.
+        cases: what was checked.
+        skipped: by name, why a check that did not fail was not made at all.
+    """
     root = ElementTree.Element("testsuites", name=clean(name))
     suite = ElementTree.SubElement(root, "testsuite", name=clean(name))
     for label, failure in cases:
         case = add_case(suite, name, label)
         if failure:
             mark(case, "failure", failure)
+        elif reason := (skipped or {}).get(label):
+            mark(case, "skipped", reason)
     return finished(root)
 
 

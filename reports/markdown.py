@@ -11,15 +11,23 @@ from reports.record import Report, Step, TargetRecord
 def render(report: Report) -> str:
     """GitHub-flavoured Markdown; what comes from the record cannot break out of its cell."""
     parts = [
-        f"## {words.GLYPH[report.verdict]} {plain(report.model.name)}: {words.VERDICT[report.verdict]}",
+        f"## {summary.glyph(report)} {plain(report.model.name)}: {summary.outcome(report)}",
         plain(summary.headline(report)),
         gates(report),
         targets(report),
+        "\n".join(f"* **{plain(t.name)}** {plain(text)}" for t in report.targets if (text := summary.sizes_run(t))),
         "\n".join(step_line(step) for step in report.steps),
+        source(report),
         "\n".join(f"> **{plain(name)}**: {plain(text)}" for name, text in summary.warnings(report)),
         "\n".join(f"* {plain(note)}" for note in report.notes),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def source(report: Report) -> str:
+    """What the model's source chose, added and left out."""
+    absent = [f"not an input: {', '.join(names)} ({reason})" for reason, names in summary.left_out(report.model)]
+    return "\n".join(f"* {plain(line)}" for line in (*report.model.notes, *absent))
 
 
 def gates(report: Report) -> str:
@@ -41,7 +49,7 @@ def targets(report: Report) -> str:
     """One line a target: size, speed, nearness, quality; or why not."""
     rows = [target_row(report, target) for target in report.targets]
     return (
-        table(("Target", "Size", "Time of a call, original = 1", "Cosine", "Relative L2", "Quality"), rows)
+        table(("Target", "To copy", "Time of a call, original = 1", "Cosine", "Relative L2", "Quality"), rows)
         if rows
         else ""
     )
@@ -54,12 +62,18 @@ def target_row(report: Report, target: TargetRecord) -> tuple[str, ...]:
         return (target.name, size, f"not measured: {summary.why_not_measured(report, target)}", "", "", "")
     timed = target.latency
     speed = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high) if timed else words.NOT_MEASURED
+    if timed and not timed.unsafe:
+        speed += f": {summary.speed(report, target)}"
+    elif timed:
+        speed = summary.speed(report, target)
+    how = summary.how_compared(target)
+    error = f"{summary.worst_relative_l2(target)} ({how})" if how else summary.worst_relative_l2(target)
     quality = ", ".join(
         f"{figure.name} {words.figure(figure.value, figure.unit)}"
         for figure in target.quality
         if figure.value is not None
     )
-    return (target.name, size, speed, summary.worst_cosine(target), summary.worst_relative_l2(target), quality)
+    return (target.name, size, speed, summary.worst_cosine(target), error, quality)
 
 
 def step_line(step: Step) -> str:

@@ -6,17 +6,27 @@ What was not measured is absent or null with its reason, never zero.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from toolchain.errors import ToolchainError, invalid, raise_faults
 from toolchain.reading import read_json
 from toolchain.writing import write_text
 
 SCHEMA: Literal[1] = 1
-Verdict = Literal["met", "missed", "not_measured"]
+Verdict = Literal["met", "missed", "not_measured", "inconclusive"]
+
+
+def spelled(value: float) -> float | str:
+    """A number as JSON can hold it: an infinity as a word, which reads back as one. A NaN stays, and is refused."""
+    return value if not math.isinf(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+Figure = Annotated[float, PlainSerializer(spelled, return_type=float | str, when_used="json")]
+"""A number that may be infinite by its definition."""
 
 
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -80,15 +90,27 @@ class Step(Part):
 class Fidelity(Part):
     """One output of an engine against the original's, the worst over the validation inputs.
 
-    ``snr_db`` is null when the outputs are equal to the last bit (the ratio is then infinite).
+    ``snr_db`` is null when the outputs are equal to the last bit (the ratio is then infinite). ``relative_l2`` is
+    infinite when only the original is exactly 0.
     """
 
     output: str
-    max_abs: float
-    mean_abs: float
-    relative_l2: float
-    cosine: float
-    snr_db: float | None
+    max_abs: Figure
+    mean_abs: Figure
+    relative_l2: Figure
+    cosine: Figure
+    snr_db: Figure | None
+    worst_column: Figure | None = None
+    calls: int | None = None
+    """Over how many calls; those without an element to compare are not counted. Null in older reports."""
+    worst_call: int | None = None
+    """The one with the largest relative L2 error, counted from 1."""
+    median: dict[str, Figure | None] = {}
+    """The same figures in the middle of the calls."""
+    mask: str = ""
+    """The input that says which rows are real; every figure above is over those alone."""
+    everywhere: dict[str, Figure | None] = {}
+    """The worst over all rows, those that ``mask`` leaves out among them; empty without one."""
 
 
 class Quality(Part):
@@ -105,7 +127,8 @@ class Quality(Part):
 class Latency(Part):
     """Paired timing: every sample of the engine and of the original beside it, in seconds.
 
-    The ratio is engine / original, of medians; its limits are a 95 % bootstrap interval.
+    The ratio is engine / original, of medians; its limits are a 95 % bootstrap interval. Nothing may rest on a ratio
+    that ``unsafe`` gives a reason against.
     """
 
     samples_s: list[Seconds]
@@ -122,6 +145,26 @@ class Latency(Part):
     threads: int
     shapes: dict[str, list[int]]
     warnings: list[str]
+    unsafe: list[str] = []
+    original_low_s: float | None = None
+    original_high_s: float | None = None
+    """A 95 % bootstrap interval of the original's median."""
+    cpu_s: list[float] = []
+    original_cpu_s: list[float] = []
+    """Processor time of the whole process in each sample, all its threads together."""
+    interrupted: list[int] = []
+    original_interrupted: list[int] = []
+    """How often the system took a core from this process in each sample; empty where it does not say."""
+
+
+class SizeCheck(Part):
+    """What an engine did at some sizes of its dynamic dimensions; missed where it failed or strayed."""
+
+    sizes: dict[str, int]
+    calls: int = 1
+    relative_l2: float | None = None
+    verdict: Verdict
+    reason: str = ""
 
 
 class TargetRecord(Part):
@@ -141,11 +184,22 @@ class TargetRecord(Part):
     optional: bool = False
     reason: str = ""
     bytes: int | None = None
+    """Of every file that must be copied for the engine to run elsewhere: those of ``files``."""
+    folders: list[str] = []
+    """What is to be copied, inside the artifact."""
+    files: dict[str, int] = {}
+    """Those files with their sizes, by their paths in the artifact."""
+    fp32_ratio: float | None = None
+    """Time of the engine over that of the same graph in fp32 in the same runtime, where both were timed."""
     seconds: float | None = None
     notes: list[str] = []
     fidelity: list[Fidelity] = []
     quality: list[Quality] = []
     latency: Latency | None = None
+    sizes: list[SizeCheck] = []
+    """Sizes other than the typical ones that the engine was run at."""
+    not_compared: list[str] = []
+    """Outputs that were compared on nothing, though others were compared."""
     faults: list[str] = []
     """Things that make the engine unusable, such as an output that is not finite."""
 
@@ -157,7 +211,7 @@ class Gate(Part):
     target: str
     bound: str
     verdict: Verdict
-    value: float | None = None
+    value: Figure | None = None
     reason: str = ""
 
 
@@ -170,6 +224,13 @@ class Samples(Part):
     caption: str
 
 
+class LeftOut(Part):
+    """An argument of the original that the engines have no input for."""
+
+    name: str
+    reason: str
+
+
 class ModelRecord(Part):
     """The model as it came in."""
 
@@ -178,6 +239,9 @@ class ModelRecord(Part):
     parameter_count: int
     macs: int | None
     bytes: int
+    inputs_left_out: list[LeftOut] = []
+    notes: list[str] = []
+    """What its source chose or left out, and what it added, as sentences without full stops."""
 
 
 class Report(Part):

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from reports import words
-from reports.record import Report, Step, TargetRecord, TokenMap
+from reports.record import Fidelity, ModelRecord, Report, SizeCheck, Step, TargetRecord, TokenMap
+
+UNTOUCHED = "the untouched original"
+"""What engines are compared with unless a step means to compute something else."""
+
+
+def outcome(report: Report) -> str:
+    """How a run ended, in words; one that was measured and asked for no gates is done, and not unmeasured."""
+    if report.verdict == "not_measured" and not report.gates:
+        if any(target.fidelity or target.latency for target in report.targets):
+            return "done, no gates asked"
+        if not report.targets:
+            return "done, no targets asked"
+    missed = sum(gate.verdict == "missed" for gate in report.gates)
+    if missed:
+        return f"missed {missed} of {words.plural(len(report.gates), 'gate')}"
+    if report.verdict == "met" and all(gate.verdict == "met" for gate in report.gates):
+        return f"met {'its gate' if len(report.gates) == 1 else f'all {len(report.gates)} gates'}"
+    return words.VERDICT[report.verdict]
+
+
+def glyph(report: Report) -> str:
+    """The sign of the outcome; that of something met only where something was asked."""
+    return "•" if outcome(report).startswith("done") else words.GLYPH[report.verdict]
 
 
 def headline(report: Report) -> str:
     """How many gates were met, missed and not measured."""
     if not report.gates:
-        return "No gates were asked for, so there is nothing to meet."
+        return "No gates were asked for, so there is nothing to meet or to miss."
     counts = Counter(gate.verdict for gate in report.gates)
     parts = [f"{counts[verdict]} {word}" for verdict, word in words.VERDICT.items() if counts[verdict]]
     faulty = [target.name for target in report.targets if target.faults]
     faults = f" Unusable: {words.listing(faulty)}." if faulty else ""
-    return f"Of {words.plural(len(report.gates), 'gate')}: {words.listing(parts)}.{faults}"
+    absent = [target.name for target in report.targets if not (target.optional or target.fidelity or target.faults)]
+    missing = f" Not measured, and not optional: {words.listing(absent)}." if absent else ""
+    return f"Of {words.plural(len(report.gates), 'gate')}: {words.listing(parts)}.{faults}{missing}"
 
 
 def paragraph(report: Report) -> str:
@@ -38,7 +64,9 @@ def target_sentence(report: Report, target: TargetRecord) -> str:
     """One target: built or not, how large, how fast, how far off."""
     if not target.built:
         return f"{target.name} was not built: {why_not_measured(report, target)}."
-    built = f"{target.name} was built: {words.size(report.model.bytes)} became {words.size(target.bytes)}"
+    built = f"{target.name} was built: {words.size(report.model.bytes)} of weights became {words.size(target.bytes)}"
+    if target.folders:
+        built += f" to copy ({place(target)})"
     if target.faults:
         return f"{built}, but it is unusable: {target.faults[0]}."
     if not target.fidelity and target.latency is None:
@@ -50,16 +78,69 @@ def _speed(report: Report, target: TargetRecord) -> str:
     timed = target.latency
     if timed is None:
         return f"its speed was not measured: {why_not_measured(report, target)}"
-    return words.ratio_phrase(timed.ratio, timed.ratio_low, timed.ratio_high)
+    if timed.unsafe:
+        ratio = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)
+        return f"whether it is faster is open: {ratio} of the original's time, from samples that are unsafe"
+    return speed(report, target)
+
+
+def speed(report: Report, target: TargetRecord) -> str:
+    """How fast an engine is beside the original and, where that is known, beside the same graph in fp32."""
+    timed = target.latency
+    if timed is None:
+        return words.NOT_MEASURED
+    if timed.unsafe:
+        return f"{words.VERDICT['inconclusive']}: {words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)}"
+    first = words.times(timed.ratio, timed.ratio_low, timed.ratio_high, original(report))
+    return first if target.fp32_ratio is None else f"{first}; {words.beside_fp32(target.fp32_ratio)}"
+
+
+def original(report: Report) -> str:
+    """What engines are timed against: modules run in PyTorch, graphs in ONNX Runtime."""
+    return "the original in ONNX Runtime" if report.model.name.startswith("onnx:") else "the original in PyTorch"
+
+
+def place(target: TargetRecord) -> str:
+    """What has to be copied for an engine to run elsewhere."""
+    return words.listing(target.folders)
+
+
+def calls(output: Fidelity) -> str:
+    """Over how many calls an output was compared, which was the worst, and how far off the middle one is."""
+    if output.calls is None:
+        return ""
+    if output.calls == 1:
+        return "1 call"
+    said = f"worst of {output.calls} calls, call {output.worst_call}"
+    middle = output.median.get("relative_l2")
+    return said if middle is None else f"{said}; median {words.number(middle)}"
+
+
+def rows(output: Fidelity) -> str:
+    """Over which rows the figures are, where an input marks the real ones."""
+    all_rows = output.everywhere.get("relative_l2")
+    if not output.mask or all_rows is None:
+        return ""
+    return f"over the rows that {output.mask} keeps; over all rows {words.number(all_rows)}"
+
+
+def reference_sentence(report: Report) -> str:
+    """What the engines were held against; steps that mean to compute something else are on both sides."""
+    reference = str(report.validation.get("reference") or "the original")
+    said = f"{reference[:1].upper()}{reference[1:]} and every engine that runs here got the same inputs."
+    if reference in (UNTOUCHED, "the original"):
+        return said
+    return f"{said} What those steps did is on both sides, so their own mistakes do not show in the figures."
 
 
 def _nearness(report: Report, target: TargetRecord) -> str:
     if not target.fidelity:
         return f"its fidelity was not measured: {why_not_measured(report, target)}"
-    worst = max(target.fidelity, key=lambda output: output.relative_l2)
+    worst = _furthest(target)
     cosine = worst_cosine(target)
     off = f"its worst output, {worst.output}, is off by {words.number(worst.relative_l2)} in relative L2"
-    return f"{off}; the lowest cosine is {cosine}"
+    how = "; ".join(filter(None, (calls(worst), rows(worst))))
+    return f"{off}{f' ({how})' if how else ''}; the lowest cosine is {cosine}"
 
 
 def worst_cosine(target: TargetRecord) -> str:
@@ -70,8 +151,21 @@ def worst_cosine(target: TargetRecord) -> str:
 
 def worst_relative_l2(target: TargetRecord) -> str:
     """The largest relative L2 over the outputs."""
-    values = [output.relative_l2 for output in target.fidelity]
-    return words.number(max(values)) if values else words.NOT_MEASURED
+    if not target.fidelity:
+        return words.NOT_MEASURED
+    return words.number(_furthest(target).relative_l2)
+
+
+def how_compared(target: TargetRecord) -> str:
+    """Calls and rows behind the worst relative L2; empty where nothing was compared."""
+    if not target.fidelity:
+        return ""
+    worst = _furthest(target)
+    return "; ".join(filter(None, (calls(worst), rows(worst))))
+
+
+def _furthest(target: TargetRecord) -> Fidelity:
+    return max(target.fidelity, key=lambda output: output.relative_l2)
 
 
 def why_not_measured(report: Report, target: TargetRecord) -> str:
@@ -80,9 +174,36 @@ def why_not_measured(report: Report, target: TargetRecord) -> str:
     return next(filter(None, reasons), "the record gives no reason").rstrip(".")
 
 
+def sizes_run(target: TargetRecord) -> str:
+    """At which sizes beside the typical ones an engine was run, and which were left out; empty where there are none."""
+    done = [sizes_text(check) for check in target.sizes if check.verdict != "not_measured"]
+    left = [f"{sizes_text(check)} ({check.reason})" for check in target.sizes if check.verdict == "not_measured"]
+    parts = [f"also run at {'; '.join(done)}" if done else "", f"not measured at {'; '.join(left)}" if left else ""]
+    return "; ".join(filter(None, parts))
+
+
+def sizes_text(check: SizeCheck) -> str:
+    """Sizes, such as ``batch 1, time 11``."""
+    return ", ".join(f"{name} {size}" for name, size in check.sizes.items())
+
+
+def has_quality(report: Report) -> bool:
+    """Whether anything is to be said of whole sampling runs: a figure, a gate on one, or that they were not run."""
+    asked = any(gate.name.startswith("quality.") for gate in report.gates)
+    return asked or bool(report.samples) or any(target.quality for target in report.targets)
+
+
 def skip_reasons(step: Step) -> list[tuple[str, int]]:
     """Each reason for leaving a layer alone and how many layers it held for, the most common first."""
     return Counter(skip.reason for skip in step.skipped).most_common()
+
+
+def left_out(model: ModelRecord) -> list[tuple[str, list[str]]]:
+    """Each reason for leaving inputs out, and their names."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in model.inputs_left_out:
+        by_reason.setdefault(entry.reason, []).append(entry.name)
+    return list(by_reason.items())
 
 
 def tokens_left(tokens: TokenMap) -> str:
@@ -96,5 +217,10 @@ def warnings(report: Report) -> list[tuple[str, str]]:
     found = []
     for target in report.targets:
         doubts = target.latency.warnings if target.latency else []
-        found += [(target.name, text) for text in (*target.faults, *doubts)]
+        zeros = [
+            f"output {output.output!r} is 0 in the original and not in the engine: its relative error is infinite"
+            for output in target.fidelity
+            if math.isinf(output.relative_l2)
+        ]
+        found += [(target.name, text) for text in (*target.faults, *target.not_compared, *zeros, *doubts)]
     return found

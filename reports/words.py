@@ -8,8 +8,13 @@ from typing import Any
 
 from reports.record import Verdict
 
-VERDICT: dict[Verdict, str] = {"met": "met", "missed": "missed", "not_measured": "not measured"}
-GLYPH: dict[Verdict, str] = {"met": "✓", "missed": "✗", "not_measured": "○"}
+VERDICT: dict[Verdict, str] = {
+    "met": "met",
+    "missed": "missed",
+    "not_measured": "not measured",
+    "inconclusive": "inconclusive",
+}
+GLYPH: dict[Verdict, str] = {"met": "✓", "missed": "✗", "not_measured": "○", "inconclusive": "?"}
 NOT_MEASURED = VERDICT["not_measured"]
 
 
@@ -17,6 +22,8 @@ def number(value: float, digits: int = 3) -> str:
     """So many significant digits; scientific below 0.001 and from 100 000 on, so that nothing small reads as zero."""
     if value == 0:
         return "0"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
     if 1e-3 <= abs(value) < 1e5:
         return f"{value:.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
     return f"{value:.{digits - 1}e}"
@@ -75,6 +82,8 @@ def cosine(value: float) -> str:
 
 def decibels(value: float | None) -> str:
     """A signal-to-noise ratio; none stands for equal outputs."""
+    if value is not None and math.isinf(value):
+        return f"{number(value)} dB"
     return "infinite (equal)" if value is None else f"{value:.1f} dB"
 
 
@@ -82,6 +91,8 @@ def figure(value: float | None, unit: str = "") -> str:
     """A figure beside a bound or beside the original's: precise enough not to seem to be on the other side of it."""
     if value is None:
         return NOT_MEASURED
+    if math.isinf(value):
+        return f"{number(value)} {unit}".strip()
     text = cosine(value) if 0 < abs(1 - value) < 1e-5 else f"{value:.6g}"
     return f"{text} {unit}".strip()
 
@@ -111,6 +122,32 @@ def tendency(low: float, high: float) -> str:
 def ratio_phrase(value: float, low: float, high: float) -> str:
     """A ratio of times in words."""
     return f"{tendency(low, high)}: {ratio(value)} of the original's time ({ratio(low)} to {ratio(high)})"
+
+
+def times(value: float, low: float, high: float, than: str) -> str:
+    """A ratio of times as people say it: ``1.58x faster than …``; nothing is claimed where its interval holds 1."""
+    said = tendency(low, high)
+    if said == "faster" and low > 0:
+        return f"{speed(value, low, high)} than {than} ({number(1 / high)}x to {number(1 / low)}x)"
+    if said == "slower":
+        return f"{speed(value, low, high)} than {than} ({number(low)}x to {number(high)}x)"
+    return f"no measurable difference from {than}: {interval(value, low, high)} of its time"
+
+
+def speed(value: float, low: float, high: float) -> str:
+    """The same without what it is beside."""
+    said = tendency(low, high)
+    if said == "faster" and low > 0:
+        return f"{number(1 / value)}x faster"
+    return f"{number(value)}x slower" if said == "slower" else "no measurable difference"
+
+
+def beside_fp32(value: float) -> str:
+    """What 8 bits bring over the same graph in fp32, in the same runtime."""
+    graph = "the same graph in fp32 in the same runtime"
+    if value < 1:
+        return f"{number(1 / value)}x faster than {graph}"
+    return f"NOT faster than {graph}: {ratio(value)} of its time"
 
 
 def plural(count: int, noun: str) -> str:

@@ -88,12 +88,16 @@ class Built:
     Args:
         resolved: parameters that were ``auto`` and what they became.
         notes: sentences for the report.
+        fp32_ratio: its time over that of the same graph in fp32, where both were timed.
         reads: files outside its folder that the engine reads, such as the artifact's own graph and its weights.
+        left_out: an optimizer of the runtime that fails on the graph.
     """
 
     resolved: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    fp32_ratio: float | None = None
     reads: tuple[Path, ...] = ()
+    left_out: str = ""
 
 
 class Runner(Protocol):
@@ -121,7 +125,7 @@ class Target(BaseModel, ABC):
         try:
             super().__init__(**parameters)
         except ValidationError as error:
-            raise_faults(invalid(error, what=self.name()))
+            raise_faults(invalid(error, what=self.name(), model=type(self)))
 
     @classmethod
     def name(cls) -> str:

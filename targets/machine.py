@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import importlib.util
 import platform
@@ -10,6 +11,20 @@ from functools import cache
 from pathlib import Path
 
 from targets.contract import Answer
+
+
+def cpu_id() -> str:
+    """What tells processors of one name apart: family, model, stepping, and a digest of all their flags."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":")[::2] for line in text.partition("\n\n")[0].splitlines())
+    fields = {key.strip(): value.strip() for key, value in pairs}
+    names = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "CPU revision")
+    digest = hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()[:12]
+    known = [f"{name.removeprefix('cpu ')} {fields[name]}" for name in names if name in fields]
+    return ", ".join([*known, f"flags {digest}"])
 
 
 @cache
@@ -57,6 +72,18 @@ def gpu() -> Answer:
     count = ctypes.c_int(0)
     driver.cuDeviceGetCount(ctypes.byref(count))
     return Answer(True) if count.value else Answer(False, "the NVIDIA driver sees no GPU")
+
+
+def gpu_name() -> str:
+    """The first NVIDIA GPU's name and memory; empty where there is none."""
+    if not gpu().yes:
+        return ""
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, name, size = ctypes.c_int(0), ctypes.create_string_buffer(256), ctypes.c_size_t(0)
+    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, len(name), device):
+        return "an NVIDIA GPU that does not say its name"
+    driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    return f"{name.value.decode(errors='replace')}, {size.value / 2**30:.0f} GiB"
 
 
 def installed(module: str, *, extra: str) -> Answer:

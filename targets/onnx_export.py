@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import io
 import json
 import logging
-import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +23,14 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
-from onnxscript.optimizer import fold_constants, optimize_ir
 from torch import Tensor, nn
 
-from targets import stored
+from targets import stored, translations
+from targets.dimensions import Axes, called_plainly, conclusions_heard, declared, refuse_narrowed
 from targets.element_types import hollow, in_type, keep_interface, restore
+from targets.exporter_errors import refusal
 from targets.four_bits import pack
+from targets.simplify import simplify
 from targets.weights import LINKED, check, link
 from toolchain.errors import ToolchainError
 
@@ -39,9 +41,15 @@ NEWEST_TRACED = 22
 """Newest opset that models are traced for; later ones join attention into one operator. A graph that holds a later
 type gets the later number afterwards: the operators that are there only learned more types."""
 
-LONG_GRAPH = 4000
-"""Nodes above which the optimizer's rewrite rules, whose time grows with the square of the graph, are left out: what
-they join, engines join again."""
+CHATTER = (
+    "torch.onnx",
+    "torch.export",
+    "torch._dynamo",
+    "torch._guards",
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
+"""Loggers that tell of every attempt; what matters of it is in the error."""
 
 INLINE_BYTES = 1024
 """Smaller initializers stay in the graph, where shape inference can read them."""
@@ -68,7 +76,7 @@ def export_onnx(
     module: nn.Module,
     example: Mapping[str, Tensor],
     *,
-    dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]],
+    dynamic: Axes,
     outputs: Sequence[str],
     path: Path,
     embed: bool = False,
@@ -80,49 +88,32 @@ def export_onnx(
     Args:
         module: in eval mode.
         example: inputs by name; each dynamic dimension at least 2, or the tracer takes it for a constant.
-        dynamic: for each input, the dimensions that may change, as (name, smallest, largest).
-        outputs: names for what the module returns.
+        dynamic: for each input, the dimensions that may change, as (name, smallest, largest) or with a fourth number
+            that every size is a multiple of.
+        outputs: names for what the module returns; what it returns beside tensors is left out.
         path: the ONNX file.
         embed: write all weights beside the graph, those on disk too.
         dtype: floating type to compute in; inputs and outputs keep theirs. None: as the module is.
         opset: ONNX operator set; a module that needs a later one says so by an ``onnx_opset``.
 
     Raises:
-        ToolchainError: the module cannot be traced or translated, or a dynamic dimension came out fixed.
+        ToolchainError: the module cannot be traced or translated, or does not hold for the dimensions' whole ranges.
     """
     wanted = max(opset, *(getattr(part, "onnx_opset", 0) for part in module.modules()))
     opset = max(opset, min(wanted, NEWEST_TRACED))
-    dims = {
-        name: torch.export.Dim(name, min=low, max=high) for by in dynamic.values() for name, low, high in by.values()
-    }
     traced, inputs = module, dict(example)
     originals: dict[int, Tensor] = {}
     if dtype is not None:
         traced, originals = hollow(module, dtype)
         inputs = in_type(example, dtype)
-    shapes = {name: {axis: dims[dim[0]] for axis, dim in dynamic.get(name, {}).items()} for name in example}
-    try:
-        with quiet_exporter(), torch.no_grad():
-            program = torch.onnx.export(
-                traced,
-                args=(),
-                kwargs=inputs,
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=shapes,
-                input_names=list(example),
-                output_names=list(outputs),
-                custom_translation_table={torch.ops.aten.squeeze.dim: squeeze, operator.floordiv: floor_divide},
-                verbose=False,
-                optimize=False,  # it would write transposed copies of weights that are on disk
-            )
-    except torch.onnx.errors.OnnxExporterError as cause:
-        first = next((line for line in reversed(str(cause.__cause__ or cause).splitlines()) if line.strip()), "")
-        raise ToolchainError(
-            f"the model could not be exported to ONNX: {first.strip()}",
-            help="an operation or a data-dependent branch stands in the way; the cause names it",
-        ) from cause
-    assert program is not None
+    program = trace(traced, inputs, dynamic, outputs, opset)
+
+    def conclusions() -> list[str]:
+        with conclusions_heard() as heard:
+            trace(traced, inputs, dynamic, outputs, opset)
+        return heard
+
+    refuse_narrowed(program.exported_program, dynamic, conclusions)
     model = program.model
     found = model.opset_imports.get("")
     if found != opset:
@@ -139,6 +130,35 @@ def export_onnx(
     save(model, path, embed=embed)
 
 
+def trace(
+    module: nn.Module, inputs: Mapping[str, Tensor], dynamic: Axes, outputs: Sequence[str], opset: int
+) -> torch.onnx.ONNXProgram:
+    """The exporter's program of a module, not yet simplified.
+
+    Raises:
+        ToolchainError: it cannot be traced or translated.
+    """
+    try:
+        with quiet_exporter(), torch.no_grad(), called_plainly(module, dynamic, list(inputs)):
+            program = torch.onnx.export(
+                module,
+                args=(),
+                kwargs=dict(inputs),
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=declared(dynamic, inputs),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                custom_translation_table=translations.table(),
+                verbose=False,
+                optimize=False,  # it would write transposed copies of weights that are on disk
+            )
+    except torch.onnx.errors.OnnxExporterError as cause:
+        raise refusal(cause) from cause
+    assert program is not None
+    return program
+
+
 def optimize(model: ir.Model, *, embed: bool) -> None:
     """Fold small constants and drop what is redundant; weights that lie on disk stay as they are, also transposed."""
 
@@ -147,59 +167,37 @@ def optimize(model: ir.Model, *, embed: bool) -> None:
         large = [value for value in reads if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES]
         return False if not embed and any(place_of(value) for value in large) else None
 
-    if len(model.graph) <= LONG_GRAPH:
-        optimize_ir(model, should_fold=should_fold)
-        return
-    fold_constants(model, should_fold=should_fold)
-    ir.passes.Sequential(
-        common.RemoveUnusedNodesPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.CommonSubexpressionEliminationPass(),
-        common.NameFixPass(),
-    )(model)
+    simplify(model, should_fold=should_fold)
 
 
-def refuse_frozen(model: ir.Model, dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]]) -> None:
+def refuse_frozen(model: ir.Model, dynamic: Axes) -> None:
     """The exporter may take a dynamic dimension for a constant without a word; the engine would then fail elsewhere."""
     for value in model.graph.inputs:
         assert value.shape is not None
-        for axis, (name, _, _) in dynamic.get(value.name or "", {}).items():
-            if isinstance(value.shape[axis], int):
+        for axis, (name, low, high, *_) in dynamic.get(value.name or "", {}).items():
+            if low < high and isinstance(value.shape[axis], int):
                 raise ToolchainError(
                     f"the exporter fixed dimension {name!r} of {value.name!r} at {value.shape[axis]}",
-                    help="something in the model holds for that size alone; make the dimension fixed in its inputs",
+                    help="something in the model holds for that size alone; fix the dimension: with "
+                    f"'?{name}={value.shape[axis]}' behind an hf: or onnx: model, in the inputs of a py: model",
                 )
-
-
-def squeeze(x: ir.Value, dim: int) -> Any:
-    """Leave a dimension that is not 1, as PyTorch does; the exporter's own translation writes an invalid Squeeze."""
-    import onnxscript
-
-    op: Any = onnxscript.opset18  # its methods are typed for scripts, which this is not
-    assert x.shape is not None
-    return op.Squeeze(x, op.Constant(value_ints=[dim])) if x.shape[dim] == 1 else op.Identity(x)
-
-
-def floor_divide(a: Any, b: Any) -> Any:
-    """Round sizes down, as Python does; the exporter's own translation rounds negative ones, as in a crop, up."""
-    import onnxscript
-
-    op: Any = onnxscript.opset18
-    return op.Div(op.Sub(a, op.Mod(a, b)), b)
 
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Hold back the exporter's chatter about libraries that are not there and parameters that it renames."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Hold back the exporter's chatter: libraries that are not there, and graphs and tracebacks of what it tried."""
+    logs = [logging.getLogger(name) for name in CHATTER]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(max(log.level, logging.CRITICAL) if log.level != logging.INFO else logging.INFO)
     try:
-        with warnings.catch_warnings():
+        heard = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def scrub(model: ir.Model) -> None:

@@ -44,6 +44,7 @@ ENGINE = "engine.json"
 ALIKE = 0.1
 """Forms whose times differ by less than this share are taken for equally fast: a race of some calls tells no more."""
 
+FOUR_BITS_OPTION = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY = {"exact": "1", "fast": "4"}
 """ONNX Runtime's number for the activations of products with 4-bit weights: fp32, or 8 bits inside the product."""
 
@@ -85,7 +86,7 @@ class OnnxRuntime(Target):
 
     def availability(self) -> Availability:
         """Needs the package, and for CUDA and TensorRT also that provider in it and a GPU."""
-        found = machine.installed("onnxruntime", extra="gpu")
+        found = machine.installed("onnxruntime", extra="cpu" if self.provider == "cpu" else "gpu")
         imports = machine.importable("onnxruntime") if found.yes else Answer(False, "not installed")
         runs = imports
         if imports.yes and self.provider != "cpu":
@@ -105,19 +106,16 @@ class OnnxRuntime(Target):
         products = sum(1 for _ in static_products(model))
         if products and self.provider == "cpu" and not (graph.untouched and self.int8 in ("auto", "static")):
             return self.lower(model, products, graph, folder)
-        notes = self.check(graph.path, graph.threads)
+        _, left_out = self.opened(graph.path, graph.threads)  # refuses here what it would refuse later
+        notes = [f"ONNX Runtime itself fails on this graph unless its {left_out} is off, so it is"] if left_out else []
         resolved = {}
         if products and self.provider == "cpu":
             resolved = {"int8": "static"}
             notes.append("8-bit products as the file holds them: no step asked for another form")
         if four_bit_products(model):
             notes.append(FOUR_BITS[self.weights_only])
-        return Built(resolved=resolved, notes=tuple(notes), reads=choose(graph.path, folder, links=graph.links))
-
-    def check(self, path: Path, threads: int) -> list[str]:
-        """Open a graph once, so that what would be refused later is refused now; notes on how it could be opened."""
-        _, left_out = self.opened(path, threads)
-        return [f"ONNX Runtime itself fails on this graph unless its {left_out} is off, so it is"] if left_out else []
+        reads = choose(graph.path, folder, links=graph.links)
+        return Built(resolved=resolved, notes=tuple(notes), reads=reads, left_out=left_out)
 
     def lower(self, model: ir.Model, products: int, graph: Graph, folder: Path) -> Built:
         """Choose the form of the 8-bit products, write it, and say why and what 8 bits bring over fp32 here."""
@@ -149,7 +147,7 @@ class OnnxRuntime(Target):
         outcome = f"8 bits took {share:.2f} of the time of the same graph in fp32 in ONNX Runtime"
         notes.append(outcome if share < 1 else f"8 bits are NOT faster than fp32 here: {outcome}")
         reads = choose(forms[form], folder, links=graph.links)
-        return Built(resolved={"int8": form}, notes=tuple(notes), reads=reads)
+        return Built(resolved={"int8": form}, notes=tuple(notes), reads=reads, fp32_ratio=share)
 
     def choose_form(self, sessions: Mapping[str, Any], seconds: Mapping[str, float], graph: Graph) -> tuple[str, str]:
         """The faster 8-bit form, unless it is much further from fp32 than the other; and a sentence about it."""
@@ -207,14 +205,12 @@ class OnnxRuntime(Target):
 
     def opened(self, path: Path, threads: int) -> tuple[Any, str]:
         """An inference session, and which of its optimizers had to be left out because it fails on the graph."""
-        runtime = require("onnxruntime", extra="gpu")
-        opset = max(entry.version for entry in check_onnx(path).opset_import if entry.domain in ("", "ai.onnx"))
-        # From opset 21 on it writes pairs without a zero point that ONNX Runtime 1.32 itself refuses.
-        without = ["QDQPropagationTransformer"] if opset >= 21 else []
+        runtime = require("onnxruntime", extra="cpu")
+        without = disabled_optimizers(check_onnx(path))
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY[self.weights_only])
+        options.add_session_config_entry(FOUR_BITS_OPTION, ACCURACY[self.weights_only])
         refusals: list[Exception] = []
         for left_out in ("", *FAILING_OPTIMIZERS):
             disabled = [*without, *([left_out] if left_out else [])]
@@ -244,6 +240,13 @@ class OnnxRuntime(Target):
         return SessionRunner(self.session(path, threads), path)
 
 
+def disabled_optimizers(model: Any) -> list[str]:
+    """Optimizers of ONNX Runtime that a graph is loaded without, by its opset."""
+    opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    # From opset 21 on it writes pairs without a zero point that ONNX Runtime 1.32 itself refuses.
+    return ["QDQPropagationTransformer"] if opset >= 21 else []
+
+
 class SessionRunner:
     """Runs an ONNX Runtime session on named arrays."""
 
@@ -254,15 +257,36 @@ class SessionRunner:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Named inputs -> named outputs; inputs that the graph folded away are left out."""
-        found = self.session.run(None, {name: array for name, array in inputs.items() if name in self.inputs})
+        given = {name: array for name, array in inputs.items() if name in self.inputs}
+        try:
+            found = self.session.run(None, given)
+        except Exception as cause:  # onnxruntime raises pybind classes of no common base
+            raise self.refusal(given, cause) from cause
         return dict(zip(self.outputs, found, strict=True))
+
+    def refusal(self, inputs: Arrays, cause: Exception) -> ToolchainError:
+        """The error for a call that the session does not take, with the dimensions by name."""
+        given = {value.name: inputs[value.name].shape for value in self.session.get_inputs() if value.name in inputs}
+        sizes = {
+            dim: size
+            for value in self.session.get_inputs()
+            for dim, size in zip(value.shape, given.get(value.name, ()), strict=False)
+            if isinstance(dim, str)
+        }
+        shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in given.items())
+        at = ", ".join(f"{dim} = {size}" for dim, size in sizes.items())
+        said = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        return ToolchainError(
+            f"ONNX Runtime cannot run the graph at {at or 'these sizes'} ({shapes}): {said}",
+            help="call it with sizes that the model takes",
+        )
 
     def first_non_finite(self, inputs: Arrays) -> str:
         """Module path, or node name, of the first value in the graph that is not finite; empty when all are.
 
         Runs the unoptimized graph with every float value as an output.
         """
-        runtime = require("onnxruntime", extra="gpu")
+        runtime = require("onnxruntime", extra="cpu")
         model = load_graph(self.path)
         nodes = {
             value.name: node
@@ -293,6 +317,24 @@ def four_bit_products(model: ir.Model) -> bool:
         node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].dtype in four
         for node in model.graph
     )
+
+
+def unoptimized(path: Path, threads: int) -> SessionRunner:
+    """An ONNX file in ONNX Runtime on the CPU as it is written, without any rewriting.
+
+    Raises:
+        ToolchainError: ONNX Runtime refuses it.
+    """
+    runtime = require("onnxruntime", extra="gpu")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what goes wrong is raised
+    try:
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as cause:  # as above
+        raise ToolchainError(f"ONNX Runtime refuses the graph: {str(cause).splitlines()[0]}") from cause
+    return SessionRunner(session, path)
 
 
 def keep_only(path: Path, folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,10 +53,18 @@ class EagerRunner:
         module: in eval mode.
         outputs: names for what it returns; None names tensors ``output_0`` and on, or keeps a mapping's keys.
         threads: threads of PyTorch's pool.
+        dims: for each input its sizes and the names of its open dimensions, for errors.
     """
 
-    def __init__(self, module: nn.Module, *, threads: int, outputs: Sequence[str] | None = None) -> None:
-        self.module, self.threads, self.outputs = module, threads, outputs
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        threads: int,
+        outputs: Sequence[str] | None = None,
+        dims: Mapping[str, Sequence[int | str]] | None = None,
+    ) -> None:
+        self.module, self.threads, self.outputs, self.dims = module, threads, outputs, dims or {}
 
     def as_timed(self) -> EagerRunner:
         """What stands for the original where time is taken: a graph is optimized then, as its users run it."""
@@ -65,41 +75,92 @@ class EagerRunner:
         """Named inputs -> named outputs."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        with torch.inference_mode():
-            result = self.module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        try:
+            with torch.inference_mode():
+                result = self.module(**tensors)
+        except (RuntimeError, ValueError, IndexError, AssertionError) as cause:
+            raise self.refusal(inputs, cause) from cause
         found = [tensor.numpy() for tensor in flat(result)]
         names = self.outputs or [f"output_{i}" for i in range(len(found))]
         if len(names) != len(found):
             raise ToolchainError(f"the model returned {len(found)} tensors; its contract names {len(names)}: {names}")
         return dict(zip(names, found, strict=True))
 
+    def refusal(self, inputs: Arrays, cause: Exception) -> ToolchainError:
+        """The error for a call that the module does not take, with the dimensions by name."""
+        sizes = {
+            dim: size
+            for name, array in inputs.items()
+            for dim, size in zip(self.dims.get(name, ()), array.shape, strict=False)
+            if isinstance(dim, str)
+        }
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+        at = ", ".join(f"{dim} = {size}" for dim, size in sizes.items())
+        said = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        return ToolchainError(
+            f"the model does not take {at or 'these inputs'} ({shapes}): {said}",
+            help="call it with sizes that the model takes",
+        )
+
     def first_non_finite(self, inputs: Arrays) -> str:
         """Path of the innermost module that first puts out a NaN or an infinity; empty when none does."""
         found: list[str] = []
 
-        def look(path: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(module: nn.Module, args: Any, result: Any) -> None:
-                del module, args
-                if not found and any(t.is_floating_point() and not t.isfinite().all() for t in flat(result)):
-                    found.append(path or "the model itself")
+        def look(path: str, result: Any) -> None:
+            if not found and any(t.is_floating_point() and not t.isfinite().all() for t in flat(result)):
+                found.append(path)
 
-            return hook
+        self.watched(inputs, look)
+        return found[0] if found else ""
 
-        hooks = [module.register_forward_hook(look(path)) for path, module in self.module.named_modules()]
+    def first_unsteady(self, inputs: Arrays) -> str:
+        """Path of the innermost module whose output first differs between two runs of one call; empty when none's."""
+
+        def seen() -> list[tuple[str, tuple[float, ...]]]:
+            found: list[tuple[str, tuple[float, ...]]] = []
+            self.watched(inputs, lambda path, result: found.append((path, sums(result))))
+            return found
+
+        pairs = zip(seen(), seen(), strict=False)  # a random branch may take more layers in one of them
+        return next((path for (path, one), (_, other) in pairs if not close(one, other)), "")
+
+    def watched(self, inputs: Arrays, look: Callable[[str, Any], None]) -> None:
+        """Run one call and show each module's path and output, in the order in which they end."""
+
+        def hook_of(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda module, args, result: look(path or "the model itself", result)
+
+        hooks = [module.register_forward_hook(hook_of(path)) for path, module in self.module.named_modules()]
         try:
             self(inputs)
         finally:
             for hook in hooks:
                 hook.remove()
-        return found[0] if found else ""
+
+
+def sums(result: Any) -> tuple[float, ...]:
+    """Two numbers for each tensor of an output: far less to keep than the tensor, and hardly ever equal by chance."""
+    numbers = ((torch.view_as_real(each) if each.is_complex() else each).double() for each in flat(result))
+    return tuple(float(each) for values in numbers for each in (values.sum(), values.square().sum()))
+
+
+def close(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two outputs are the same but for the order of additions."""
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def flat(result: Any) -> list[Tensor]:
-    """The tensors of a tensor, a sequence or a mapping (a model output), in order."""
+    """The tensors of a tensor, a sequence, a mapping (a model output) or a dataclass, in order; others are left out."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, Mapping):
         return [tensor for value in result.values() for tensor in flat(value)]
     if isinstance(result, tuple | list):
         return [tensor for value in result for tensor in flat(value)]
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return flat([getattr(result, field.name) for field in dataclasses.fields(result)])
     return []

@@ -23,7 +23,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = make(
         {
             "model": "dit:tiny",
-            "gates": ["fidelity.cosine >= 0.9", "latency.ratio <= 1000"],
+            "gates": ["fidelity.cosine >= 0.9", "fidelity.relative_l2 <= 0.5"],
             "steps": [{"pass": "quantize_int8"}],
             "targets": [{"target": "onnxruntime"}, {"target": "tensorrt", "optional": True}],
             "validation": {"rounds": 4, "calls": 2},

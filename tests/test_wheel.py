@@ -15,18 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-
-
-def documented_commands() -> list[list[str]]:
-    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
-    return [shlex.split(line) for line in lines]
-
-
-def documented_files() -> dict[str, str]:
-    """Python blocks whose first line names a file."""
-    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return dict(blocks)
+from tests.test_readme import documented_commands, stand_in
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +57,36 @@ def test_the_wheel_holds_weights_recipes_templates_and_no_tests(wheel: Path) -> 
         "toolchain/recipes/dit-digits-int8.toml",
         "reports/report.html.j2",
         "targets/tensorrt_worker.py",
+        "toolchain/models/weights/digits-reference.safetensors",
     ):
         assert wanted in names
-    assert not any(name.startswith(("tests/", "out/")) for name in names)
+    apart = ("tests/", "out/", "reports/benchmarks/", "reports/results/", "reports/baselines/", "toolchain/training/")
+    assert not any(name.startswith(apart) for name in names)
+    assert len([name for name in names if name.endswith(".safetensors")]) == 3
+
+
+def test_the_wheel_is_typed_and_says_what_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        (place,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = file.read(place).decode()
+    for package in ("toolchain", "passes", "targets", "validation", "reports"):
+        assert f"{package}/py.typed" in names
+    assert "Classifier: Typing :: Typed" in metadata
+    assert "Classifier: Programming Language :: Python :: 3.11" in metadata
+    wanted = re.findall(r"Requires-Dist: (onnxruntime[\w-]*)(?: ?[<>=!~][^;]*)?(?:; extra == \"(\w+)\")?", metadata)
+    assert sorted(wanted) == [("onnxruntime", "cpu"), ("onnxruntime-gpu", "gpu")], "each by choice, never both"
+
+
+def test_no_module_that_runs_needs_what_the_wheel_leaves_out(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for room in ("toolchain", "passes", "targets", "validation", "reports"):
+        for path in (ROOT / room).rglob("*.py"):
+            if path.relative_to(ROOT).as_posix() not in names:
+                continue
+            text = path.read_text()
+            assert "toolchain.training" not in text, path
+            assert "reports.benchmarks" not in text, path
 
 
 def test_every_documented_command_works_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
@@ -78,8 +94,7 @@ def test_every_documented_command_works_from_the_installed_wheel(installed: Path
     assert len(commands) > 8
     used = {command[1] for command in commands}
     assert used >= {"export", "run", "bench", "compare", "check", "plan", "list", "show", "doctor"}
-    for name, text in documented_files().items():
-        (tmp_path / name).write_text(text)
+    stand_in(tmp_path)
     for command in commands:
         assert command[0] == "enginewright"
         run = subprocess.run(
@@ -101,6 +116,7 @@ def test_every_option_in_the_readme_is_one_that_exists() -> None:
     from toolchain.cli import parser
 
     text = (ROOT / "README.md").read_text()
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("pip "))
     known = {option for action in subparsers(parser()) for option in action._option_string_actions}
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)):
         assert option in known, option

@@ -41,7 +41,8 @@ def compared_with(model: Model, steps: Iterable[tuple[Pass, Plan]]) -> Model:
         model = replace(model, module=step.reference(model.module, plan))
         if gone:
             kept = tuple(spec for spec in model.inputs if spec.name not in gone)
-            model = replace(model, inputs=kept, task=None, realistic=narrowed(model, gone))
+            own = None if model.example is None else {k: v for k, v in model.example.items() if k not in gone}
+            model = replace(model, inputs=kept, task=None, realistic=narrowed(model, gone), example=own)
     return model
 
 

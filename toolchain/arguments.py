@@ -8,8 +8,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolchain import catalog, sources
+from toolchain import catalog
 from toolchain.errors import FaultsError, ToolchainError, raise_faults
+from toolchain.sources.mistaken import mistaken
 
 if TYPE_CHECKING:
     from toolchain.recipe import Recipe
@@ -33,17 +34,28 @@ def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
     if chosen.trust_remote_code:
         content["trust_remote_code"] = True
     mode, file = weights_from(chosen.weights)
-    asked = {"dtype": chosen.dtype, "embed_weights": chosen.embed_weights, "weights": mode}
-    content["export"] = {key: value for key, value in asked.items() if value}
+    content["export"] = given(dtype=chosen.dtype, embed_weights=chosen.embed_weights or None, weights=mode)
     if file:
         content["weights"] = file
-    if chosen.calibration:
-        content["calibration"] = {"file": chosen.calibration}
-    if getattr(chosen, "no_validate", False):
-        content["validation"] = {"skip": True}
+    content["calibration"] = given(file=chosen.calibration, calls=chosen.calibration_calls)
+    content["validation"] = validation_from(chosen)
     from toolchain.recipe import make
 
     return make(content)
+
+
+def validation_from(chosen: Namespace) -> dict[str, Any]:
+    """How to validate, as a recipe's table; ``plan`` has no such options."""
+    wanted = ("calls", "samples", "rounds", "threads")
+    table = given(**{name: getattr(chosen, name, None) for name in wanted})
+    sizes = dict(text.split("=") for text in getattr(chosen, "size", ()))
+    table |= given(batch={name: int(number) for name, number in sizes.items()} or None)
+    return {**table, "skip": True} if getattr(chosen, "no_validate", False) else table
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """Those settings that were asked for."""
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def weights_from(texts: Sequence[str]) -> tuple[str | None, str | None]:
@@ -52,9 +64,9 @@ def weights_from(texts: Sequence[str]) -> tuple[str | None, str | None]:
     """
     modes = [text for text in texts if text in WEIGHT_MODES]
     files = [text for text in texts if text not in WEIGHT_MODES]
-    for given in (modes, files):
-        if len(given) > 1:
-            raise ToolchainError(f"--weights was given twice: {given[0]!r} and {given[1]!r}", where="--weights")
+    for several in (modes, files):
+        if len(several) > 1:
+            raise ToolchainError(f"--weights was given twice: {several[0]!r} and {several[1]!r}", where="--weights")
     return next(iter(modes), None), next(iter(files), None)
 
 
@@ -63,9 +75,8 @@ def check_names(content: dict[str, Any]) -> None:
     faults: list[ToolchainError] = []
     wanted = [("passes", step["pass"], "--pass") for step in content["steps"]]
     wanted += [("targets", target["target"], "--target") for target in content["targets"]]
-    prefix = content["model"].partition(":")[0]
-    if prefix not in sources.prefixes():
-        wanted.append(("models", prefix, "MODEL"))
+    if fault := mistaken(content["model"], where="MODEL"):
+        faults.append(fault)
     for kind, name, where in wanted:
         try:
             catalog.entry(kind, name, where=where)

@@ -25,8 +25,14 @@ from toolchain.writing import in_words, make_folder, sweep, synced, workplace
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-RENDERED = {"report.json", "report.html", "report.md", "junit.xml"}
+REPORT = "report.json"
+"""The figures; the manifest holds its digest beside those of the files that engines need."""
+
+RENDERED = {"report.html", "report.md", "junit.xml"}
 """Files that ``enginewright report`` may write again; the manifest leaves their digests out."""
+
+OURS = ("engines/", "plans/", "weights/")
+"""Folders of which the manifest lists every file."""
 
 NEW, OLD, SWAPPING = "new", "old", "swapping"
 """In the hidden neighbour: the folder that is being written, the one it replaces where two renames are needed for
@@ -116,7 +122,7 @@ def strange_in(out: Path) -> str:
         return ""
     try:
         content = read_json(out / MANIFEST, what=MANIFEST)
-        known = {MANIFEST, *RENDERED, *content["files"]}
+        known = {MANIFEST, REPORT, *RENDERED, *content["files"]}
         assert isinstance(content["schema"], int)
     except (ToolchainError, AssertionError, KeyError, TypeError):
         return "exists and is no artifact of ours"
@@ -225,14 +231,23 @@ def settle(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``manifest.json``: the content, and every other file with its size and SHA-256."""
+    """Write ``manifest.json``: the content, and every other file with its size and SHA-256.
+
+    The digests find accidents. Whoever means to deceive writes new ones: they prove nothing about who made the folder.
+    """
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
+        path.relative_to(folder).as_posix(): entry(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, *RENDERED)
+        if path.is_file() and path.name not in (MANIFEST, REPORT, *RENDERED)
     }
-    text = json.dumps({"schema": SCHEMA, **content, "files": files}, indent=2) + "\n"
+    report = {"report": entry(folder / REPORT)} if (folder / REPORT).is_file() else {}
+    text = json.dumps({"schema": SCHEMA, **content, **report, "files": files}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text)
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 LONGEST_NAME = 1000
@@ -286,6 +301,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             faults.append(f"{name} is missing")
         elif file.stat().st_size != wanted["bytes"] or digest(file) != wanted["sha256"]:
             faults.append(f"{name} was changed")
+    faults += unlisted(folder, content["files"])
     if faults:
         raise ToolchainError(f"the artifact is damaged: {'; '.join(faults)}", where=str(folder), help="export it again")
     return content
+
+
+def unlisted(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """Why a list of files is not whole: it is empty, or a file of an engine, a plan or weights is not in it."""
+    if not files:
+        return [f"{MANIFEST} lists no files"]
+    present = (path.relative_to(folder).as_posix() for place in OURS for path in (folder / place).rglob("*"))
+    return [f"{name} is not in {MANIFEST}" for name in present if name not in files and (folder / name).is_file()]
+
+
+def check_report(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise unless ``report.json`` is as the run wrote it."""
+    path, wanted = folder / REPORT, manifest.get("report")
+    if not isinstance(wanted, dict):
+        raise ToolchainError(
+            f"{MANIFEST} has no digest of {REPORT}, so its figures cannot be trusted to be those of the run",
+            where=str(folder / MANIFEST),
+            help="export it again",
+        )
+    if not path.is_file() or entry(path) != wanted:
+        reason = "was changed since the run" if path.is_file() else "is missing"
+        raise ToolchainError(f"the artifact is damaged: {REPORT} {reason}", where=str(folder), help="export it again")

@@ -18,6 +18,7 @@ from toolchain.sources.contract import Model
 from validation.inputs import Arrays, Dim, InputSpec, rows_of, shared_by_rows
 
 CALIBRATION_SEED, VALIDATION_SEED, TRAINING_SEED = 1_000, 2_000, 1_000_000
+SPARE_SEED = 1_000_000_000
 """Added to the recipe's seed, so that the kinds of inputs never meet; training takes one seed after another."""
 
 
@@ -43,7 +44,14 @@ def inputs(recipe: Recipe, model: Model) -> list[Inputs]:
         return tensors(from_sentences(recipe.path(settings.file), model, settings.calls))
     if settings.file is not None:
         return calls_in(recipe.path(settings.file), model.inputs)[: settings.calls]
-    return tensors(model.batches(settings.calls, recipe.head.seed + CALIBRATION_SEED))
+    return tensors(made(model, settings.calls, recipe.head.seed))
+
+
+def made(model: Model, count: int, seed: int) -> list[Arrays]:
+    """Calls made from the model; more than fit before those of validation are taken from behind all others."""
+    room = VALIDATION_SEED - CALIBRATION_SEED
+    first = model.batches(min(count, room), seed + CALIBRATION_SEED)
+    return [*first, *model.batches(count - room, seed + SPARE_SEED)] if count > room else first
 
 
 def drawn_by(recipe: Recipe, model: Model) -> Callable[[int, int], list[Inputs]] | None:

@@ -1,4 +1,4 @@
-"""What there is: models, passes, targets, metrics, recipes; found as files, listed without importing any.
+"""What there is: models, sources, passes, targets, metrics, recipes; found as files, listed without importing any.
 
 There is no list to edit: a file in the right folder is an entry, its name is the entry's name, and the first line of
 its docstring is the summary.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from targets.contract import Target
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("models", "passes", "targets", "metrics", "recipes")
+KINDS = ("models", "sources", "passes", "targets", "metrics", "recipes")
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,39 @@ def entries(kind: str) -> dict[str, Entry]:
     """Everything of one kind, by name, in alphabetical order."""
     found = {
         "models": lambda: family_files(ROOT / "toolchain" / "models", apart={"blocks"}),
+        "sources": lambda: (ROOT / "toolchain" / "sources").glob("*_source.py"),
         "passes": lambda: family_files(ROOT / "passes", apart={"families"}, holding="(Pass)"),
         "targets": lambda: (ROOT / "targets").glob("*_engine.py"),
         "metrics": lambda: (p for p in (ROOT / "validation" / "metrics").glob("*.py") if p.stem != "__init__"),
         "recipes": lambda: (ROOT / "toolchain" / "recipes").glob("*.toml"),
     }[kind]()
-    named = {path.stem.removesuffix("_engine"): path for path in found}
+    named = {path.stem.removesuffix("_engine").removesuffix("_source"): path for path in found}
     return {name: Entry(kind, name, named[name]) for name in sorted(named)}
+
+
+def listing(kind: str) -> list[tuple[str, str]]:
+    """Names and summaries of one kind; metrics by the names that gates want, with the figures that are no metric."""
+    found = entries(kind)
+    if kind != "metrics":
+        return [(name, entry.summary) for name, entry in found.items()]
+    from validation.gates import gate_names
+    from validation.metrics import load_metrics
+
+    names = gate_names(load_metrics())
+    return [(name, summary_of_figure(name, found)) for name in names]
+
+
+FIGURES = {
+    "latency.ratio": "Time of a call over the original's: below 1 the engine is faster.",
+    "latency.ratio_high": "The upper end of that ratio's interval: a bound that noise does not meet by luck.",
+}
+"""What a gate may bound beside metrics."""
+
+
+def summary_of_figure(name: str, metrics: dict[str, Entry]) -> str:
+    """One line about what a gate may bound."""
+    metric = metrics.get(name.partition(".")[2])
+    return FIGURES.get(name) or (metric.summary if metric else f"The figure {name} of a target's record.")
 
 
 def family_files(folder: Path, *, apart: set[str], holding: str = "") -> list[Path]:

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolchain import catalog
+from toolchain import catalog, sources
 from toolchain.arguments import recipe_from, sizes_from
 from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
 from toolchain.progress import Progress
+from toolchain.screen import show, table
+
+CALLS = 8
+"""Calls to compare on where no recipe says how many."""
 
 
 def answer(chosen: Namespace, data: Any, text: Callable[[], Any]) -> None:
-    """Print ``data`` as JSON when asked to, or else say it."""
-    if chosen.json:
-        print(json.dumps(data, indent=2))
-    else:
-        text()
+    """Print ``data`` as one JSON document when asked to, or else say it.
 
-
-def table(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> None:
-    """Print aligned columns; the last one may be long."""
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads) - 1)]
-    for row in (heads, *rows):
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+    A reader that has gone (``| head``) changes nothing about how the command ends.
+    """
+    try:
+        if chosen.json:
+            print(json.dumps(data, indent=2), file=getattr(chosen, "answers", None) or sys.stdout)
+        else:
+            text()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again when it ends
 
 
 def list_command(chosen: Namespace) -> int:
-    """Names and summaries of one kind."""
-    found = [{"name": entry.name, "summary": entry.summary} for entry in catalog.entries(chosen.kind).values()]
-    answer(chosen, found, lambda: table([(e["name"], e["summary"]) for e in found], ("NAME", "SUMMARY")))
+    """Names and summaries of one kind, or of every kind."""
+    if chosen.kind:
+        found = [{"name": name, "summary": summary} for name, summary in catalog.listing(chosen.kind)]
+        answer(chosen, found, lambda: table([(e["name"], e["summary"]) for e in found], ("NAME", "SUMMARY")))
+        return DONE
+    rows = [(kind, *entry) for kind in catalog.KINDS for entry in catalog.listing(kind)]
+    data = [dict(zip(("kind", "name", "summary"), row, strict=True)) for row in rows]
+    answer(chosen, data, lambda: table(rows, ("KIND", "NAME", "SUMMARY")))
     return DONE
 
 
@@ -53,6 +64,13 @@ def export_command(chosen: Namespace) -> int:
 def run_command(chosen: Namespace) -> int:
     """The main job, from a file."""
     path = Path(chosen.recipe)
+    if path.is_dir():
+        held = path / "recipe.toml"
+        help_ = f"write: enginewright run {held}" if held.is_file() else "to export a model, use: enginewright export"
+        raise ToolchainError(f"{chosen.recipe!r} is a folder, and a recipe is a TOML file", help=help_)
+    if chosen.recipe.partition(":")[0] in sources.prefixes():
+        help_ = f"write: enginewright export {chosen.recipe}"
+        raise ToolchainError(f"{chosen.recipe!r} is a model, and no recipe", help=help_)
     if not path.is_file() and "/" not in chosen.recipe and path.suffix != ".toml":
         path = catalog.recipe_path(chosen.recipe)
     return export(read_saying(path, quiet=chosen.quiet), chosen)
@@ -75,7 +93,7 @@ def read_saying(path: Path, *, quiet: bool) -> Any:
 
 def export(recipe: Any, chosen: Namespace) -> int:
     """Run a recipe and say how it went; a pipeline gives one artifact for each of its networks."""
-    from toolchain import artifact, sources
+    from toolchain import artifact
 
     parts = sources.parts_of(recipe.model)
     if not parts:
@@ -97,15 +115,18 @@ def export(recipe: Any, chosen: Namespace) -> int:
 
 def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any], int, Callable[[], None]]:
     """One artifact: its report, the exit code, and a way to say it."""
-    from reports import markdown
+    from reports import markdown, terminal
     from toolchain import pipeline
 
     progress = Progress(quiet=chosen.quiet)
     report, code = pipeline.export(recipe, out, force=chosen.force, progress=progress, trust_code=chosen.trust_code)
 
     def text() -> None:
-        print(markdown.render(report))
-        print(f"wrote {out}: open {out / 'report.html'}")
+        if chosen.markdown:
+            print(markdown.render(report), end="")
+            return
+        show(terminal.blocks(report))
+        print(f"\nwrote {out}: open {out / 'report.html'}; {out / 'README.md'} tells how to run it elsewhere")
 
     return {**json.loads((out / "report.json").read_text()), "exit_code": code}, code, text
 
@@ -171,12 +192,12 @@ def bench_command(chosen: Namespace) -> int:
                 name,
                 f"{t.median_s * 1e3:.2f}",
                 f"{t.p90_s * 1e3:.2f}",
-                f"{t.ratio:.3f} [{t.ratio_low:.3f}, {t.ratio_high:.3f}]",
+                f"{t.ratio:.3f} [{t.ratio_low:.3f}, {t.ratio_high:.3f}]{' inconclusive' if t.unsafe else ''}",
             )
             for name, t in timed.items()
         ]
         base = next(iter(timed.values())).original_median_s
-        print(f"original: median {base * 1e3:.2f} ms, {threads} threads, {chosen.rounds} rounds")
+        print(f"original: median {base * 1e3:.2f} ms, {threads} threads, {chosen.rounds} samples of each")
         table(rows, ("ENGINE", "MEDIAN MS", "P90 MS", "RATIO [95 %]"))
         for name, t in timed.items():
             for warning in t.warnings:
@@ -194,12 +215,11 @@ def bench_command(chosen: Namespace) -> int:
 def compare_command(chosen: Namespace) -> int:
     """Fidelity of the second subject's runners to the first's."""
     from reports.record import TargetRecord
-    from toolchain.measure import as_record, judge_gates
+    from toolchain.measure import answers_of, compared, judge_gates, masks_of, refuse_unsteady
     from toolchain.opened import open_subject
     from toolchain.recipe import gate_names
-    from validation.fidelity import compare, non_finite
+    from validation.fidelity import non_finite
     from validation.gates import parse
-    from validation.inputs import draw
 
     bounds = [parse(text, known=gate_names(), where="--gate") for text in chosen.gate]
     progress = Progress(quiet=chosen.quiet)
@@ -209,58 +229,93 @@ def compare_command(chosen: Namespace) -> int:
             for text in (chosen.original, chosen.candidate)
         )
     name, original = next(iter(first.runners.items()))
-    model = first.model or second.model
-    specs = model.inputs if model else first.inputs
-    calls = model.batches(chosen.calls, 0) if model else [draw(specs, seed=i) for i in range(chosen.calls)]
-    wanted = [original(call) for call in calls]
+    calls, mask = calls_for(first, second, chosen.calls)
+    refuse_unsteady(original, calls[0])
+    wanted = answers_of(original, calls)
     records = []
     for other, runner in second.runners.items():
         got = [runner(call) for call in calls]
-        faults = non_finite(got) or non_finite(wanted)
-        found = [] if faults else [as_record(output) for output in compare(wanted, positional(wanted, got))]
-        records.append(
-            TargetRecord(
-                name=other,
-                parameters={},
-                installed=True,
-                importable=True,
-                buildable=True,
-                runnable=True,
-                built=True,
-                fidelity=found,
-                faults=faults,
-            )
+        faults = non_finite(got)
+        found = (
+            {"faults": faults} if faults else compared(wanted, named_alike(wanted, got), masks_of(mask, calls), mask)
         )
+        able = dict.fromkeys(("installed", "importable", "buildable", "runnable", "built"), True)
+        records.append(TargetRecord(name=other, parameters={}, **able, **found))
     gates = judge_gates(bounds, records)
-
-    def text() -> None:
-        rows = [
-            (r.name, f.output, f"{f.max_abs:.3g}", f"{f.relative_l2:.3g}", f"{f.cosine:.9f}")
-            for r in records
-            for f in r.fidelity
-        ]
-        print(f"beside {name}, {chosen.calls} calls:")
-        table(rows, ("RUNNER", "OUTPUT", "MAX ABS", "RELATIVE L2", "COSINE"))
-        for r in records:
-            for fault in r.faults:
-                print(f"{r.name}: {fault}")
-        for gate in gates:
-            print(f"{gate.target}: {gate.name} {gate.bound}: {gate.verdict.replace('_', ' ')} {gate.reason}".rstrip())
-
-    data = {
-        "original": name,
-        "runners": [
-            {"name": r.name, "faults": r.faults, "fidelity": [f.model_dump() for f in r.fidelity]} for r in records
-        ],
-        "gates": [gate.model_dump() for gate in gates],
-    }
-    answer(chosen, data, text)
-    return MISSED if any(r.faults for r in records) else gate_code(gate.verdict for gate in gates)
+    answer(chosen, comparison_data(name, records, gates), lambda: tell_comparison(name, len(calls), records, gates))
+    code = gate_code(gate.verdict for gate in gates)
+    nothing = any(not record.fidelity for record in records)
+    return MISSED if any(record.faults for record in records) else code or (CANNOT if nothing else DONE)
 
 
-def positional(wanted: list[Any], got: list[Any]) -> list[Any]:
-    """Outputs under the original's names, where both have as many: engines of other makers name theirs otherwise."""
-    if wanted and got and len(wanted[0]) == len(got[0]):
+def calls_for(first: Any, second: Any, count: int | None) -> tuple[list[Any], str]:
+    """The calls to compare on, and the input that masks rows: those of an artifact's validation where one takes part.
+
+    Args:
+        first: what is opened, for its model and recipe.
+        second: the same; asked where the first has none.
+        count: how many; None for as many as the artifact was validated on.
+    """
+    from toolchain.measure import validation_calls
+    from validation.inputs import draw
+
+    recipe = first if first.seed is not None else second
+    number = count if count is not None else recipe.calls or CALLS
+    if number < 1:
+        raise ToolchainError(f"--calls is {number}; at least 1 is needed")
+    model = first.model or second.model
+    if model is None:
+        return [draw(first.inputs, seed=i) for i in range(number)], ""
+    return validation_calls(model, number, recipe.seed or 0), model.mask
+
+
+def comparison_data(name: str, records: Sequence[Any], gates: Sequence[Any]) -> dict[str, Any]:
+    """The answer of ``compare`` as JSON."""
+    runners = [
+        {
+            "name": each.name,
+            "faults": each.faults,
+            "fidelity": [output.model_dump(mode="json") for output in each.fidelity],
+            **({"reason": each.reason} if each.reason else {}),
+        }
+        for each in records
+    ]
+    return {"original": name, "runners": runners, "gates": [gate.model_dump(mode="json") for gate in gates]}
+
+
+def tell_comparison(name: str, calls: int, records: Sequence[Any], gates: Sequence[Any]) -> None:
+    """The answer of ``compare`` as text."""
+    from reports import summary, words
+
+    rows = [
+        (
+            each.name,
+            output.output,
+            words.number(output.max_abs),
+            words.number(output.relative_l2),
+            words.number(output.worst_column),
+            f"{output.cosine:.9f}",
+            "; ".join(filter(None, (summary.calls(output), summary.rows(output)))),
+        )
+        for each in records
+        for output in each.fidelity
+    ]
+    print(f"beside {name}, {words.plural(calls, 'call')}:")
+    table(rows, ("RUNNER", "OUTPUT", "MAX ABS", "RELATIVE L2", "WORST COLUMN", "COSINE", "CALLS"))
+    for each in records:
+        for text in (*each.faults, *each.not_compared, each.reason):
+            if text:
+                print(f"{each.name}: {text}")
+    for gate in gates:
+        print(f"{gate.target}: {gate.name} {gate.bound}: {words.VERDICT[gate.verdict]} {gate.reason}".rstrip())
+
+
+def named_alike(wanted: list[Any], got: list[Any]) -> list[Any]:
+    """Outputs under the original's names: by name where both have the same ones, in whatever order.
+
+    Else by place, where both have as many: engines of other makers name theirs otherwise.
+    """
+    if wanted and got and len(wanted[0]) == len(got[0]) and wanted[0].keys() != got[0].keys():
         return [dict(zip(w, g.values(), strict=True)) for w, g in zip(wanted, got, strict=True)]
     return got
 
@@ -268,44 +323,70 @@ def positional(wanted: list[Any], got: list[Any]) -> list[Any]:
 def gate_code(verdicts: Iterable[str]) -> int:
     """Exit code of some gates."""
     found = set(verdicts)
-    return MISSED if "missed" in found else CANNOT if "not_measured" in found else DONE
+    return MISSED if "missed" in found else CANNOT if found - {"met"} else DONE
 
 
 def check_command(chosen: Namespace) -> int:
     """Hold an artifact's figures against a baseline."""
     from reports import junit, record
     from toolchain import artifact
-    from toolchain.writing import in_words, make_folder, write_where_told
+    from toolchain.asking import place_for
+    from toolchain.writing import write_where_told
     from validation import regression
 
-    artifact.read_manifest(chosen.artifact)
-    report = record.read(chosen.artifact / "report.json")
-    content = json.loads((chosen.artifact / "report.json").read_text())
-    if chosen.update:
-        keep = regression.read(chosen.baseline) if chosen.baseline.exists() else None
-        baseline = regression.baseline_from(content, keep=keep)
-        with in_words("the baseline", chosen.baseline):
-            make_folder(chosen.baseline.parent)
-        regression.write(chosen.baseline, baseline)
-        written = {"wrote": str(chosen.baseline), "figures": len(baseline.figures)}
-        answer(chosen, written, lambda: print(f"wrote {chosen.baseline}: {len(baseline.figures)} figures"))
-        return DONE
-    comparisons = regression.check(regression.read(chosen.baseline), content)
+    place_for(chosen.junit)
+    given = dict(regression.figure_given(text) for text in chosen.figure)
+    there = (chosen.artifact / artifact.MANIFEST).is_file()
+    wanted = regression.read(chosen.baseline) if there and not chosen.update else None
+    # After the baseline, because it reads every file.
+    artifact.check_report(chosen.artifact, artifact.read_manifest(chosen.artifact))
+    report = record.read(chosen.artifact / artifact.REPORT)
+    content = json.loads((chosen.artifact / artifact.REPORT).read_text())
+    if wanted is None:
+        return update_baseline(chosen, content, given)
+    comparisons = regression.check(wanted, content, given)
     failed = [c for c in comparisons if c.failed]
+    blind = {c.key: c.reason for c in comparisons if c.verdict == "not_comparable"}
     if chosen.junit:
         cases = [(c.key, c.reason or f"was {c.baseline}, is {c.current}" if c.failed else "") for c in comparisons]
-        write_where_told(chosen.junit, junit.render_cases(report.model.name, cases), what="the JUnit file")
+        write_where_told(chosen.junit, junit.render_cases(report.model.name, cases, blind), what="the JUnit file")
 
     def text() -> None:
         print(regression.render_table(comparisons))
-        print(f"{len(failed)} of {len(comparisons)} figures regressed" if failed else "nothing regressed")
+        said = f"{len(failed)} of {len(comparisons)} figures regressed" if failed else "nothing regressed"
+        print(f"{said}; {len(blind)} could not be compared" if blind else said)
 
     answer(
         chosen,
-        {"regressed": len(failed), "figures": [vars(c) | {"tolerance": str(c.tolerance)} for c in comparisons]},
+        {
+            "regressed": len(failed),
+            "not_comparable": len(blind),
+            "figures": [vars(c) | {"tolerance": str(c.tolerance)} for c in comparisons],
+        },
         text,
     )
     return MISSED if failed else DONE
+
+
+def update_baseline(chosen: Namespace, content: dict[str, Any], given: dict[str, Any]) -> int:
+    """Write a baseline of a run, and say which of its figures are none."""
+    from toolchain.writing import in_words, make_folder
+    from validation import regression
+
+    keep = regression.read(chosen.baseline) if chosen.baseline.exists() else None
+    baseline = regression.baseline_from(content, keep=keep, given=given)
+    without = regression.left_out(content)
+    with in_words("the baseline", chosen.baseline):
+        make_folder(chosen.baseline.parent)
+    regression.write(chosen.baseline, baseline)
+
+    def text() -> None:
+        print(f"wrote {chosen.baseline}: {len(baseline.figures)} figures")
+        for key, reason in without.items():
+            print(f"left out {key}: {reason}")
+
+    answer(chosen, {"wrote": str(chosen.baseline), "figures": len(baseline.figures), "left_out": without}, text)
+    return DONE
 
 
 def report_command(chosen: Namespace) -> int:
@@ -314,7 +395,10 @@ def report_command(chosen: Namespace) -> int:
     from toolchain import artifact
 
     artifact.heal_absent(chosen.artifact)
-    report = record.read(chosen.artifact / "report.json")
+    place = chosen.artifact / artifact.MANIFEST
+    if place.is_file() and "report" in (manifest := artifact.read_manifest(chosen.artifact)):
+        artifact.check_report(chosen.artifact, manifest)
+    report = record.read(chosen.artifact / artifact.REPORT)
     rendering.write_all(report, chosen.artifact)
     names = ["report.html", "report.md", "junit.xml"]
     answer(chosen, {"wrote": names}, lambda: print(f"wrote {', '.join(names)} in {chosen.artifact}"))
@@ -331,12 +415,19 @@ def doctor_command(chosen: Namespace) -> int:
         answers = {key: getattr(able, key) for key in ("installed", "importable", "buildable", "runnable")}
         reason = next((given.reason for given in answers.values() if not given.yes), "")
         targets.append({"name": name, **{key: given.yes for key, given in answers.items()}, "reason": reason})
-    data = {"targets": targets, "environment": environment.describe(), "versions": environment.versions()}
+    data = {
+        "targets": targets,
+        "problems": environment.problems(),
+        "environment": environment.describe(),
+        "versions": environment.versions(),
+    }
 
     def text() -> None:
         keys = ("installed", "importable", "buildable", "runnable")
         rows = [(str(t["name"]), *("yes" if t[key] else "no" for key in keys), str(t["reason"])) for t in targets]
         table(rows, ("TARGET", *(key.upper() for key in keys), "WHY NOT"))
+        for problem in environment.problems():
+            print(f"problem: {problem}")
         print()
         for section in (environment.describe(), environment.versions()):
             table([(key, str(value)) for key, value in section.items()], ("", ""))

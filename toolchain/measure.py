@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reports import record
 from reports.pictures import png_grid
+from toolchain.at_sizes import SEED as SIZES_SEED
+from toolchain.at_sizes import Again, SizedCall, again_with, answerable, at_one_size, faults_of
 from toolchain.calibration import VALIDATION_SEED
 from toolchain.errors import ToolchainError
 from toolchain.progress import Progress
@@ -15,10 +18,14 @@ from toolchain.recipe import Validation
 from toolchain.sources.contract import Model
 from validation import latency
 from validation.contract import Drawn, Runner, SampleMetric, SamplingTask
-from validation.fidelity import OutputFidelity, compare, non_finite
+from validation.fidelity import OutputFidelity, compare, dead_columns, empty, non_finite, worst
 from validation.gates import GateBound, judge
-from validation.inputs import Arrays, draw
+from validation.inputs import Array, Arrays, draw
 from validation.metrics import load_metrics
+from validation.metrics.relative_l2 import RelativeL2
+
+STEADY = 1e-4
+"""Relative L2 distance of two answers of a steady original: the order of float32 additions may change, no more."""
 
 SHOWN = 20
 """Samples that the report shows."""
@@ -33,18 +40,36 @@ def measure(
     seed: int,
     threads: int,
     progress: Progress,
+    sized: Sequence[SizedCall] = (),
 ) -> tuple[dict[str, dict[str, Any]], list[record.Samples]]:
     """Measure every runner beside the original.
+
+    Args:
+        model: what they are called as.
+        original: what they are held against.
+        runners: by name.
+        settings: how much is measured.
+        seed: of the recipe.
+        threads: of every runner, for the record.
+        progress: told of each stage.
+        sized: calls at other than typical sizes, with the original's answers.
 
     Returns:
         For each runner the fields of its ``TargetRecord`` that were measured, and pictures for the report.
     """
     found: dict[str, dict[str, Any]] = {name: {} for name in runners}
-    inputs = model.batches(settings.calls, seed + VALIDATION_SEED)
+    inputs = validation_calls(model, settings.calls, seed)
     with progress.stage("compare outputs"):
-        wanted = [original(call) for call in inputs]
+        inputs = answerable(model, original, inputs)
+        wanted = answers_of(original, inputs)
         for name, runner in runners.items():
-            found[name] |= outputs_of(runner, inputs, wanted)
+            found[name] |= outputs_of(runner, inputs, wanted, mask=model.mask)
+    if sized:
+        with progress.stage("compare outputs at other sizes"):
+            again = again_with(model, original, seed + SIZES_SEED)
+            for name, runner in runners.items():
+                if not found[name].get("faults"):
+                    found[name] |= at_sizes_of(runner, sized, found[name].get("fidelity", []), again)
     fit = {name: runner for name, runner in runners.items() if not found[name].get("faults")}
     pictures: list[record.Samples] = []
     if model.task is not None:
@@ -59,18 +84,95 @@ def measure(
     return found, pictures
 
 
-def outputs_of(runner: Runner, inputs: Sequence[Arrays], wanted: Sequence[Arrays]) -> dict[str, Any]:
-    """Fidelity of one engine; outputs that are not finite are a fault, with the layer where they begin."""
+def validation_calls(model: Model, count: int, seed: int) -> list[Arrays]:
+    """The calls that outputs are compared on; a recipe's seed and count always give the same ones."""
+    return model.held_out(count, seed + VALIDATION_SEED)
+
+
+def at_sizes_of(
+    runner: Runner, sized: Sequence[SizedCall], fidelity: Sequence[record.Fidelity], again: Again
+) -> dict[str, Any]:
+    """What one engine does at other sizes; where it fails or strays is a fault."""
+    typical = max((output.relative_l2 for output in fidelity), default=0.0)
+    outcomes = [at_one_size(runner, call, typical, again) for call in sized]
+    found: dict[str, Any] = {"sizes": [record.SizeCheck.model_validate(vars(each)) for each in outcomes]}
+    return found | ({"faults": faults} if (faults := faults_of(outcomes)) else {})
+
+
+def answers_of(original: Runner, inputs: Sequence[Arrays]) -> list[Arrays]:
+    """What the original puts out for each call.
+
+    Raises:
+        ToolchainError: values that are not finite: no engine can be held against them.
+    """
+    answers = [original(call) for call in inputs]
+    for number, (call, answer) in enumerate(zip(inputs, answers, strict=True), 1):
+        if faults := non_finite([answer]):
+            layer = first_non_finite(original, call)
+            raise ToolchainError(
+                f"the original model cannot be a reference: {faults[0]}, in validation call {number}",
+                where=f"first in layer {layer}" if layer else None,
+            )
+    return answers
+
+
+def refuse_unsteady(original: Runner, call: Arrays) -> None:
+    """Raise when the original answers one call in two ways, beyond rounding: it draws random numbers."""
+    first, second = (original(call) for _ in range(2))
+    moved = {name: error for name in first if (error := distance(first[name], second[name])) > STEADY}
+    if not moved:
+        return
+    name, error = max(moved.items(), key=lambda each: each[1])
+    locate = getattr(original, "first_unsteady", None)
+    layer = locate(call) if locate else ""
+    raise ToolchainError(
+        f"the original model cannot be a reference: output {name!r} of one and the same call differs by {error:.2g} of "
+        "its size from one time to the next, so the model draws random numbers",
+        where=f"first seen in the output of layer {layer}" if layer else None,
+        help="give it the noise as an input (wrap it in py:FILE.py:FUNCTION), or switch off what draws: a dropout that "
+        "stays in training mode, a random mask; --no-validate exports it without comparing anything",
+    )
+
+
+def distance(a: Array, b: Array) -> float:
+    """Relative L2 distance; infinite where the shapes differ."""
+    return RelativeL2().measure(a, b) if a.shape == b.shape else math.inf
+
+
+def masks_of(mask: str, inputs: Sequence[Arrays]) -> list[Array | None]:
+    """Which rows of each call are real, where the model has an input that says so."""
+    return [call.get(mask) for call in inputs]
+
+
+def outputs_of(runner: Runner, inputs: Sequence[Arrays], wanted: Sequence[Arrays], *, mask: str = "") -> dict[str, Any]:
+    """Fidelity of one engine. Outputs that are not finite are a fault, with the layer where they begin; so are columns
+    that never change. Where not one output has an element, there is a reason instead of figures.
+    """
     got = [runner(call) for call in inputs]
     faults = non_finite(got)
     if faults:
         bad = next(call for call, out in zip(inputs, got, strict=True) if non_finite([out]))
         layer = first_non_finite(runner, bad)
         return {"faults": [f"{fault}; first in layer {layer}" if layer else fault for fault in faults]}
+    return compared(wanted, got, masks_of(mask, inputs), mask)
+
+
+def compared(
+    wanted: Sequence[Arrays], got: Sequence[Arrays], masks: Sequence[Array | None], mask: str = ""
+) -> dict[str, Any]:
+    """Fields of a ``TargetRecord`` about finite outputs beside the original's."""
     try:
-        return {"fidelity": [as_record(output) for output in compare(wanted, got)]}
+        found: dict[str, Any] = {"fidelity": [as_record(output, mask) for output in compare(wanted, got, masks)]}
     except ToolchainError as error:
         return {"faults": [error.message]}
+    if dead := dead_columns(wanted, got, masks):
+        found["faults"] = dead
+    nothing = [f"output {name!r} is empty in every call" for name in empty(wanted, masks)]
+    if nothing and not found["fidelity"]:
+        found["reason"] = f"{'; '.join(nothing)}: nothing was compared"
+    elif nothing:
+        found["not_compared"] = nothing
+    return found
 
 
 def first_non_finite(runner: Runner, inputs: Arrays) -> str:
@@ -79,10 +181,27 @@ def first_non_finite(runner: Runner, inputs: Arrays) -> str:
     return locate(inputs) if locate else ""
 
 
-def as_record(output: OutputFidelity) -> record.Fidelity:
-    """Fidelity of one output for the report; an infinite signal-to-noise ratio (equal outputs) is null there."""
-    figures = {name: value if math.isfinite(value) else None for name, value in output.worst.items()}
-    return record.Fidelity.model_validate({"output": output.output, **figures})
+def as_record(output: OutputFidelity, mask: str = "") -> record.Fidelity:
+    """Fidelity of one output for the report.
+
+    The infinite signal-to-noise ratio of equal outputs is null there; other infinities stand as they are.
+    """
+    return record.Fidelity.model_validate(
+        {
+            "output": output.output,
+            **null_if_equal(output.worst),
+            "calls": output.calls,
+            "worst_call": output.worst_call,
+            "median": null_if_equal(output.median),
+            "mask": mask if output.masked else "",
+            "everywhere": null_if_equal(output.everywhere),
+        }
+    )
+
+
+def null_if_equal(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """The same figures, without the infinite ``snr_db`` of equal outputs."""
+    return {name: None if name == "snr_db" and value == math.inf else value for name, value in figures.items()}
 
 
 def sampling(
@@ -97,9 +216,10 @@ def sampling(
     """Whole runs from the same noise, judged."""
     count = settings.samples or task.samples
     drawn: dict[str, Drawn] = {}
-    for number, (name, runner) in enumerate({"original": original, **runners}.items()):
-        progress.count(number, len(runners) + 1, f"drawing {count} samples with {name}")
-        pictures = task.sample(runner, count, seed)
+    everyone = {"original": original, **runners}
+    for number, (name, runner) in enumerate(everyone.items()):
+        text = f"drawing {count} samples with {name}, {number + 1} of {len(everyone)}"
+        pictures = task.sample(telling(runner, task, count, text, progress), count, seed)
         classes, features = task.read(pictures)
         drawn[name] = Drawn(pictures=pictures, classes=classes, features=features)
     metrics = {name: metric for name, metric in load_metrics().items() if isinstance(metric, SampleMetric)}
@@ -117,6 +237,24 @@ def sampling(
         for name in runners
     ]
     return quality, shown
+
+
+def telling(runner: Runner, task: SamplingTask, count: int, text: str, progress: Progress) -> Runner:
+    """A runner that tells of each call how far a sampling run is, where the task knows how many it makes."""
+    progress.say(text)
+    if task.calls is None:
+        return runner
+    total, made = task.calls(count), itertools.count()
+
+    def call(inputs: Arrays) -> Arrays:
+        number = next(made)
+        if number < total:
+            progress.count(number, total, text)
+        else:
+            progress.say(f"{text}: call {number + 1}")
+        return runner(inputs)
+
+    return call
 
 
 def quality_of(metric: SampleMetric, name: str, task: SamplingTask, original: Drawn, drawn: Drawn) -> record.Quality:
@@ -152,15 +290,15 @@ def time_all(
 ) -> dict[str, record.Latency]:
     """Paired latency of every runner."""
     everyone = {"original": getattr(original, "as_timed", lambda: original)(), **runners}
-    samples = latency.time_interleaved(
+    samples = latency.time_in_turns(
         everyone, call, warm_up=settings.warm_up, samples=settings.rounds, seed=seed, say=progress.say
     )
     found = {}
     for name in runners:
         summary = latency.summarise(samples["original"], samples[name], seed=seed)
         found[name] = record.Latency(
-            samples_s=samples[name],
-            original_samples_s=samples["original"],
+            samples_s=samples[name].wall_s,
+            original_samples_s=samples["original"].wall_s,
             median_s=summary.median_s,
             p90_s=summary.p90_s,
             p99_s=summary.p99_s,
@@ -173,6 +311,13 @@ def time_all(
             threads=threads,
             shapes={key: list(array.shape) for key, array in call.items()},
             warnings=[*summary.warnings, *slower(summary)],
+            unsafe=summary.unsafe,
+            original_low_s=summary.original_low_s,
+            original_high_s=summary.original_high_s,
+            cpu_s=samples[name].cpu_s,
+            original_cpu_s=samples["original"].cpu_s,
+            interrupted=samples[name].interrupted,
+            original_interrupted=samples["original"].interrupted,
         )
     return found
 
@@ -194,7 +339,8 @@ def judge_gates(bounds: Sequence[GateBound], targets: Sequence[record.TargetReco
         asked = [t for t in targets if bound.target in (None, t.name) and (bound.target or t.runnable or t.faults)]
         for target in asked:
             value, reason = value_of(bound.name, target)
-            verdict, reason = judge(bound, value, reason)
+            interval, unsafe = doubt_of(bound.name, target)
+            verdict, reason = judge(bound, value, reason, interval=interval, unsafe=unsafe)
             gates.append(
                 record.Gate(
                     name=bound.name,
@@ -225,12 +371,7 @@ def value_of(name: str, target: record.TargetRecord) -> tuple[float | None, str]
     kind, _, key = name.partition(".")
     reason = target.reason or "validation was skipped"
     if kind == "fidelity":
-        values = [getattr(output, key) for output in target.fidelity]
-        if not values:
-            return None, reason
-        if key == "snr_db":
-            return min((math.inf if v is None else v) for v in values), ""
-        return (min(values) if key == "cosine" else max(values)), ""
+        return fidelity_of(key, target, reason)
     if kind == "quality":
         for figure in target.quality:
             if figure.name == key:
@@ -239,3 +380,23 @@ def value_of(name: str, target: record.TargetRecord) -> tuple[float | None, str]
     if kind == "latency":
         return (getattr(target.latency, key), "") if target.latency else (None, reason)
     return (float(target.bytes), "") if target.bytes else (None, reason)
+
+
+def fidelity_of(key: str, target: record.TargetRecord, reason: str) -> tuple[float | None, str]:
+    """The worst of a metric over the outputs; null stands for equal outputs in ``snr_db``, else for not measured."""
+    values = [getattr(output, key) for output in target.fidelity]
+    if not values:
+        return None, reason
+    if key == "snr_db":
+        values = [math.inf if value is None else value for value in values]
+    if None in values:
+        return None, f"{target.fidelity[values.index(None)].output} has no {key}"
+    return worst(load_metrics()[key], values), ""
+
+
+def doubt_of(name: str, target: record.TargetRecord) -> tuple[tuple[float, float] | None, str]:
+    """The interval of a figure that a gate names, where it has one; and why nothing may rest on it, or nothing."""
+    if target.latency is None or not name.startswith("latency."):
+        return None, ""
+    interval = (target.latency.ratio_low, target.latency.ratio_high) if name == "latency.ratio" else None
+    return interval, "; ".join(target.latency.unsafe)

@@ -14,18 +14,22 @@ from passes.contract import Context, Pass, Plan
 from passes.surgery import share
 from targets.contract import Runner
 from targets.onnx_files import check_onnx
-from targets.pytorch_engine import EagerRunner
 from toolchain import artifact, catalog, origin, sources
 from toolchain.added import compared_with, completing
+from toolchain.at_sizes import eager
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import ToolchainError, UnavailableError
 from toolchain.pipeline import Run
 from toolchain.progress import Progress
 from toolchain.recipe import read, threads_here
 from toolchain.sources.contract import Model, read_interface
+from toolchain.sources.mistaken import mistaken
 from toolchain.sources.onnx_source import inputs_of
 from toolchain.trust import refuse_untrusted
 from validation.inputs import InputSpec
+
+MODELS = ("config.json", "model_index.json", "modules.json", "adapter_config.json")
+"""Files of folders that hold a model, and no artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,9 @@ class Opened:
     original: Runner | None = None
     absent: Mapping[str, str]
     """Targets that do not run here, and why."""
+    seed: int | None = None
+    calls: int | None = None
+    """Of the recipe, where there is one: what its outputs were compared on."""
 
 
 @dataclass(kw_only=True)
@@ -99,13 +106,15 @@ def open_subject(
     place, _, wanted = text.partition("#")
     artifact.heal_absent(Path(place))
     if Path(place).is_dir():
+        if any((Path(place) / name).is_file() for name in MODELS) and (fault := mistaken(place)):
+            raise fault
         run = reopen(Path(place), (*source, None), trust_code=trust_code)
         return open_artifact(run, Path(place), wanted, threads)
     if place.endswith(".onnx") and sources.gives(place) == "module":
         return open_onnx(Path(place), threads)
     model = sources.load(text)
-    eager = EagerRunner(model.module, threads=threads, outputs=model.outputs)
-    return Opened(runners={model.name: eager}, inputs=model.inputs, model=model, original=eager, absent={})
+    runner = eager(model, threads)
+    return Opened(runners={model.name: runner}, inputs=model.inputs, model=model, original=runner, absent={})
 
 
 def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
@@ -114,8 +123,17 @@ def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
     runners, absent = engines_of(run, folder, wanted, threads)
     runners = {name: completing(runner, specs) for name, runner in runners.items()}
     model = compared_with(run.model, recorded(run, folder))
-    original = EagerRunner(model.module, threads=threads, outputs=model.outputs)
-    return Opened(runners=runners, inputs=model.inputs, model=model, original=original, absent=absent)
+    original = eager(model, threads)
+    head = run.recipe.head
+    return Opened(
+        runners=runners,
+        inputs=model.inputs,
+        model=model,
+        original=original,
+        absent=absent,
+        seed=head.seed,
+        calls=head.validation.calls,
+    )
 
 
 def recorded(run: Run, folder: Path) -> list[tuple[Pass, Plan]]:

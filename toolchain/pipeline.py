@@ -19,13 +19,24 @@ from passes.contract import Context, Inputs, Pass, Plan, Result, cost, module_at
 from passes.graph.module import GraphModule
 from passes.patterns import PATTERN, keeps_pattern
 from passes.surgery import share
-from reports import record, rendering
+from reports import deploying, record, rendering, summary, words
 from targets.contract import Built, Graph, ShapeRange
 from targets.element_types import DTYPES
 from targets.onnx_export import export_onnx, save
-from targets.pytorch_engine import EagerRunner
 from targets.weights import settle_weights
-from toolchain import __version__, artifact, calibration, environment, origin, scoring, sources, teachers
+from toolchain import (
+    __version__,
+    artifact,
+    at_sizes,
+    calibration,
+    environment,
+    origin,
+    preflight,
+    scoring,
+    shipping,
+    sources,
+    teachers,
+)
 from toolchain.added import compared_with, completing, with_inputs
 from toolchain.engines import parts_for, runner_of
 from toolchain.errors import (
@@ -38,7 +49,7 @@ from toolchain.errors import (
     raise_faults,
     unknown,
 )
-from toolchain.measure import judge_gates, measure
+from toolchain.measure import judge_gates, measure, refuse_unsteady
 from toolchain.preparing import fed, part_in_two, read_halves, said_of
 from toolchain.progress import Progress
 from toolchain.recipe import Recipe, TargetStep, threads_here
@@ -58,12 +69,17 @@ class Run:
     progress: Progress
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rewriters: list[str] = field(default_factory=list)
+    """Steps that changed what engines are compared with."""
+    shipped: dict[str, list[deploying.Engine]] = field(default_factory=dict)
     trust_code: bool = False
     """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
     links: bool = False
     """Whether the artifact's weights are links to files that lie elsewhere."""
     notes: list[str] = field(default_factory=list)
     """Sentences about the artifact for the report."""
+    proofs: dict[str, str] = field(default_factory=dict)
+    """For each graph, at which sizes it was run before engines were built from it, in words."""
     sparse: dict[str, nn.Module] = field(default_factory=dict)
     """Layers of the 2:4 pattern as they were made, by path; those that lost it are out."""
     layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
@@ -142,7 +158,10 @@ class Run:
                 began = time.perf_counter()
                 with placed(f"step {number + 1} ({step.name()}); steps before it: {before}"):
                     result = step.apply(module, context)
+                    untouched = self.reference.module
                     self.compared = compared_with(self.reference, [(step, result.plan)])
+                if self.reference.module is not untouched:
+                    self.rewriters.append(step.name())
                 module = result.model
                 self.note_patterns(module, result.plan)
                 context = self.after(context, step, result.plan)
@@ -150,6 +169,17 @@ class Run:
             self.progress.line(f"  {said(result)}")
         self.module = module.eval()
         return self.module
+
+    @cached_property
+    def sized(self) -> list[at_sizes.SizedCall]:
+        """Calls at other than typical sizes with the original's answers; after the steps were run.
+
+        Raises:
+            ToolchainError: the original refuses a size that its owner declared.
+        """
+        reference = self.reference
+        original = at_sizes.eager(reference, self.threads)
+        return list(at_sizes.sized_calls(reference, original, self.recipe.head.seed + at_sizes.SEED))
 
     def after(self, context: Context, step: Pass, plan: Plan) -> Context:
         """What the passes after a step may look at: they learn from, and are judged by, what it is compared with."""
@@ -243,7 +273,8 @@ def export(
     """Run a recipe into ``out``; returns the report and the exit code."""
     began = time.perf_counter()
     run = Run(recipe, progress, trust_code=trust_code)
-    for note in recipe.notes:
+    preflight.check_files(recipe)
+    for note in (*recipe.notes, *preflight.check_targets(recipe)):
         progress.line(note)
     with artifact.staging(out, force=force) as folder:
         with progress.stage(f"load {recipe.head.model}"):
@@ -251,11 +282,15 @@ def export(
             refuse_sizes(model, recipe.head.validation.batch)
             if not recipe.head.validation.skip:  # without validation it is not run: its weights may not fit into memory
                 refuse_non_finite(model, run.example(), run.threads)
+                refuse_random(model, run.example(), run.threads)
         scratch = folder / ".scratch"
         scratch.mkdir()
         module = run.optimize(scratch)
         scratch.rmdir()
         write_plans(run, folder)
+        if not recipe.head.validation.skip:
+            with progress.stage("run the original at other sizes"):
+                _ = run.sized  # a size that it refuses is a fault of the declaration, found before anything is built
         with progress.stage("export to ONNX"):
             table = table_of(module)
             for name, part in parts_of(module).items():
@@ -285,12 +320,19 @@ def refuse_sizes(model: Model, sizes: Mapping[str, int]) -> None:
 
 def refuse_non_finite(model: Model, example: Inputs, threads: int) -> None:
     """An original whose own output is not finite cannot be a reference."""
-    runner = EagerRunner(model.module, threads=threads, outputs=model.outputs)
+    runner = at_sizes.eager(model, threads)
     arrays = {name: tensor.numpy() for name, tensor in example.items()}
-    given = runner(arrays)
-    if faults := non_finite([given]):
+    arrays = at_sizes.answerable(model, runner, [model.example or arrays, arrays])[-1]
+    if faults := non_finite([runner(arrays)]):
         layer = runner.first_non_finite(arrays)
         raise ToolchainError(f"the original model cannot be a reference: {faults[0]}", where=f"first in layer {layer}")
+
+
+def refuse_random(model: Model, example: Inputs, threads: int) -> None:
+    """An original that answers one call in two ways cannot be a reference: no engine could ever agree with it."""
+    runner = at_sizes.eager(model, threads)
+    arrays = {name: tensor.numpy() for name, tensor in example.items()}
+    refuse_unsteady(runner, arrays)
 
 
 def write_plans(run: Run, folder: Path) -> None:
@@ -305,10 +347,11 @@ def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
     if isinstance(module, GraphModule):
         save(module.graph.clone(), path, embed=run.recipe.head.export.embed_weights)
         return
-    # At least 2, because the tracer takes a dimension of 1 for a constant.
-    sizes = {d.name: max(d.typical, 2) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
+    sizes = {d.name: traced_at(d) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
     dynamic = {
-        spec.name: {i: (d.name, d.low, d.high) for i, d in enumerate(spec.shape) if not isinstance(d, int)}
+        spec.name: {
+            i: (d.name, d.low, d.high, d.multiple_of) for i, d in enumerate(spec.shape) if not isinstance(d, int)
+        }
         for spec in model.inputs
     }
     settings = run.recipe.head.export
@@ -321,6 +364,16 @@ def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
         embed=settings.embed_weights,
         dtype=DTYPES[settings.dtype] if settings.dtype else None,
     )
+    if not run.recipe.head.validation.skip:
+        calls = None if run.results else run.sized
+        seed = run.recipe.head.seed + at_sizes.SEED
+        proof = at_sizes.prove(path, replace(model, module=module), calls, threads=run.threads, seed=seed)
+        run.proofs |= {path.stem: proof} if proof else {}
+
+
+def traced_at(d: Dim) -> int:
+    """The size to trace a dimension at: the typical one, but no 1, which the tracer takes for a constant."""
+    return d.typical if d.typical > 1 else min(2, d.high)
 
 
 def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
@@ -354,14 +407,19 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built[0].resolved)
-    files = {path for engine in engines for path in engine.rglob("*") if path.is_file()}
-    files |= {path for each in built for path in each.reads}
+    shipped = shipping.engines_of(step, parts, run.exported.inputs, folder, [each.left_out for each in built])
+    run.shipped[name] = shipped
+    files = {path: size for engine in shipped for path, size in engine.files.items()}
+    beside_fp32 = [each.fp32_ratio for each in built if each.fp32_ratio is not None]
     return found.model_copy(
         update={
             "built": True,
             "parameters": {**found.parameters, **built[0].resolved},
             "seconds": round(time.perf_counter() - began, 3),
-            "bytes": sum(path.stat().st_size for path in files),
+            "bytes": sum(files.values()) or None,
+            "files": files,
+            "folders": deploying.placed(shipped),
+            "fp32_ratio": max(beside_fp32, default=None),
             "notes": list(dict.fromkeys(note for each in built for note in each.notes)),
         }
     )
@@ -403,28 +461,54 @@ def validate(
             runner = runner_of(step, folder, run.threads, lambda: module)
             runners[found.name] = completing(runner, run.exported.inputs)
     if not runners:
-        return targets, [], {"skipped": "no target that runs on this machine"}
+        graph = {"graph": proven(run)} if run.proofs else {}
+        return targets, [], {"skipped": "no target that runs on this machine", **graph}
     reference = run.reference
-    original = EagerRunner(reference.module, threads=run.threads, outputs=reference.outputs)
+    original = at_sizes.eager(reference, run.threads)
     measured, pictures = measure(
-        reference, original, runners, settings, seed=seed, threads=run.threads, progress=run.progress
+        reference,
+        original,
+        runners,
+        settings,
+        seed=seed,
+        threads=run.threads,
+        progress=run.progress,
+        sized=run.sized,
     )
-    how = {
+    how: dict[str, Any] = {
         "inputs": kind_of_inputs(reference),
+        "reference": said_of_reference(run.rewriters),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,
+        **({"graph": proven(run)} if run.proofs else {}),
     }
     for found in targets:
         found.notes = [*found.notes, *(said_of(runners[found.name]) if found.name in runners else ())]
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
 
 
+def proven(run: Run) -> str:
+    """What was done to prove the graphs before engines were built from them."""
+    if len(run.proofs) == 1:
+        return next(iter(run.proofs.values()))
+    return "; ".join(f"{name} {proof}" for name, proof in run.proofs.items())
+
+
+def said_of_reference(steps: Sequence[str]) -> str:
+    """What engines were compared with, in words: some steps mean to compute something else than the original."""
+    return f"the original as {words.listing(list(dict.fromkeys(steps)))} rewrote it" if steps else summary.UNTOUCHED
+
+
 def kind_of_inputs(model: Model) -> str:
     """What outputs were compared on, in words."""
     if model.task is not None and model.realistic:
         return "met on sampling runs"
-    return "made by the model's source" if model.realistic else "random, within the input contract"
+    kind = "made by the model's source" if model.realistic else "random, within the input contract"
+    own = "the model's own example; then " if model.example is not None else ""
+    guessed = [spec.name for spec in model.inputs if spec.guessed]
+    doubt = "" if model.realistic or not guessed else f"; the ranges of {', '.join(guessed)} were guessed"
+    return f"{own}{kind}{doubt}"
 
 
 def make_report(
@@ -440,6 +524,8 @@ def make_report(
             parameter_count=first.parameter_count,
             macs=first.macs,
             bytes=first.bytes,
+            inputs_left_out=[record.LeftOut(**vars(each)) for each in run.model.left_out],
+            notes=list(run.model.notes),
         ),
         verdict=verdict(gates, targets),
         steps=[step_record(*entry, run.step_notes.get(number, [])) for number, entry in enumerate(run.results)],
@@ -474,25 +560,32 @@ def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str]
 
 
 def verdict(gates: list[record.Gate], targets: list[record.TargetRecord]) -> record.Verdict:
-    """Missed as soon as one gate is, or an engine is faulty; met only when something was asked and all of it met."""
-    if any(gate.verdict == "missed" for gate in gates) or any(target.faults for target in targets):
+    """Missed as soon as one gate is, or an engine is faulty; met only when something was asked, all of it was met, and
+    no target that must be there was left unmeasured.
+    """
+    found = {gate.verdict for gate in gates}
+    if "missed" in found or any(target.faults for target in targets):
         return "missed"
-    if not gates or any(gate.verdict == "not_measured" for gate in gates):
+    if not gates or "not_measured" in found or unmeasured(targets):
         return "not_measured"
-    return "met"
+    return "inconclusive" if "inconclusive" in found else "met"
+
+
+def unmeasured(targets: list[record.TargetRecord]) -> list[str]:
+    """Targets that are not optional and that no output was compared of."""
+    return [target.name for target in targets if not target.optional and not target.fidelity and not target.faults]
 
 
 def exit_code(report: record.Report) -> int:
-    """1: a gate missed or an engine faulty; 3: a wanted target not built, or a gate not measured; else 0."""
+    """1: a gate missed or an engine faulty; 3: a wanted target not built, or a gate not met; else 0."""
     if report.verdict == "missed":
         return MISSED
     unbuilt = any(not target.built and not target.optional for target in report.targets)
-    unmeasured = any(gate.verdict == "not_measured" for gate in report.gates)
-    return CANNOT if unbuilt or unmeasured else DONE
+    return CANNOT if unbuilt or (report.gates and report.verdict != "met") else DONE
 
 
 def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> None:
-    """Everything but the graph, the plans and the engines: recipe, report and manifest.
+    """Everything but the graph, the plans and the engines: recipe, README, report and manifest.
 
     Args:
         run: what was done.
@@ -502,6 +595,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> 
     """
     recipe = run.recipe.with_weights("link" if run.links else "copy").moved(out)
     (folder / "recipe.toml").write_text(recipe.as_toml(run.resolved))
+    (folder / "README.md").write_text(deploying.render(report, run.shipped))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:
@@ -534,5 +628,6 @@ class Decision:
 def decide(recipe: Recipe, progress: Progress, *, trust_code: bool = False) -> list[Decision]:
     """Plan every step; each is carried out in memory, because the next one plans on its result. Writes nothing."""
     run = Run(recipe, progress, trust_code=trust_code)
+    preflight.check_files(recipe)
     run.optimize()
     return [Decision(step_record(*entry), entry[1].plan) for entry in run.results]

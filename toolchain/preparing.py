@@ -25,6 +25,7 @@ from toolchain.errors import ToolchainError
 from toolchain.reading import first_line, read_json
 from validation.contract import Runner
 from validation.inputs import Arrays, InputSpec, draw
+from validation.sizes import at_limits
 
 TABLE = "prepared.json"
 PREPARE, STEP = "-prepare", "-step"
@@ -78,16 +79,9 @@ def fed(
         given = graph(**{key: torch.from_numpy(call[key]) for key in halves.prepare})
         return {key: tensor.numpy() for key, tensor in zip(halves.passed, given, strict=True)}
 
-    low, typical, high = (passed(call) for call in at_limits(specs))
+    low, typical, high = (passed(draw(specs, seed=0, sizes=sizes)) for sizes in at_limits(specs))
     ranges |= {key: ShapeRange(low[key].shape, typical[key].shape, high[key].shape) for key in halves.passed}
     return ranges, [{**call, **passed(whole)} for call, whole in zip(mine, calls, strict=True)]
-
-
-def at_limits(specs: Sequence[InputSpec]) -> list[Arrays]:
-    """Calls of the smallest, typical and largest sizes."""
-    dims = {d.name: d for spec in specs for d in spec.shape if not isinstance(d, int)}
-    sizes = [{name: getattr(d, which) for name, d in dims.items()} for which in ("low", "typical", "high")]
-    return [draw(specs, seed=0, sizes=chosen) for chosen in sizes]
 
 
 class Preparing:

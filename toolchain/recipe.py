@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from passes.contract import WORDS, Pass
 from targets.contract import Target
 from toolchain import catalog, sources
+from toolchain.asking import DTYPES, LARGEST_SEED
 from toolchain.errors import FaultsError, ToolchainError, invalid, raise_faults
 from toolchain.reading import read_toml
 from validation.gates import GateBound, parse
@@ -68,6 +69,12 @@ class Export(Table):
         False, description="write all weights anew into model.safetensors, in the type that is computed in"
     )
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def by_short_name(cls, name: Any) -> Any:
+        """``fp16`` and the like stand for the whole names."""
+        return DTYPES.get(name, name) if isinstance(name, str) else name
+
 
 class Validation(Table):
     """How engines are compared with the original."""
@@ -75,7 +82,9 @@ class Validation(Table):
     skip: bool = Field(False, description="build only")
     calls: int = Field(8, ge=1, description="held-out calls that outputs are compared on")
     samples: int | None = Field(None, ge=1, description="samples drawn in whole runs; None: what the model's task says")
-    rounds: int = Field(20, ge=3, description="timed calls of each runner, taken in turns")
+    rounds: int = Field(
+        30, ge=3, description="timed calls (samples) of each runner, taken in turns of 3; below 24 a ratio is unsafe"
+    )
     warm_up: int = Field(3, ge=1, description="untimed calls of each runner before")
     threads: int | None = Field(None, ge=1, description="CPU threads of each runner; None: every core allowed")
     batch: dict[str, int] = Field({}, description="sizes of dynamic dimensions for timing; default: typical sizes")
@@ -87,7 +96,7 @@ class Head(Table):
     schema_version: Literal[1] = Field(1, alias="schema")
     model: str
     weights: str | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     trust_remote_code: bool = Field(False, description="run code that a checkpoint folder brings along")
     gates: tuple[str, ...] = ()
     export: Export = Export()
@@ -220,7 +229,7 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
     try:
         head = Head.model_validate(rest)
     except ValidationError as error:
-        faults.extend(invalid(error, what="recipe", where=where))
+        faults.extend(invalid(error, what="recipe", where=where, model=Head))
     steps = [
         attempt(partial(read_step, table, at(where, f"steps[{i}]")))
         for i, table in enumerate(tables(content, "steps", where, faults))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from toolchain import catalog, sources
 from toolchain.errors import unknown
+from toolchain.sources.mistaken import READERS, mistaken
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,8 +39,24 @@ def describe(text: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
         found = catalog.entries(kind).get(name)
         if found is not None:
             return {"kind": kind, "name": text, "documentation": found.docstring, **details(kind, name, size)}
+    figures = dict(catalog.listing("metrics"))
+    if name in figures:
+        return figure_details(name, figures[name])
+    if "/" in text or Path(text).exists() or Path(text).suffix in READERS:
+        fault = mistaken(text)
+        assert fault is not None
+        raise fault
     known = [name for kind in catalog.KINDS for name in catalog.entries(kind)]
-    raise unknown("entry", name, known)
+    raise unknown("entry", name, [*known, *figures])
+
+
+def figure_details(name: str, summary: str) -> dict[str, Any]:
+    """What a gate bounds, by the name that gates have for it."""
+    metric = catalog.entries("metrics").get(name.partition(".")[2])
+    if metric is not None:
+        return {**describe(metric.name), "name": name}
+    how = f"A gate on it: --gate '{name} <= 0.8'; on one target only: --gate 'onnxruntime: {name} <= 0.8'."
+    return {"kind": "metrics", "name": name, "documentation": f"{summary}\n\n{how}", "gate": name}
 
 
 def details(kind: str, name: str, size: str) -> dict[str, Any]:
@@ -55,6 +73,8 @@ def details(kind: str, name: str, size: str) -> dict[str, Any]:
 
         metric = load_metrics()[name]
         return {"gate": f"{metric.kind}.{name}", "unit": metric.unit, "higher_is_better": metric.higher_is_better}
+    if kind == "sources":
+        return {}
     return {"content": catalog.entry("recipes", name).path.read_text()}
 
 
@@ -125,6 +145,8 @@ def source_details(prefix: str, text: str, trust_remote_code: bool) -> dict[str,
         "weights": model.weights,
         "inputs": inputs_as_json(model.inputs),
         "outputs": list(model.outputs),
+        "left_out": [vars(each) for each in model.left_out],
+        "notes": list(model.notes),
         "published": [],
     }
 
@@ -196,6 +218,10 @@ def tell_model(data: dict[str, Any]) -> None:
     for spec in data["inputs"]:
         print(f"input {spec['name']} ({', '.join(map(sized(spec), spec['shape']))}) {spec['dtype']}{limits_text(spec)}")
     print(f"outputs: {', '.join(data['outputs'])}")
+    for entry in data.get("left_out", []):
+        print(f"left out: {entry['name']} ({entry['reason']})")
+    for note in data.get("notes", []):
+        print(f"note: {note}")
     for figure in data["published"]:
         print(f"published {figure['figure']}: {figure['value']} ({figure['source']})")
 

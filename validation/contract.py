@@ -33,6 +33,7 @@ class SamplingTask:
         real_again: features of other real pictures, (k, d), as many of each class: the floor of the distance.
         samples: how many to draw unless the recipe says otherwise.
         floor: fewest samples at which the Frechet distance means anything.
+        calls: n -> calls of the runner that drawing them takes, for an estimate of the time; None: not known.
     """
 
     sample: Callable[[Runner, int, int], Array]
@@ -42,6 +43,7 @@ class SamplingTask:
     real_again: Array
     samples: int
     floor: int
+    calls: Callable[[int], int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from typing import Literal
 from toolchain.errors import ToolchainError, unknown
 from validation.contract import Metric
 
-Verdict = Literal["met", "missed", "not_measured"]
+Verdict = Literal["met", "missed", "not_measured", "inconclusive"]
 
 LATENCY_NAMES = ("latency.ratio", "latency.ratio_high")
-"""The median ratio, and the upper end of its interval for who wants to be sure."""
+"""The ratio of medians, judged by the whole of its interval; and the upper end of that interval as a number."""
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -65,7 +65,7 @@ def parse(text: str, *, known: Iterable[str], where: str | None = None) -> GateB
         where: the place of the text in a recipe, for the error.
 
     Raises:
-        ToolchainError: not of that form, or a name that no figure has.
+        ToolchainError: not of that form, a name that no figure has, or a bound without end.
     """
     found = _SYNTAX.fullmatch(text)
     if found is None:
@@ -77,26 +77,46 @@ def parse(text: str, *, known: Iterable[str], where: str | None = None) -> GateB
     known = list(known)
     if found["name"] not in known:
         raise unknown("figure", found["name"], known, where=where)
-    return GateBound(
-        name=found["name"], target=found["target"], operator=found["operator"], bound=float(found["bound"])
-    )
+    bound = float(found["bound"])
+    if not math.isfinite(bound):
+        raise ToolchainError(
+            f"{found['bound']} in {text!r} is too large for a number, so the gate would bound nothing", where=where
+        )
+    return GateBound(name=found["name"], target=found["target"], operator=found["operator"], bound=bound)
 
 
-def judge(bound: GateBound, value: float | None, reason: str = "") -> tuple[Verdict, str]:
+def judge(
+    bound: GateBound,
+    value: float | None,
+    reason: str = "",
+    *,
+    interval: tuple[float, float] | None = None,
+    unsafe: str = "",
+) -> tuple[Verdict, str]:
     """Hold a figure against its bound.
 
     Args:
         bound: what was asked.
         value: the figure; ``None`` when it was not measured.
         reason: why it was not measured.
+        interval: where the true figure lies; all of it must meet the bound, or all of it miss it.
+        unsafe: why nothing may rest on the figure; empty when it may.
 
     Returns:
         The verdict, and why unless it is ``met``. NaN is missed, whatever the bound.
     """
     if value is None:
         return "not_measured", reason or f"{bound.name} was not measured"
-    if math.isnan(value):
+    low, high = interval or (value, value)
+    if any(map(math.isnan, (value, low, high))):
         return "missed", f"{bound.name} is not a number"
-    if _OPERATORS[bound.operator](value, bound.bound):
+    if unsafe:
+        return "inconclusive", unsafe
+    holds = _OPERATORS[bound.operator]
+    if holds(low, bound.bound) and holds(high, bound.bound):
         return "met", ""
+    if holds(low, bound.bound) or holds(high, bound.bound):
+        return "inconclusive", (
+            f"{bound.name} is {value:.10g}, but its interval, {low:.6g} to {high:.6g}, holds the bound {bound.bound!r}"
+        )
     return "missed", f"{bound.name} is {value:.10g}, asked for {bound.operator} {bound.bound!r}"

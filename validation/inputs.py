@@ -46,9 +46,11 @@ class InputSpec:
         name: the argument of ``forward``.
         shape: sizes and named dimensions.
         dtype: numpy's name of the element type.
-        low: smallest value; for floats ``None`` means a standard normal.
+        low: smallest value; ``None`` means a standard normal for floats, and both values, mixed, for booleans.
         high: for integers one past the largest value, for floats the largest.
+        guessed: whether nobody said which values it takes, so that the range is a guess.
         default: every element, where a caller leaves the input out; it is never drawn. None: it must be given.
+        corners: the last axis holds boxes, as (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1.
     """
 
     name: str
@@ -57,6 +59,8 @@ class InputSpec:
     low: float | None = None
     high: float | None = None
     default: float | None = None
+    guessed: bool = False
+    corners: bool = False
 
     def sizes(self, chosen: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """The shape with each dynamic dimension at its chosen or typical size."""
@@ -91,13 +95,38 @@ def draw(specs: Sequence[InputSpec], *, seed: int, sizes: Mapping[str, int] | No
         shape, dtype = spec.sizes(sizes), np.dtype(spec.dtype)
         if spec.default is not None:
             arrays[spec.name] = np.full(shape, spec.default, dtype)
+        elif dtype.kind == "b" and (spec.low is None or spec.high is None):
+            arrays[spec.name] = mixed(rng, shape)
         elif spec.low is None or spec.high is None:
             arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
         elif dtype.kind in "iub":
             arrays[spec.name] = rng.integers(int(spec.low), int(spec.high), shape).astype(dtype)
         else:
             arrays[spec.name] = rng.uniform(spec.low, spec.high, shape).astype(dtype)
+        if spec.corners:
+            arrays[spec.name] = sorted_corners(arrays[spec.name])
     return arrays
+
+
+def mixed(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Booleans of both values, mostly true; where a last axis has room for it, every row of it starts with a true one.
+
+    A mask like that hides something, but from no row everything, which many networks answer with NaN.
+    """
+    found = np.asarray(rng.standard_normal(shape) > -0.5)
+    if found.size > 1:
+        found.reshape(-1)[-1] = False
+        if shape[-1] > 1:
+            found[..., 0] = True
+        else:
+            found.reshape(-1)[0] = True
+    return found
+
+
+def sorted_corners(boxes: Array) -> Array:
+    """Boxes (..., 4) of two corners each, as (smaller x, smaller y, larger x, larger y)."""
+    pairs = boxes.reshape(*boxes.shape[:-1], 2, 2)
+    return np.sort(pairs, axis=-2).reshape(boxes.shape)
 
 
 def completed(given: Mapping[str, Array], specs: Sequence[InputSpec]) -> Arrays:

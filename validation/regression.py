@@ -2,8 +2,12 @@
 
 A figure's key says where it is from: ``onnxruntime/fidelity.cosine/logits``, ``onnxruntime/latency.ratio``,
 ``model/parameter_count``. Each carries its own tolerance and direction, so that a baseline can be read, reviewed and
-edited by hand. Absolute times are no figures: they belong to one machine on one day; the ratio to the original, timed
-in turns with it, is one. Nor is ``snr_db``, which is ``relative_l2`` in decibels.
+edited by hand. ``snr_db`` is no figure: it is ``relative_l2`` in decibels.
+
+Times come with intervals, and intervals are compared: a slow-down is one when the lower end now lies above the upper
+end then, by more than the tolerance. The ratio to the original, timed in turns with it, cancels what slows both: so the
+original's own time is a figure too, ``latency.original_median_s``, and what the original itself scores, where the model
+can tell. Neither kind of time is compared between machines, and an unsafe one is no figure at all.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from validation.metrics import load_metrics
 SCHEMA: Literal[1] = 1
 Verdict = Literal["same", "improved", "regressed", "missing", "new", "not_comparable"]
 
-_LATENCY = "latency.ratio"
+_LATENCY = ("latency.ratio", "latency.original_median_s")
 _SEVERITY: tuple[Verdict, ...] = ("regressed", "missing", "not_comparable", "improved", "new", "same")
 
 
@@ -60,11 +64,21 @@ class Tolerance(Part):
 
 
 class Figure(Part):
-    """A number with its tolerance and direction; as measured it may be NaN or infinite, in a baseline not."""
+    """A number with its tolerance and direction; as measured it may be NaN or infinite, in a baseline not.
+
+    ``low`` and ``high`` are its 95 % interval, where it has one.
+    """
 
     value: float
     tolerance: Tolerance
     higher_is_better: bool
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the true figure lies; the value twice where nothing else is known."""
+        return (self.value if self.low is None else self.low), (self.value if self.high is None else self.high)
 
 
 class Baseline(Part):
@@ -99,8 +113,14 @@ EXACT = Tolerance(absolute=0)
 BYTES = Tolerance(relative=0.02)
 """Metadata and padding change with the exporter's version; a layer that was lost or doubled is far above this."""
 
-LATENCY = Tolerance(relative=0.3)
-"""Wide, by judgement: other load on a shared machine slows two runtimes unequally, even when they take turns."""
+LATENCY = Tolerance(relative=0.03)
+"""Beyond both intervals, for what differs between two runs and not within one, such as where memory lies."""
+
+ORIGINAL = Tolerance(relative=0.1)
+"""An absolute time moves with the clock of the processor too, which the ratio cancels."""
+
+SEEN = 0.1
+"""The slow-down that a comparison must be able to show before it may say *same*."""
 
 ERRORS = Tolerance(relative=0.25, absolute=1e-5)
 """The floor is the order of float32 additions, which changes with threads and CPU; quantization is far above it."""
@@ -113,29 +133,72 @@ _BY_NAME = {
     # 1 dB is 12 % of the error's size.
     "quality.psnr_db": Tolerance(absolute=1.0),
 }
+_TO_ORIGINAL = ("psnr_db",)
+"""Figures that compare with the original, so that the original's own say nothing."""
+
+GIVEN = Tolerance(relative=0.01)
+"""For figures of the user's own until they set a better one in the baseline."""
+
 _QUALITY = Tolerance(relative=0.25)
 """Other figures of sampling runs, the Frechet ones among them: covariances of a few hundred samples are noisy."""
 
 
-def figures_from(record: Mapping[str, Any]) -> dict[str, Figure]:
-    """Every figure of a parsed ``report.json`` with its default tolerance; what was not measured is left out."""
-    figures = dict(_model_figures(record))
+def figures_from(record: Mapping[str, Any], given: Mapping[str, Figure] | None = None) -> dict[str, Figure]:
+    """Every figure of a parsed ``report.json`` with its default tolerance; what was not measured is left out.
+
+    So are times that the record calls unsafe: see ``left_out``. ``given`` are figures of the user's own, by name.
+    """
+    figures = dict(_model_figures(record)) | {f"given/{name}": figure for name, figure in (given or {}).items()}
     for name, target in _named_targets(record):
         figures |= {f"{name}/{key}": figure for key, figure in _target_figures(target)}
     return figures
 
 
-def baseline_from(record: Mapping[str, Any], *, keep: Baseline | None = None) -> Baseline:
-    """A baseline of this run.
+def figure_given(text: str) -> tuple[str, Figure]:
+    """Read a figure of the user's own, ``accuracy=0.913`` or ``wer=0.12,lower``: name, value, better when lower.
+
+    Raises:
+        ToolchainError: not of that form, or no finite number.
+    """
+    name, equals, rest = text.partition("=")
+    number, comma, direction = rest.partition(",")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not name.strip() or not equals or not math.isfinite(value) or (comma and direction.strip() != "lower"):
+        raise ToolchainError(
+            f"{text!r} is no figure",
+            where="--figure",
+            help="write NAME=NUMBER, such as accuracy=0.913; NAME=NUMBER,lower where less is better",
+        )
+    return name.strip(), Figure(value=value, tolerance=GIVEN, higher_is_better=not comma)
+
+
+def left_out(record: Mapping[str, Any]) -> dict[str, str]:
+    """Figures that were measured and are none, because the record itself calls them unsafe; and why."""
+    return {
+        f"{name}/{key}": "; ".join(target["latency"]["unsafe"])
+        for name, target in _named_targets(record)
+        if target.get("latency") and target["latency"].get("unsafe")
+        for key in _LATENCY
+    }
+
+
+def baseline_from(
+    record: Mapping[str, Any], *, keep: Baseline | None = None, given: Mapping[str, Figure] | None = None
+) -> Baseline:
+    """A baseline of this run, without the figures of ``left_out``.
 
     Args:
         record: a parsed ``report.json``.
+        given: figures of the user's own, by name.
         keep: an older baseline, whose tolerances (set by hand, perhaps) stay.
 
     Raises:
         ToolchainError: a figure is not finite.
     """
-    figures = figures_from(record)
+    figures = figures_from(record, given)
     for key in figures.keys() & (keep.figures.keys() if keep else set()):
         assert keep is not None
         figures[key] = figures[key].model_copy(update={"tolerance": keep.figures[key].tolerance})
@@ -148,11 +211,11 @@ def baseline_from(record: Mapping[str, Any], *, keep: Baseline | None = None) ->
     return _validated(content, where="report.json")
 
 
-def check(baseline: Baseline, record: Mapping[str, Any]) -> list[Comparison]:
+def check(baseline: Baseline, record: Mapping[str, Any], given: Mapping[str, Figure] | None = None) -> list[Comparison]:
     """Hold a run against the baseline, whose tolerances and directions count; worst news first.
 
-    A latency ratio from another CPU or GPU model, or another number of threads, is ``not_comparable``; so is a slower
-    one whose interval reaches what is allowed, and worse fidelity on a CPU whose 8-bit arithmetic is another.
+    A latency from another CPU or GPU, another number of threads or other input shapes is ``not_comparable``; so is one
+    that is unsafe, one whose interval is too wide to tell, and worse fidelity in other 8-bit arithmetic.
 
     Raises:
         ToolchainError: the baseline is another model's.
@@ -162,7 +225,7 @@ def check(baseline: Baseline, record: Mapping[str, Any]) -> list[Comparison]:
             f"the baseline is of {baseline.model!r}, the report of {record['model']['name']!r}",
             help="give the baseline of this model, or write one with --update",
         )
-    now = figures_from(record)
+    now = figures_from(record, given)
     comparisons = [_compare(key, then, now.get(key), baseline, record) for key, then in baseline.figures.items()]
     comparisons += [
         Comparison(key=key, verdict="new", baseline=None, current=figure.value, tolerance=figure.tolerance)
@@ -246,8 +309,11 @@ def _named_targets(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str
 def _target_figures(target: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     if target.get("bytes") is not None:
         yield "bytes", _lower(target["bytes"], BYTES)
-    if target.get("latency"):
-        yield _LATENCY, _lower(target["latency"]["ratio"], LATENCY)
+    if (timed := target.get("latency")) and not timed.get("unsafe"):
+        yield _LATENCY[0], _timed(timed["ratio"], timed["ratio_low"], timed["ratio_high"], LATENCY)
+        if timed.get("original_low_s") is not None:
+            ends = timed["original_low_s"], timed["original_high_s"]
+            yield _LATENCY[1], _timed(timed["original_median_s"], *ends, ORIGINAL)
     compared = {name: each for name, each in load_metrics().items() if each.kind == "fidelity" and name != "snr_db"}
     for entry in target.get("fidelity") or []:
         for name, metric in compared.items():
@@ -261,31 +327,41 @@ def _target_figures(target: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
         if entry["value"] is not None:
             name = f"quality.{entry['name'].removeprefix('quality.')}"
             tolerance = _BY_NAME.get(name, _QUALITY)
-            yield name, Figure(value=entry["value"], tolerance=tolerance, higher_is_better=entry["higher_is_better"])
+            better = {"tolerance": tolerance, "higher_is_better": entry["higher_is_better"]}
+            yield name, Figure(value=entry["value"], **better)
+            if entry.get("original") is not None and entry["name"] not in _TO_ORIGINAL:
+                yield f"{name}/original", Figure(value=entry["original"], **better)
 
 
 def _lower(value: float, tolerance: Tolerance) -> Figure:
     return Figure(value=value, tolerance=tolerance, higher_is_better=False)
 
 
+def _timed(value: float, low: float, high: float, tolerance: Tolerance) -> Figure:
+    return Figure(value=value, tolerance=tolerance, higher_is_better=False, low=low, high=high)
+
+
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record's environment, and the threads of each timed target."""
-    threads = {name: target["latency"]["threads"] for name, target in _named_targets(record) if target.get("latency")}
-    return {**record["environment"], "latency_threads": threads}
+    """The record's environment, and the threads and input shapes of each timed target."""
+    timed = {name: target["latency"] for name, target in _named_targets(record) if target.get("latency")}
+    threads = {name: each["threads"] for name, each in timed.items()}
+    shapes = {name: each["shapes"] for name, each in timed.items() if each.get("shapes")}
+    return {**record["environment"], "latency_threads": threads, **({"latency_shapes": shapes} if shapes else {})}
 
 
 def _compare(key: str, then: Figure, now: Figure | None, baseline: Baseline, record: Mapping[str, Any]) -> Comparison:
     verdict, reason = _verdict(then, now)
     environment = _environment(record)
-    if now is None:
+    target, _, name = key.partition("/")
+    if name in _LATENCY and (unsafe := left_out(record).get(key)):
+        verdict, reason = "not_comparable", unsafe
+    elif now is None:
         reason = _why_missing(key, record)
-    elif key.endswith(f"/{_LATENCY}"):
-        target = key.removesuffix(f"/{_LATENCY}")
+    elif name in _LATENCY and not math.isnan(now.value + sum(now.interval)):
+        verdict, reason = _verdict_of_times(then, now)
         doubt = _other_machine(target, baseline.environment, environment)
-        if not doubt and verdict == "regressed":
-            doubt = _within_interval(then, dict(_named_targets(record))[target]["latency"])
         verdict, reason = ("not_comparable", doubt) if doubt else (verdict, reason)
-    elif verdict == "regressed" and not key.startswith("model/") and not key.endswith("/bytes"):
+    elif verdict == "regressed" and name.startswith(("fidelity.", "quality.")):
         doubt = _other_arithmetic(baseline.environment, environment)
         verdict, reason = ("not_comparable", doubt) if doubt else (verdict, reason)
     return Comparison(
@@ -301,7 +377,7 @@ def _compare(key: str, then: Figure, now: Figure | None, baseline: Baseline, rec
 def _verdict(then: Figure, now: Figure | None) -> tuple[Verdict, str]:
     if now is None:
         return "missing", ""
-    if math.isnan(now.value):
+    if math.isnan(now.value + sum(now.interval)):
         return "regressed", "not a number"
     gain = (now.value - then.value) * (1 if then.higher_is_better else -1)
     if abs(gain) <= then.tolerance.allowed(then.value) * (1 + 1e-9):  # 0.98 - 0.96 is just above 0.02
@@ -309,23 +385,52 @@ def _verdict(then: Figure, now: Figure | None) -> tuple[Verdict, str]:
     return ("improved", "") if gain > 0 else ("regressed", "")
 
 
+def _verdict_of_times(then: Figure, now: Figure) -> tuple[Verdict, str]:
+    """Compare the intervals of two times, or say that they are too wide to tell."""
+    (then_low, then_high), (now_low, now_high) = then.interval, now.interval
+    allowed = then_high + then.tolerance.allowed(then_high)
+    if now_low > allowed:
+        return "regressed", ""
+    if now_high < then_low - then.tolerance.allowed(then_low):
+        return "improved", ""
+    least = allowed * now.value / (now_low * then.value) if now_low > 0 and then.value > 0 else math.inf
+    relative = then.tolerance.allowed(then.value) / then.value if then.value > 0 else 0.0
+    if now.value > allowed:
+        return "not_comparable", f"its interval, {now_low:.3g} to {now_high:.3g}, reaches the allowed {allowed:.3g}"
+    if least - 1 > max(SEEN, 2 * relative) * (1 + 1e-9):
+        return "not_comparable", (
+            f"the intervals are too wide to tell: a slow-down below {least - 1:.0%} could not be seen; "
+            "time more samples"
+        )
+    return "same", ""
+
+
+_MACHINE = {"cpu": "CPU", "cpu_id": "CPU", "cores": "number of cores", "gpu": "GPU"}
+"""What must be the same for times to be compared, and what it is called."""
+
+
 def _other_machine(target: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Why a latency of then says nothing about one of now; empty when it does."""
     if not then.get("cpu") or not now.get("cpu"):
         return "the CPU model is not recorded on both sides"
-    for part in ("cpu", "gpu"):
+    if ("cpu_id" in then) != ("cpu_id" in now):
+        return "the CPU's family, model, stepping and flags are not recorded on both sides"
+    for part, word in _MACHINE.items():
         if then.get(part) != now.get(part):
-            return f"another {part.upper()}: {then.get(part)} then, {now.get(part)} now"
-    counts = [side.get("latency_threads") for side in (then, now)]
-    threads = [count.get(target) if isinstance(count, Mapping) else None for count in counts]
-    return "" if threads[0] == threads[1] else f"another number of threads: {threads[0]} then, {threads[1]} now"
+            return f"another {word}: {then.get(part)} then, {now.get(part)} now"
+    threads, shapes = (
+        _of_target("latency_threads", target, then, now),
+        _of_target("latency_shapes", target, then, now),
+    )
+    if threads[0] != threads[1]:
+        return f"another number of threads: {threads[0]} then, {threads[1]} now"
+    return "" if shapes[0] == shapes[1] or None in shapes else f"other inputs: {shapes[0]} then, {shapes[1]} now"
 
 
-def _within_interval(then: Figure, latency: Mapping[str, Any]) -> str:
-    """Why a slower ratio may be noise: its interval reaches down to what the baseline allows; empty when it is not."""
-    allowed = then.value + then.tolerance.allowed(then.value)
-    low, high = latency["ratio_low"], latency["ratio_high"]
-    return f"its interval, {low:.3g} to {high:.3g}, reaches the allowed {allowed:.3g}" if low <= allowed else ""
+def _of_target(what: str, target: str, *sides: Mapping[str, Any]) -> list[Any]:
+    """What each side's environment says of one target; None where it says nothing."""
+    tables = [side.get(what) for side in sides]
+    return [table.get(target) if isinstance(table, Mapping) else None for table in tables]
 
 
 def _other_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -339,6 +444,8 @@ def _other_arithmetic(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _why_missing(key: str, record: Mapping[str, Any]) -> str:
     """The reason that the record gives for a figure it lacks."""
+    if key.startswith("given/"):
+        return f"give it again: --figure {key.removeprefix('given/')}=NUMBER"
     for name, target in _named_targets(record):
         if key.startswith(f"{name}/"):
             for entry in target.get("quality") or []:
@@ -369,7 +476,9 @@ def _validated(content: Mapping[str, Any], *, where: str) -> Baseline:
         [
             ToolchainError(f"a baseline holds finite figures; {key} is {figure.value}", where=where)
             for key, figure in baseline.figures.items()
-            if not math.isfinite(figure.value)
+            if not all(map(math.isfinite, (figure.value, *figure.interval)))
         ]
     )
+    if not baseline.figures:
+        raise ToolchainError("the baseline holds no figures, so nothing could fail", where=where)
     return baseline

@@ -67,7 +67,7 @@ class GraphModule(nn.Module):
 
     def open(self, threads: int) -> Any:
         """A new session."""
-        runtime = require("onnxruntime", extra="gpu")
+        runtime = require("onnxruntime", extra="cpu")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # what goes wrong is raised

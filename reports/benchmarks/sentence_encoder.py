@@ -73,7 +73,7 @@ def vectors(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
     for start in range(0, len(sentences), AT_ONCE):
         batch = dict(tokenizer(sentences[start : start + AT_ONCE], padding=True, return_tensors="pt"))
         with torch.no_grad():
-            states = model(**batch).last_hidden_state  # (B, N, D)
+            states = model(**batch)["last_hidden_state"]  # (B, N, D)
         mask = batch["attention_mask"][..., None].float()
         mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
         found.append(mean / mean.norm(dim=1, keepdim=True))

@@ -100,3 +100,112 @@ def test_every_verdict_figure_and_reason_is_there(report: Report, page: Page) ->
 def test_a_bare_report_renders_too(report: Report) -> None:
     bare = report.model_copy(update={"steps": [], "targets": [], "gates": [], "samples": [], "verdict": "not_measured"})
     assert "exported as it is" in html.render(bare)
+
+
+def test_doubt_about_a_time_stands_at_the_top_and_not_only_below(report: Report) -> None:
+    doubtful = report.model_copy(deep=True)
+    timed = doubtful.targets[0].latency
+    assert timed is not None
+    timed.unsafe = ["other programs interrupted the original in 24 of 24 calls"]
+    top = Page(head(doubtful)).text
+    assert "inconclusive" in top
+    assert timed.unsafe[0] in top
+    assert "whether it is faster is open" in top
+    assert "faster: 0.63" not in top
+    assert "inconclusive" not in Page(head(report)).text
+
+
+def head(report: Report) -> str:
+    """The page from its title to its first section."""
+    return html.render(report).partition("<main>")[2].partition('<section id="gates">')[0]
+
+
+def test_an_inconclusive_verdict_has_a_look_of_its_own(report: Report) -> None:
+    inconclusive = report.model_copy(update={"verdict": "inconclusive"})
+    assert 'class="verdict verdict-inconclusive"' in html.render(inconclusive)
+
+
+def test_a_required_target_that_was_not_measured_is_named_at_the_top(report: Report) -> None:
+    said = "Not measured, and not optional: tensorrt_rtx."
+    assert said in Page(html.render(report)).text
+    optional = report.model_copy(deep=True)
+    optional.targets[1].optional = True
+    assert said not in Page(html.render(optional)).text
+
+
+def test_the_page_says_what_engines_were_held_against(report: Report) -> None:
+    untouched = report.model_copy(update={"validation": {"reference": "the untouched original"}})
+    assert (
+        "The untouched original and every engine that runs here got the same inputs."
+        in Page(html.render(untouched)).text
+    )
+    rewritten = report.model_copy(update={"validation": {"reference": "the original as fold_adapters rewrote it"}})
+    text = Page(html.render(rewritten)).text
+    assert "The original as fold_adapters rewrote it and every engine" in text
+    assert "their own mistakes do not show" in text
+    assert "untouched" not in text
+    assert "untouched" not in Page(html.render(report)).text  # an older report does not say
+
+
+def test_figures_over_real_rows_stand_above_those_over_all_rows(report: Report) -> None:
+    masked = report.model_copy(deep=True)
+    output = masked.targets[0].fidelity[0]
+    output.mask, output.relative_l2 = "attention_mask", 1e-6
+    output.everywhere = {
+        "max_abs": 3.0,
+        "mean_abs": 1.0,
+        "relative_l2": 0.908,
+        "cosine": 0.5,
+        "snr_db": 1.0,
+        "worst_column": 2.0,
+    }
+    output.calls, output.worst_call, output.median = 8, 3, {"relative_l2": 5e-7}
+    text = Page(html.render(masked)).text
+    assert (
+        text.index("1.00e-06")
+        < text.index("all rows, also those that attention_mask leaves out")
+        < text.rindex("0.908")
+    )
+    assert "worst of 8 calls, call 3; median 5.00e-07" in text
+
+
+def test_a_run_without_gates_that_was_measured_is_done_and_not_unmeasured(report: Report) -> None:
+    page = Page(html.render(report.model_copy(update={"verdict": "not_measured", "gates": []})))
+    assert "dit:digitsdone, no gates asked" in page.text.replace("•", "").replace("\n", "")
+    bare = [target.model_copy(update={"fidelity": [], "latency": None}) for target in report.targets]
+    page = Page(html.render(report.model_copy(update={"verdict": "not_measured", "gates": [], "targets": bare})))
+    assert "done, no gates asked" not in page.text
+
+
+def test_faster_is_said_with_the_time_beside_fp32(report: Report) -> None:
+    quick = report.targets[0].model_copy(update={"fp32_ratio": 1.0917})
+    text = " ".join(Page(html.render(report.model_copy(update={"targets": [quick]}))).text.split())
+    assert "1.58x faster than the original in PyTorch (1.51x to 1.63x)" in text
+    assert text.count("NOT faster than the same graph in fp32 in the same runtime: 1.09 of its time") >= 3
+    assert "faster" not in re.sub(r"faster than the (original|same graph)|1.58x faster|engine is faster", "", text)
+
+
+def test_the_size_is_what_must_be_copied_with_its_files(report: Report) -> None:
+    files = {"engines/onnxruntime/dynamic.onnx": 2_000_000, "engines/onnxruntime/dynamic.safetensors": 3_000_000}
+    update = {"files": files, "bytes": sum(files.values()), "folders": ["engines/onnxruntime"]}
+    text = Page(html.render(report.model_copy(update={"targets": [report.targets[0].model_copy(update=update)]}))).text
+    assert "copy engines/onnxruntime" in text
+    assert "5.00 MB" in text
+    assert all(path in text for path in files)
+
+
+def test_a_model_without_samples_has_no_sections_about_them(report: Report, page: Page) -> None:
+    ids = {attributes.get("id") for tag, attributes in page.tags if tag == "section"}
+    assert {"quality", "samples"} <= ids
+    bare = [target.model_copy(update={"quality": []}) for target in report.targets]
+    gates = [gate for gate in report.gates if not gate.name.startswith("quality")]
+    plain = Page(html.render(report.model_copy(update={"targets": bare, "samples": [], "gates": gates})))
+    ids = {attributes.get("id") for tag, attributes in plain.tags if tag == "section"}
+    assert not {"quality", "samples"} & ids
+
+
+def test_captions_stand_outside_what_scrolls(report: Report) -> None:
+    for scroller in re.findall(r'<div class="scroll".*?</div>', html.render(report), re.DOTALL):
+        assert "<caption" not in scroller
+        (described,) = re.findall(r'aria-describedby="([^"]+)"', scroller)
+        assert f'id="{described}"' in html.render(report)

@@ -8,7 +8,7 @@ from tests.reports.example import example_report
 
 def test_met_passes_missed_fails_and_not_measured_is_skipped() -> None:
     root = ElementTree.fromstring(junit.render(example_report()))
-    assert (root.get("failures"), root.get("errors"), root.get("skipped")) == ("1", "0", "1")
+    assert (root.get("failures"), root.get("errors"), root.get("skipped")) == ("1", "0", "2")
     by_name = {f"{case.get('classname')} {case.get('name')}": case for case in root.iter("testcase")}
     for gate in example_report().gates:
         case = by_name[f"{gate.target} {gate.name} {gate.bound}"]
@@ -36,3 +36,29 @@ def test_characters_that_xml_cannot_hold_are_left_out() -> None:
     assert failure is not None
     assert failure.get("message") == "e & f"
     assert (root.get("tests"), root.get("failures")) == ("2", "1")
+
+
+def test_an_engine_that_could_not_run_here_is_not_usable_in_green() -> None:
+    root = ElementTree.fromstring(junit.render(example_report()))
+    usable = {case.get("classname"): case for case in root.iter("testcase") if case.get("name") == "built and usable"}
+    assert list(usable["onnxruntime"]) == []
+    (skipped,) = usable["tensorrt_rtx"]
+    assert skipped.tag == "skipped"
+    assert "no NVIDIA driver" in str(skipped.get("message"))
+
+
+def test_inconclusive_is_skipped_with_its_reason() -> None:
+    report = example_report()
+    report.gates[0].verdict, report.gates[0].reason = "inconclusive", "other programs interrupted it"
+    case = next(
+        each for each in ElementTree.fromstring(junit.render(report)).iter("testcase") if ">=" in each.get("name")
+    )
+    assert [(child.tag, child.get("message")) for child in case] == [
+        ("skipped", "inconclusive: other programs interrupted it")
+    ]
+
+
+def test_a_check_that_was_not_made_is_skipped_unless_it_failed() -> None:
+    text = junit.render_cases("m", [("a", ""), ("b", ""), ("c", "worse")], {"b": "another CPU", "c": "another CPU"})
+    root = ElementTree.fromstring(text)
+    assert (root.get("tests"), root.get("failures"), root.get("skipped")) == ("3", "1", "1")

@@ -28,3 +28,16 @@ def test_hostile_names_stay_in_their_cell() -> None:
 def test_without_gates_or_targets_it_stays_readable() -> None:
     report = example_report().model_copy(update={"gates": [], "targets": [], "steps": []})
     assert "|" not in markdown.render(report).replace(r"\|", "")
+
+
+def test_faster_is_said_with_the_time_beside_fp32() -> None:
+    report = example_report()
+    report.targets[0].fp32_ratio = 1.0917
+    row = next(line for line in markdown.render(report).splitlines() if line.startswith("| onnxruntime | 3.05 MB"))
+    assert "1.58x faster than the original in PyTorch" in row
+    assert "NOT faster than the same graph in fp32 in the same runtime: 1.09 of its time" in row
+
+
+def test_a_run_without_gates_that_was_measured_is_done() -> None:
+    report = example_report().model_copy(update={"gates": [], "verdict": "not_measured"})
+    assert markdown.render(report).startswith("## • dit:digits: done, no gates asked")

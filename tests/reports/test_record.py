@@ -44,3 +44,14 @@ def test_a_number_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     report.targets[0].fidelity[0].max_abs = float("nan")
     with pytest.raises(ValueError, match="JSON compliant"):
         record.write(report, tmp_path / "report.json")
+
+
+def test_a_report_of_an_older_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    record.write(example_report(), path)
+    content = json.loads(path.read_text())
+    for target in content["targets"]:
+        for new in ("files", "folders", "fp32_ratio"):
+            del target[new]
+    path.write_text(json.dumps(content))
+    assert record.read(path) == example_report()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from targets import onnx_export, stored, weights
+from targets import simplify, stored, weights
 from targets.onnx_export import export_onnx
 from targets.onnx_files import check_onnx
 
@@ -142,7 +142,7 @@ def test_bfloat16_weights_compute_in_float32(tmp_path: Path) -> None:
 def test_a_long_graph_without_rewrite_rules_computes_the_same(
     module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_export, "LONG_GRAPH", 1)
+    monkeypatch.setattr(simplify, "LONG_GRAPH", 1)
     path = export(module, tmp_path / "out")
     assert set(locations(path).values()) == {"weights/w.safetensors"}
     np.testing.assert_allclose(run(path), module(X).detach(), atol=1e-6)

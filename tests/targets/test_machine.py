@@ -31,3 +31,16 @@ def test_installed_and_importable_are_two_answers(
     assert machine.installed("broken_backend", extra="x").yes
     assert machine.importable("broken_backend") == (False, "RuntimeError: no driver")
     assert "enginewright[gpu]" in machine.installed("no_such_backend", extra="gpu").reason
+
+
+def test_a_processor_is_told_from_another_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
+    text = f"{one}\nprocessor\t: 1\n"
+    found = set()
+    for model, flags in ((17, {"avx2"}), (1, {"avx2"}), (1, {"avx2", "avx512f"})):
+        monkeypatch.setattr(machine.Path, "read_text", lambda self, model=model: text.format(model=model))
+        monkeypatch.setattr(machine, "cpu_flags", lambda flags=flags: frozenset(flags))
+        assert machine.cpu_model() == "AMD EPYC"
+        assert machine.cpu_id().startswith(f"family 25, model {model}, stepping 1, flags ")
+        found.add(machine.cpu_id())
+    assert len(found) == 3

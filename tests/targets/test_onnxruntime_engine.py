@@ -21,6 +21,7 @@ from targets.contract import Graph, ShapeRange
 from targets.dynamic_int8 import reduce_range, to_float
 from targets.onnx_export import export_onnx, save
 from targets.onnxruntime_engine import OnnxRuntime
+from tests import graphs
 from toolchain.errors import ToolchainError
 
 
@@ -333,3 +334,17 @@ def test_a_layer_that_is_called_twice_is_changed_once(tmp_path: Path) -> None:
     assert abs(weight.const_value.numpy()).max() == 64
     model = ir.load(tmp_path / "m.onnx")
     assert to_float(model) == 2
+
+
+def test_sizes_that_the_graph_does_not_take_are_named_without_a_traceback(tmp_path: Path) -> None:
+    path = graphs.write(
+        tmp_path / "m.onnx",
+        [onnx.helper.make_node("Reshape", ["x", "shape"], ["y"])],
+        [graphs.tensor("x", ["batch", "time"])],
+        ["y"],
+        {"shape": np.array([2, 6])},
+    )
+    runner = OnnxRuntime().open(path, threads=1)
+    assert runner({"x": np.ones((3, 4), np.float32)})["y"].shape == (2, 6)
+    with pytest.raises(ToolchainError, match=r"cannot run the graph at batch = 3, time = 5 \(x \(3, 5\)\): .*Reshape"):
+        runner({"x": np.ones((3, 5), np.float32)})

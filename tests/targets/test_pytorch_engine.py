@@ -46,3 +46,28 @@ def test_flat_goes_through_nested_results() -> None:
 
 def test_the_target_runs_everywhere() -> None:
     assert PyTorch().availability().runnable.yes
+
+
+def test_sizes_that_the_model_does_not_take_are_named_without_a_traceback() -> None:
+    runner = EagerRunner(Two(), threads=1, dims={"x": ("batch", "width")})
+    with pytest.raises(ToolchainError, match=r"does not take batch = 2, width = 5 \(x \(2, 5\)\): mat1 and mat2"):
+        runner({"x": np.ones((2, 5), np.float32)})
+
+
+class Noisy(torch.nn.Module):
+    """Drops values also when it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.second(self.first(x)))
+
+
+def test_the_layer_that_draws_random_numbers_is_named() -> None:
+    module = Noisy().eval()
+    call = {"x": np.ones((8, 4), np.float32)}
+    assert EagerRunner(module, threads=1).first_unsteady(call) == ""
+    module.second.train()
+    assert EagerRunner(module, threads=1).first_unsteady(call) == "second"

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from targets.onnx_export import export_onnx
 from targets.onnx_files import all_tensors
 from targets.onnxruntime_engine import OnnxRuntime
 from targets.weights import Range, settle_weights
+from toolchain import sources
 from toolchain.errors import ToolchainError
 
 X = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
@@ -36,9 +38,10 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64), nn.LayerNorm(64)).eval()
 
 
-def checkpoint(folder: Path, **more: torch.Tensor) -> nn.Sequential:
+def checkpoint(folder: Path, extra: int = 0) -> nn.Sequential:
     """A network whose weights are mapped from ``w.safetensors``, which may hold more."""
     folder.mkdir()
+    more = {"unread": torch.ones(extra), "half": torch.ones(7, dtype=torch.float16)} if extra else {}
     save_file({**net().state_dict(), **more}, folder / "w.safetensors")
     found = net()
     kept = stored.read(folder / "w.safetensors")
@@ -53,6 +56,38 @@ def export(module: nn.Module, folder: Path, name: str = "model") -> Path:
     return path
 
 
+Linked = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """One export of a file that holds just the weights, and one of a file that holds much more."""
+    folders = {extra: tmp_path_factory.mktemp("exports") for extra in (0, 100_000)}
+    for extra, folder in folders.items():
+        export(checkpoint(folder / "src", extra), folder / "out")
+    return folders
+
+
+@pytest.fixture
+def linked(exports: dict[int, Path], tmp_path: Path) -> Linked:
+    """A fresh export whose weights are linked to ``src/w.safetensors``; gives the graph's path."""
+
+    def make(name: str = "out", extra: int = 0) -> Path:
+        source, out = tmp_path / "src" / "w.safetensors", tmp_path / name
+        source.parent.mkdir(exist_ok=True)
+        (out / "weights").mkdir(parents=True)
+        if not source.exists():
+            shutil.copy(exports[extra] / "src" / "w.safetensors", source)
+        os.link(source, out / "weights" / "w.safetensors")
+        shutil.copy(exports[extra] / "out" / "model.onnx", out)
+        return out / "model.onnx"
+
+    return make
+
+
+WANTED = net()(X).detach()
+
+
 def run(path: Path) -> np.ndarray:
     return onnxruntime.InferenceSession(path).run(None, {"input": X.numpy()})[0]
 
@@ -62,31 +97,30 @@ def names_on_disk(folder: Path) -> set[int]:
 
 
 @pytest.mark.parametrize("extra", [0, 100_000], ids=["most of the file", "little of the file"])
-def test_what_graphs_read_is_copied_once_and_the_checker_takes_it(tmp_path: Path, extra: int) -> None:
-    module = checkpoint(tmp_path / "src", unread=torch.ones(extra + 1))
-    source = tmp_path / "src" / "w.safetensors"
-    path, again = export(module, tmp_path / "out"), export(module, tmp_path / "out", "second")
+def test_what_graphs_read_is_copied_once_and_the_checker_takes_it(linked: Linked, tmp_path: Path, extra: int) -> None:
+    path = linked(extra=extra)
+    source, again = tmp_path / "src" / "w.safetensors", path.with_name("second.onnx")
+    shutil.copy(path, again)
     assert settle_weights(tmp_path / "out", "auto") == (False, "")
     copy = tmp_path / "out" / "weights" / "w.safetensors"
     assert names_on_disk(tmp_path / "out") == {1}
     assert (copy.stat().st_size < source.stat().st_size) == bool(extra)
-    wanted = module(X).detach()
     source.write_bytes(bytes(source.stat().st_size))  # saved over in place
     for file in (path, again):
         onnx.checker.check_model(file)
-        np.testing.assert_allclose(run(file), wanted, atol=1e-6)
+        np.testing.assert_allclose(run(file), WANTED, atol=1e-6)
     kept = load_file(copy)
-    assert ("unread" in kept) == (not extra)
+    assert "unread" not in kept
     assert torch.equal(kept["0.weight"], net()[0].weight)  # type: ignore[arg-type]
     assert sorted(p.name for p in copy.parent.iterdir()) == ["w.safetensors"]
     shutil.copytree(tmp_path / "out", tmp_path / "moved")
     onnx.checker.check_model(tmp_path / "moved" / "model.onnx")
 
 
-def test_a_copy_is_the_same_whatever_the_kernel_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = checkpoint(tmp_path / "src", unread=torch.ones(100_000), half=torch.ones(7, dtype=torch.float16))
-    by_kernel = export(module, tmp_path / "one")
-    by_hand = export(module, tmp_path / "two")
+def test_a_copy_is_the_same_whatever_the_kernel_can_do(
+    linked: Linked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_kernel, by_hand = linked("one", 100_000), linked("two", 100_000)
     settle_weights(tmp_path / "one", "copy")
 
     def refuse(*_: object, **__: object) -> int:
@@ -122,29 +156,28 @@ def test_views_of_a_tensor_take_the_tensor_along(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_large_checkpoint_are_linked_and_that_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    linked: Linked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = checkpoint(tmp_path / "src")
-    path = export(module, tmp_path / "out")
+    path = linked()
     monkeypatch.setattr(weights, "COPIED_UP_TO", 1000)
-    linked, said = settle_weights(tmp_path / "out", "auto")
-    assert linked
+    stays, said = settle_weights(tmp_path / "out", "auto")
+    assert stays
     assert "of weights are linked, not copied" in said
     assert "--weights copy" in said
     assert (tmp_path / "out" / "weights" / "w.safetensors").samefile(tmp_path / "src" / "w.safetensors")
-    np.testing.assert_allclose(run(path), module(X).detach(), atol=1e-6)
+    np.testing.assert_allclose(run(path), WANTED, atol=1e-6)
     assert settle_weights(tmp_path / "out", "copy") == (False, "")
     onnx.checker.check_model(path)
 
 
-def test_small_weights_are_linked_where_the_user_says_so(tmp_path: Path) -> None:
-    export(checkpoint(tmp_path / "src"), tmp_path / "out")
+def test_small_weights_are_linked_where_the_user_says_so(linked: Linked, tmp_path: Path) -> None:
+    linked()
     assert settle_weights(tmp_path / "out", "link")[0]
     assert names_on_disk(tmp_path / "out" / "weights") == {2}
 
 
-def test_another_program_s_weights_are_copied_whole(tmp_path: Path) -> None:
-    path = export(checkpoint(tmp_path / "src"), tmp_path / "out")
+def test_another_program_s_weights_are_copied_whole(linked: Linked, tmp_path: Path) -> None:
+    path = linked()
     raw = tmp_path / "raw.bin"
     found = tmp_path / "out" / "weights" / "w.safetensors"
     raw.write_bytes(b"\xff" * 8 + found.read_bytes()[8:])
@@ -156,12 +189,11 @@ def test_another_program_s_weights_are_copied_whole(tmp_path: Path) -> None:
     onnx.checker.check_model(path)
 
 
-def test_linked_files_that_no_graph_reads_are_not_kept(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    path = export(checkpoint(tmp_path / "src"), folder)
+def test_linked_files_that_no_graph_reads_are_not_kept(linked: Linked) -> None:
+    path = linked()
     path.unlink()
-    settle_weights(folder, "link")
-    assert list(folder.iterdir()) == []
+    settle_weights(path.parent, "link")
+    assert list(path.parent.iterdir()) == []
 
 
 def test_copying_holds_nothing_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,9 +260,9 @@ def test_an_engine_holds_only_the_weights_that_it_reads(tmp_path: Path, links: b
     np.testing.assert_allclose(found, quantized(X).detach(), atol=0.2)
 
 
-def test_linked_data_of_a_graph_that_comes_in_is_accepted(tmp_path: Path) -> None:
+def test_linked_data_of_a_graph_that_comes_in_is_accepted(linked: Linked) -> None:
     """As our own artifact with links, or a hub's folder of links is."""
-    path = export(checkpoint(tmp_path / "src"), tmp_path / "out")
+    path = linked()
     with pytest.raises(onnx.checker.ValidationError):
         onnx.checker.check_model(path)
     weights.check(path)
@@ -242,11 +274,8 @@ def test_linked_data_of_a_graph_that_comes_in_is_accepted(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["hard link", "symbolic link"])
-def test_a_linked_graph_is_read_split_and_run(tmp_path: Path, kind: str) -> None:
-    from toolchain import sources
-
-    path = export(checkpoint(tmp_path / "src"), tmp_path / "out")
-    wanted = run(path)
+def test_a_linked_graph_is_read_and_run(linked: Linked, kind: str) -> None:
+    path = linked()
     if kind == "symbolic link":
         found = path.parent / "weights" / "w.safetensors"
         found.rename(path.parent / "blob")
@@ -256,4 +285,4 @@ def test_a_linked_graph_is_read_split_and_run(tmp_path: Path, kind: str) -> None
         value.const_value for name, value in model.module.graph.graph.initializers.items() if name == "0.weight"
     )
     np.testing.assert_array_equal(found.numpy(), net()[0].weight.detach())  # type: ignore[union-attr]
-    np.testing.assert_allclose(model.module(input=X)[0], wanted, atol=1e-6)
+    np.testing.assert_allclose(model.module(input=X)[0], WANTED, atol=1e-6)

@@ -146,3 +146,43 @@ def test_a_changed_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
         artifact.read_manifest(out)
     with pytest.raises(ToolchainError, match="no artifact"):
         artifact.read_manifest(tmp_path)
+
+
+def test_an_emptied_list_of_files_is_damage(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "x")
+    content = json.loads((out / "manifest.json").read_text()) | {"files": {}}
+    (out / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ToolchainError, match=r"manifest\.json lists no files"):
+        artifact.read_manifest(out)
+
+
+def test_a_file_of_an_engine_that_the_manifest_does_not_list_is_damage(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "x")
+    (out / "note.txt").write_text("a user's own")
+    artifact.read_manifest(out)
+    (out / "engines" / "onnxruntime").mkdir(parents=True)
+    (out / "engines" / "onnxruntime" / "model.onnx").write_text("junk")
+    with pytest.raises(ToolchainError, match=r"engines/onnxruntime/model\.onnx is not in manifest\.json"):
+        artifact.read_manifest(out)
+
+
+def test_a_report_that_was_edited_or_is_covered_by_no_digest_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text("{}")
+    (out / "file").write_text("x")
+    artifact.write_manifest(out, {})
+    manifest = artifact.read_manifest(out)
+    artifact.check_report(out, manifest)
+    (out / "report.json").write_text("[]")
+    artifact.read_manifest(out)  # an engine runs without its report
+    with pytest.raises(ToolchainError, match=r"report\.json was changed since the run"):
+        artifact.check_report(out, manifest)
+    (out / "report.json").unlink()
+    with pytest.raises(ToolchainError, match=r"report\.json is missing"):
+        artifact.check_report(out, manifest)
+    del manifest["report"]
+    with pytest.raises(ToolchainError, match="has no digest of report"):
+        artifact.check_report(out, manifest)

@@ -10,18 +10,19 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.disks import disk, may_mount
-from toolchain import artifact, pipeline
+from toolchain import artifact
 from toolchain.cli import main
 from toolchain.errors import ToolchainError
-from toolchain.progress import Progress
-from toolchain.recipe import make
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ from torch import nn
 
 def build():
     torch.manual_seed(SEED)
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), {"x": torch.zeros(4, 64)}
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), {"input": torch.zeros(4, 64)}
 """
 
 
@@ -112,38 +113,105 @@ def test_kills_around_the_replacement_of_an_artifact_lose_nothing(tmp_path: Path
     print(f"{killed} kills")
 
 
-def export(folder: Path, out: Path, seed: int, *, force: bool = True) -> int:
-    (folder / f"net{seed}.py").write_text(NET.replace("SEED", str(seed)))
+FORKER = """
+import json, os, signal, sys, time, traceback
+from pathlib import Path
+import onnxruntime, onnxscript, torch, torch.onnx
+import toolchain.sources.py_source
+from targets import onnxruntime_engine
+from toolchain import pipeline
+from toolchain.errors import ToolchainError
+from toolchain.progress import Progress
+from toolchain.recipe import make
+
+def export(folder, out, seed):
     content = {
         "model": f"py:net{seed}.py:build",
-        "steps": [{"pass": "prune_width", "share": 0.5}] if seed % 2 else [],
         "targets": [{"target": "onnxruntime"}],
-        "validation": {"skip": True},
+        "validation": {"skip": True, "threads": 1},
     }
-    _, code = pipeline.export(make(content, folder=folder), out, force=force, progress=Progress(quiet=True))
-    return code
+    return pipeline.export(make(content, folder=Path(folder)), Path(out), force=True, progress=Progress(quiet=True))[1]
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    began = time.perf_counter()
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            code = export(*asked["export"])
+        except ToolchainError as error:
+            print(error, file=sys.stderr)
+            code = error.exit_code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if asked["kill_after"] is not None:
+        time.sleep(asked["kill_after"])
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(json.dumps([code, time.perf_counter() - began]), flush=True)
+"""
 
 
-def test_kills_of_whole_exports_lose_nothing(tmp_path: Path) -> None:
+class Forker:
+    """A process that has imported everything and run nothing, so that children start at once and hold no locks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for seed in (0, 1):
+            (folder / f"net{seed}.py").write_text(NET.replace("SEED", str(seed)))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKER],
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def export(self, out: Path, seed: int, kill_after: float | None = None) -> tuple[int, float]:
+        """Export in a child, killed at some time; how it ended, and its seconds."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        asked = {"export": [str(self.folder), str(out), seed], "kill_after": kill_after}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        code, seconds = json.loads(self.process.stdout.readline())
+        return code, seconds
+
+
+@pytest.fixture
+def forker(tmp_path: Path) -> Iterator[Forker]:
+    found = Forker(tmp_path)
+    yield found
+    assert found.process.stdin is not None
+    found.process.stdin.close()
+    assert found.process.wait(60) == 0
+
+
+def test_kills_of_whole_exports_lose_nothing(forker: Forker, tmp_path: Path) -> None:
     chance = random.Random(1)
     (tmp_path / "here").mkdir()
     out = tmp_path / "here" / "out"
-    export(tmp_path, out, 0)
-    seconds = taken(lambda: export(tmp_path, out, 0))
+    code, seconds = forker.export(out, 0)
+    assert code == 0
     killed = 0
     for number in range(10 * EXPORTS):
         if killed == EXPORTS:
             break
         before = (out / "recipe.toml").read_text()
-        code = killed_within(1.1 * seconds, lambda: export(tmp_path, out, number % 2), chance)  # noqa: B023
+        code, _ = forker.export(out, number % 2, chance.uniform(0, 1.1 * seconds))
+        assert code in (0, -signal.SIGKILL)
         killed += code == -signal.SIGKILL
         manifest = artifact.read_manifest(out)
         now = (out / "recipe.toml").read_text()
         assert now == before or f"net{number % 2}.py" in now
         assert {"model.onnx", "recipe.toml"} <= manifest["files"].keys()
     assert killed == EXPORTS
-    assert export(tmp_path, out, 0) == 0
+    assert forker.export(out, 0)[0] == 0
     assert names(tmp_path / "here") == ["out"]
+    print(f"{killed} kills")
 
 
 @pytest.mark.parametrize("command", ["report", "check"])
@@ -176,29 +244,28 @@ def artifact_copy(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_disks_of_random_sizes_keep_the_old_artifact_and_say_that_they_are_full(tmp_path: Path) -> None:
+def test_disks_of_random_sizes_keep_the_old_artifact_and_say_that_they_are_full(forker: Forker, tmp_path: Path) -> None:
     if not may_mount():
         pytest.skip("mounting needs root")
     chance = random.Random(2)
-    export(tmp_path, tmp_path / "old", 0)
-    size = sum(path.stat().st_size for path in (tmp_path / "old").rglob("*") if path.is_file())
+    (tmp_path / "here").mkdir()
+    assert forker.export(tmp_path / "here" / "old", 0)[0] == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "here" / "old").rglob("*") if path.is_file())
     outcomes = []
     for number in range(DISKS):
-        room = int(1.2 * size + chance.uniform(0, 2.5) * size) // 4096 * 4
+        room = int(1.3 * size + chance.uniform(0, 1.5) * size) // 4096 * 4
         with disk(tmp_path / f"disk{number}", f"{room}k") as place:
             out = place / "out"
-            shutil.copytree(tmp_path / "old", out)
+            shutil.copytree(tmp_path / "here" / "old", out)
             before = (out / "manifest.json").read_bytes()
-            code = ended(child(lambda: export(tmp_path, out, 1)))  # noqa: B023
+            code, _ = forker.export(out, 1)
             outcomes.append(code)
             assert code in (0, 2), "a traceback, or a full disk that was taken for something else"
             artifact.read_manifest(out)
             assert ((out / "manifest.json").read_bytes() == before) == (code == 2)
             assert names(place) == ["out"]
-            if code == 2:
-                limits = ["report", str(out)]
-                assert ended(child(lambda: main([*limits, "--quiet"]))) in (0, 2)  # noqa: B023
-                artifact.read_manifest(out)
-                assert names(place) == ["out"]
+            assert ended(child(lambda: main(["report", str(out), "--quiet"]))) in (0, 2)  # noqa: B023
+            artifact.read_manifest(out)
+            assert names(place) == ["out"]
     assert outcomes.count(2) >= DISKS // 2
     print(f"{outcomes.count(2)} of {DISKS} were full")

@@ -1,10 +1,27 @@
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from reports.record import Fidelity, Quality, TargetRecord
-from toolchain.measure import as_record, judge_gates, quality_of, sampling, slower, value_of
+from reports import record as records
+from reports.record import Fidelity, Gate, Latency, Quality, TargetRecord
+from tests.reports.example import example_report
+from toolchain.errors import ToolchainError
+from toolchain.measure import (
+    answers_of,
+    as_record,
+    judge_gates,
+    outputs_of,
+    quality_of,
+    refuse_unsteady,
+    sampling,
+    slower,
+    value_of,
+)
+from toolchain.pipeline import exit_code, unmeasured, verdict
 from toolchain.progress import Progress
 from toolchain.recipe import Validation
 from validation.contract import Drawn, SampleMetric, SamplingTask
@@ -12,7 +29,14 @@ from validation.fidelity import OutputFidelity
 from validation.gates import parse
 from validation.latency import summarise
 
-KNOWN = ["fidelity.cosine", "fidelity.max_abs", "fidelity.snr_db", "quality.judged_as_asked", "latency.ratio"]
+KNOWN = [
+    "fidelity.relative_l2",
+    "fidelity.cosine",
+    "fidelity.max_abs",
+    "fidelity.snr_db",
+    "quality.judged_as_asked",
+    "latency.ratio",
+]
 
 
 def target(**more: object) -> TargetRecord:
@@ -106,3 +130,147 @@ def test_sampling_starts_every_runner_from_the_same_noise() -> None:
     assert figures["psnr_db"] == pytest.approx(10 * np.log10(4 / 1))
     assert shown[0].target == "ours"
     assert shown[0].original_png != shown[0].candidate_png
+
+
+def test_one_output_equal_and_one_not_is_no_crash() -> None:
+    equal = as_record(OutputFidelity(output="a", worst=FIGURES | {"snr_db": math.inf}))
+    found = target(fidelity=[equal, output("b", 0.9, 1)])
+    assert value_of("fidelity.snr_db", found) == (20, "")
+    assert value_of("fidelity.worst_column", found)[0] is None  # an older report has none: not measured, not 0
+
+
+FIGURES = {"max_abs": 0.0, "mean_abs": 0.0, "relative_l2": 0.0, "cosine": 1.0, "snr_db": 0.0, "worst_column": 0.0}
+
+
+def test_an_original_of_zeros_is_no_equal_output() -> None:
+    """Minus infinity is the worst of ratios; as null it would have read as equality, and met every bound."""
+    worst = FIGURES | {"relative_l2": math.inf, "snr_db": -math.inf}
+    found = target(fidelity=[as_record(OutputFidelity(output="a", worst=worst))])
+    gates = [parse(text, known=KNOWN) for text in ("fidelity.snr_db >= 90", "fidelity.relative_l2 <= 1e300")]
+    assert [gate.verdict for gate in judge_gates(gates, [found])] == ["missed", "missed"]
+
+
+def test_infinite_figures_are_written_read_and_said(tmp_path: Path) -> None:
+    from reports import html, markdown
+
+    report = example_report()
+    worst = FIGURES | {"relative_l2": math.inf, "worst_column": math.inf, "snr_db": -math.inf}
+    report.targets[0].fidelity = [as_record(OutputFidelity(output="mask", worst=worst))]
+    report.gates = [
+        Gate(name="fidelity.snr_db", target="onnxruntime", bound=">= 1e+300", verdict="met", value=math.inf)
+    ]
+    records.write(report, tmp_path / "report.json")
+    assert records.read(tmp_path / "report.json") == report
+    for page in (html.render(report), markdown.render(report)):
+        assert "infinite" in page
+        assert "is 0 in the original and not in the engine" in page.replace("\\_", "_")
+
+
+def timed(ratio: float, low: float, high: float, **more: object) -> Latency:
+    fields = example_report().targets[0].latency.model_dump()  # type: ignore[union-attr]
+    return Latency.model_validate({**fields, "ratio": ratio, "ratio_low": low, "ratio_high": high, **more})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "unsafe", "found"),
+    [
+        (0.4, 0.6, [], "met"),
+        (0.4, 1.1, [], "inconclusive"),
+        (1.1, 1.3, [], "missed"),
+        (0.4, 0.6, ["other programs interrupted the original"], "inconclusive"),
+        (1.1, 1.3, ["other programs interrupted the original"], "inconclusive"),
+    ],
+)
+def test_a_speed_gate_is_judged_by_its_interval_and_by_no_unsafe_figure(
+    low: float, high: float, unsafe: list[str], found: str
+) -> None:
+    measured = target(latency=timed((low + high) / 2, low, high, unsafe=unsafe), fidelity=[output("a", 1, 0)])
+    gates = judge_gates([parse("latency.ratio <= 1", known=KNOWN)], [measured])
+    assert gates[0].verdict == found
+    report = example_report().model_copy(
+        update={"gates": gates, "targets": [measured], "verdict": verdict(gates, [measured])}
+    )
+    assert report.verdict == found
+    assert exit_code(report) == {"met": 0, "missed": 1, "inconclusive": 3}[found]
+
+
+def test_the_stalled_original_of_a_busy_machine_meets_no_gate() -> None:
+    """80 ms where it takes 0.02 ms, in every call: a tiny and steady ratio that the old judge called met."""
+    from validation.latency import Samples
+
+    rng = np.random.default_rng(0)
+    walls = [float(each) for each in rng.normal(0.08, 0.002, 30)]
+    stalled = Samples(wall_s=walls, cpu_s=walls, interrupted=[20] * 30)
+    quick = [float(each) for each in rng.normal(2e-5, 5e-7, 30)]
+    found = summarise(stalled, Samples(wall_s=quick, cpu_s=quick, interrupted=[0] * 30), seed=0)
+    assert found.ratio_high < 0.05
+    measured = target(latency=timed(found.ratio, found.ratio_low, found.ratio_high, unsafe=found.unsafe))
+    assert judge_gates([parse("latency.ratio <= 0.05", known=KNOWN)], [measured])[0].verdict == "inconclusive"
+
+
+def test_met_is_not_said_over_a_required_target_that_was_not_measured() -> None:
+    good, absent = target(fidelity=[output("a", 1, 0)]), target(runnable=False, reason="no GPU")
+    gates = judge_gates([parse("fidelity.cosine >= 0.9", known=KNOWN)], [good, absent])
+    assert [gate.verdict for gate in gates] == ["met"]
+    report = example_report().model_copy(update={"gates": gates, "targets": [good, absent]})
+    report.verdict = verdict(gates, report.targets)
+    assert (report.verdict, exit_code(report), unmeasured(report.targets)) == ("not_measured", 3, ["onnxruntime"])
+    absent.optional = True
+    report.verdict = verdict(gates, report.targets)
+    assert (report.verdict, exit_code(report)) == ("met", 0)
+
+
+def test_an_empty_output_is_compared_on_nothing_and_meets_nothing() -> None:
+    call, nothing = {"x": np.ones(1)}, {"y": np.zeros((0, 3), np.float32)}
+    found = target(**outputs_of(lambda inputs: dict(nothing), [call], [nothing]))
+    assert found.fidelity == []
+    gate = judge_gates([parse("fidelity.cosine >= 0.9", known=KNOWN)], [found])[0]
+    assert (gate.verdict, gate.reason) == ("not_measured", "output 'y' is empty in every call: nothing was compared")
+    both = nothing | {"z": np.ones((2, 2), np.float32)}
+    found = target(**outputs_of(lambda inputs: dict(both), [call], [both]))
+    assert [each.output for each in found.fidelity] == ["z"]
+    assert found.not_compared == ["output 'y' is empty in every call"]
+
+
+def test_a_dead_column_is_a_fault() -> None:
+    original = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    fields = outputs_of(lambda inputs: {"y": original * np.float32([1, 0, 1])}, [{}], [{"y": original}])
+    assert "dead columns: 1 (1 of 3" in fields["faults"][0]
+    assert verdict([], [target(**fields)]) == "missed"
+
+
+def test_figures_are_over_the_rows_that_a_mask_keeps_and_over_all_of_them() -> None:
+    from reports import markdown
+
+    original = np.random.default_rng(0).normal(size=(2, 4, 3))
+    engine = original + 1e-6
+    engine[1, 2:] = 9
+    calls = [{"ids": np.ones((2, 4)), "attention_mask": np.array([[1, 1, 1, 1], [1, 1, 0, 0]])}]
+    fields = outputs_of(lambda inputs: {"y": engine}, calls, [{"y": original}], mask="attention_mask")
+    found = target(**fields)
+    assert found.fidelity[0].mask == "attention_mask"
+    assert judge_gates([parse("fidelity.relative_l2 <= 1e-5", known=KNOWN)], [found])[0].verdict == "met"
+    report = example_report().model_copy(update={"targets": [found]})
+    assert "over the rows that attention_mask keeps; over all rows" in markdown.render(report).replace("\\", "")
+
+
+class Steps:
+    """Answers with the next of some values, over and over."""
+
+    def __init__(self, *values: float) -> None:
+        self.values, self.count = values, 0
+
+    def __call__(self, inputs: object) -> dict[str, np.ndarray]:
+        self.count += 1
+        return {"y": np.full((2, 3), self.values[self.count % len(self.values)])}
+
+
+def test_an_original_that_answers_one_call_in_two_ways_is_no_reference() -> None:
+    with pytest.raises(ToolchainError, match=r"output 'y' of one and the same call differs by .* draws random numbers"):
+        refuse_unsteady(Steps(1.0, 2.0), {})
+    refuse_unsteady(Steps(1.0, 1.0 + 1e-7), {})  # the order of additions
+
+
+def test_an_original_that_is_not_finite_in_validation_is_not_the_engines_fault() -> None:
+    with pytest.raises(ToolchainError, match=r"cannot be a reference: .* in validation call 2"):
+        answers_of(Steps(math.inf, 1.0), [{}, {}])

@@ -20,7 +20,7 @@ from toolchain.errors import ToolchainError
 from toolchain.show import describe, tell
 
 FIELDS = {"name", "kind", "source", "documentation", "parameter_count", "macs", "macs_reason", "weights", "inputs"}
-FIELDS |= {"outputs", "published"}
+FIELDS |= {"outputs", "published", "left_out", "notes"}
 
 NET = """
 import torch

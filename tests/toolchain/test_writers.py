@@ -18,6 +18,7 @@ from torch import nn
 from passes.heads.search_log import SearchLog
 from passes.recovery import checkpoints
 from tests.disks import disk, make_read_only, may_mount
+from toolchain.artifact import strange_in
 from toolchain.cli import main
 from toolchain.errors import ToolchainError
 
@@ -234,3 +235,8 @@ def test_two_updates_at_once_leave_one_whole_baseline(copy: Path) -> None:
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
     assert json.loads(baseline.read_text())["figures"]
     assert sorted(path.name for path in copy.parent.iterdir()) == ["b.json", "out"]
+
+
+def test_nothing_in_an_artifact_is_strange_to_the_next_export(artifact: Path) -> None:
+    """Whatever an export writes, the next one with --force may replace."""
+    assert strange_in(artifact) == ""

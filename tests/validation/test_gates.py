@@ -93,3 +93,40 @@ def test_what_was_not_measured_is_neither_met_nor_missed():
 def test_a_miss_says_both_numbers_however_near():
     gate = parse("fidelity.cosine >= 0.9999999", known=KNOWN)
     assert judge(gate, 0.99999985) == ("missed", "fidelity.cosine is 0.99999985, asked for >= 0.9999999")
+
+
+@pytest.mark.parametrize(
+    ("text", "interval", "verdict"),
+    [
+        ("latency.ratio <= 1", (0.9, 0.99), "met"),
+        ("latency.ratio <= 1", (0.9, 1.01), "inconclusive"),
+        ("latency.ratio <= 1", (1.01, 1.2), "missed"),
+        ("latency.ratio >= 1", (1.01, 1.2), "met"),
+        ("latency.ratio >= 1", (0.9, 1.01), "inconclusive"),
+        ("latency.ratio >= 1", (0.9, 0.99), "missed"),
+        ("latency.ratio < 1", (0.9, 1.0), "inconclusive"),
+        ("latency.ratio <= 1", (0.9, float("nan")), "missed"),
+    ],
+)
+def test_the_whole_interval_meets_a_bound_or_misses_it_or_nothing_can_be_said(text, interval, verdict):
+    found, reason = judge(parse(text, known=KNOWN), sum(interval) / 2, interval=interval)
+    assert found == verdict
+    assert bool(reason) == (verdict != "met")
+    if verdict == "inconclusive":
+        assert f"{interval[0]:g} to {interval[1]:g}, holds the bound 1.0" in reason
+
+
+@pytest.mark.parametrize("bound", [0.1, 10.0])
+def test_an_unsafe_figure_meets_and_misses_nothing(bound):
+    gate = GateBound(name="latency.ratio", target=None, operator="<=", bound=bound)
+    assert judge(gate, 1.0, interval=(0.99, 1.01), unsafe="it was interrupted") == (
+        "inconclusive",
+        "it was interrupted",
+    )
+
+
+@pytest.mark.parametrize("text", ["latency.ratio <= 1e999", "fidelity.cosine >= -1e400"])
+def test_a_bound_without_end_is_refused(text):
+    with pytest.raises(ToolchainError, match="would bound nothing") as caught:
+        parse(text, known=KNOWN, where="recipe.toml, gates[0]")
+    assert caught.value.where == "recipe.toml, gates[0]"

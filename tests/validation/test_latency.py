@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from toolchain.errors import ToolchainError
-from validation.latency import count_outliers, summarise, time_interleaved
+from validation import latency
+from validation.latency import Samples, count_outliers, summarise, time_in_turns, time_interleaved
 
 INPUTS = {"x": np.ones(2, np.float32)}
 NAMES = ("original", "engine", "other")
@@ -164,7 +165,9 @@ class TestSummarise:
         assert "9 samples in 3 rounds are too few" in warning
         (warning,) = summarise([2.0] * 12, [1.0] * 12, seed=0, block=6).warnings
         assert "12 samples in 2 rounds are too few" in warning
-        assert summarise([2.0] * 10, [1.0] * 10, seed=0).warnings == []
+        (warning,) = summarise([2.0] * 20, [1.0] * 20, seed=0).unsafe
+        assert "20 samples in 7 rounds are too few" in warning
+        assert summarise([2.0] * 24, [1.0] * 24, seed=0).warnings == []
 
     def test_outliers_are_counted(self):
         steady = np.random.default_rng(0).normal(1, 0.01, 30)
@@ -174,9 +177,70 @@ class TestSummarise:
         assert summary.warnings == ["2 of 30 samples of the engine are outliers; something else ran beside it"]
         assert summary.median_s == pytest.approx(0.5, rel=0.02)
 
+    def test_what_makes_a_ratio_unsafe_is_told_from_what_is_only_worth_knowing(self):
+        rng = np.random.default_rng(0)
+        steady, noisy = rng.normal(1, 0.01, 30), rng.uniform(3, 7, 30)
+        assert summarise(steady, noisy, seed=0).unsafe == summarise(steady, noisy, seed=0).warnings
+        spiky = steady / 2
+        spiky[3] = 40.0
+        doubtful = summarise(steady, spiky, seed=0)
+        assert (doubtful.unsafe, len(doubtful.warnings)) == ([], 1)
+        same = summarise(steady, rng.normal(1, 0.01, 30), seed=0)
+        assert (same.unsafe, len(same.warnings)) == ([], 1)
+
+    def test_the_originals_own_median_has_an_interval(self):
+        original = np.random.default_rng(0).normal(2, 0.02, 30)
+        summary = summarise(original, original / 2, seed=0)
+        assert 1.95 < summary.original_low_s < summary.original_median_s < summary.original_high_s < 2.05
+
     def test_unpaired_samples_are_our_bug(self):
         with pytest.raises(ValueError, match="3 of the original, 2 of the candidate"):
             summarise([1.0] * 3, [1.0] * 2, seed=0)
+
+
+def samples(walls, interrupted):
+    """Steady calls of one runner, each interrupted so often."""
+    walls = [float(wall) for wall in walls]
+    return Samples(wall_s=walls, cpu_s=walls, interrupted=[interrupted] * len(walls))
+
+
+class TestContention:
+    """The trap: a runtime that stalls at a barrier is punished in every call, evenly, so its spread is small."""
+
+    def test_a_runner_that_others_interrupt_in_every_call_has_no_safe_ratio_however_steady(self):
+        rng = np.random.default_rng(0)
+        stalled, quick = samples(rng.normal(0.0152, 0.0001, 30), 4), samples(rng.normal(7e-5, 1e-6, 30), 0)
+        for original, engine, who in ((stalled, quick, "the original"), (quick, stalled, "the engine")):
+            (reason,) = summarise(original, engine, seed=0).unsafe
+            assert f"other programs interrupted {who} in 30 of 30 calls, 4 times" in reason
+        assert summarise(stalled.wall_s, quick.wall_s, seed=0).unsafe == []
+
+    @pytest.mark.parametrize(("wall", "times", "unsafe"), [(2.0, 10, False), (0.1, 4, True), (1e-5, 1, True)])
+    def test_interruptions_are_weighed_against_the_time_of_a_call(self, wall, times, unsafe):
+        walls = np.random.default_rng(0).normal(wall, wall / 100, 30)
+        assert bool(summarise(samples(walls, times), samples(walls / 2, 0), seed=0).unsafe) == unsafe
+
+    def test_a_rare_interruption_does_no_harm(self):
+        walls = np.random.default_rng(0).normal(0.01, 0.0001, 30)
+        some = Samples(wall_s=list(walls), cpu_s=list(walls), interrupted=[1] * 10 + [0] * 20)
+        assert summarise(some, samples(walls / 2, 0), seed=0).unsafe == []
+
+    def test_a_system_that_does_not_count_them_is_no_fault(self, monkeypatch):
+        monkeypatch.setattr(latency, "_interruptions", lambda: None)
+        taken = time_in_turns({"a": lambda inputs: inputs}, INPUTS, warm_up=0, samples=24, seed=0, settle_s=0)["a"]
+        assert (len(taken.wall_s), len(taken.cpu_s), taken.interrupted) == (24, 24, [])
+        assert latency._contention("a", taken) == []
+
+    def test_they_are_counted_call_by_call(self, monkeypatch):
+        count = [0]
+
+        def call(inputs):
+            count[0] += 3
+            return inputs
+
+        monkeypatch.setattr(latency, "_interruptions", lambda: count[0])
+        taken = time_in_turns({"a": call}, INPUTS, warm_up=1, samples=5, seed=0, settle_s=0)["a"]
+        assert taken.interrupted == [3] * 5
 
 
 def test_outliers_of_a_known_cloud():

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from validation.statistics import bootstrap_ratio, difference, frechet_distance
+from validation.latency import FEWEST_ROUNDS
+from validation.statistics import bootstrap_median, bootstrap_ratio, difference, frechet_distance
 
 
 def rotation(angle: float) -> np.ndarray:
@@ -39,8 +40,38 @@ class TestFrechetDistance:
         assert np.isnan(frechet_distance(cloud * np.nan, cloud))
         assert np.isnan(frechet_distance(cloud, np.full((9, 3), np.inf)))
 
+    def test_variances_eighteen_orders_apart_lose_nothing(self):
+        """By hand, turned; the eigenvalues of the product of both covariances come out complex here, and 1e-9 off."""
+        rng = np.random.default_rng(0)
+        white = rng.normal(size=(400, 40))
+        white -= white.mean(0)
+        white = np.linalg.solve(np.linalg.cholesky(np.cov(white, rowvar=False)), white.T).T  # covariance 1
+        turn, _ = np.linalg.qr(rng.normal(size=(40, 40)))
+        a, b = np.geomspace(1e-6, 1e3, 40), np.geomspace(1e3, 1e-6, 40)
+        by_hand = np.square(a - b).sum()
+        assert frechet_distance(white * a @ turn, white * b @ turn) == pytest.approx(by_hand, rel=1e-12)
+
 
 class TestBootstrapRatio:
+    def test_as_few_rounds_as_are_called_safe_still_cover_and_half_as_many_do_not(self):
+        hits = {}
+        for rounds in (FEWEST_ROUNDS, FEWEST_ROUNDS // 2):
+            hits[rounds] = 0
+            for seed in range(200):
+                rng = np.random.default_rng(seed)
+                drift = 1 + 0.3 * rng.random((rounds, 1))
+                both = (s * drift * rng.lognormal(0, 0.05, (rounds, 3)) for s in (1.0, 0.7))
+                low, high = bootstrap_ratio(*both, seed=0, resamples=500)
+                hits[rounds] += low <= 0.7 <= high
+        assert hits[FEWEST_ROUNDS] >= 186
+        assert hits[FEWEST_ROUNDS // 2] < hits[FEWEST_ROUNDS]
+
+    def test_the_median_of_one_runner_has_its_interval_too(self):
+        samples = np.random.default_rng(0).normal(5, 0.1, (10, 3))
+        low, high = bootstrap_median(samples, seed=0)
+        assert low < np.median(samples) < high
+        assert high - low < 0.2
+
     def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says(self):
         hits = 0
         for seed in range(100):

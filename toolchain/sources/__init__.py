@@ -43,6 +43,10 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_
     prefix = text.partition(":")[0]
     if prefix not in prefixes():
         from toolchain.sources import reference
+        from toolchain.sources.mistaken import mistaken
+
+        if fault := mistaken(text):
+            raise fault
 
         return reference.load(text, weights=weights, seed=seed)
     if weights is not None:
@@ -82,7 +86,11 @@ def parts_of_path(text: str) -> PathParts | None:
 
     For sources other than ``FILES`` the path may be a name on a hub.
     """
-    found = re.fullmatch(r"(onnx):([^?]+)(\?.*)?", text) or re.fullmatch(r"(\w+):(.+?)([:#]\w+)?", text)
+    found = (
+        re.fullmatch(r"(onnx):([^?]+)(\?.*)?", text)
+        or re.fullmatch(r"(hf):([^?]+?)((?:#\w+)?(?:\?.*)?)", text)
+        or re.fullmatch(r"(\w+):(.+?)([:#]\w+)?", text)
+    )
     return PathParts(found[1], found[2], found[3] or "") if found and found[1] in prefixes() else None
 
 

@@ -99,7 +99,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     inputs = family.inputs(settings)
     flat = family.flat(network).eval()
     words = whole / part.tokenizer if part.tokenizer and (whole / part.tokenizer).is_dir() else None
-    how, outputs = interface(flat, example_of(inputs), settings)
+    how, outputs, absent = interface(flat, example_of(inputs), settings)
     return Model(
         name=short(text),
         module=flat,
@@ -110,6 +110,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         tokenize=tokenizer_of(words, inputs) if words else None,
         carried=tuple(sorted(path for path in words.iterdir() if path.is_file())) if words else (),
         files=files_from(whole, [folder / CONFIG, *shards(folder, part.stem)]),
+        left_out=absent,
     )
 
 
@@ -221,12 +222,16 @@ def class_name(config: Config, part: Part, folder: Path) -> str:
 
 def uncovered(cls: str, part: Part, folder: Path) -> ToolchainError:
     """The error for a class that no family covers."""
-    error = unknown(f"supported network of {part.library}", cls, part.families)
-    return ToolchainError(
-        error.message,
-        where=str(folder),
-        help=f"{error.help}; for any other, write a model file that builds it and names its inputs, and use py:",
-    )
+    by_hand = "for any other, write a model file that builds it and names its inputs, and use py:FILE:FUNCTION"
+    if hasattr(require(part.library, extra=part.library), cls):  # rightly spelt: another name is another network
+        message, tip = (
+            f"{cls} of {part.library} is not supported here",
+            f"supported: {', '.join(sorted(part.families))}",
+        )
+    else:
+        error = unknown(f"supported network of {part.library}", cls, part.families)
+        message, tip = error.message, str(error.help)
+    return ToolchainError(message, where=str(folder), help=f"{tip}; {by_hand}")
 
 
 def build(cls: str, config: Config, part: Part, folder: Path) -> Any:
@@ -263,7 +268,12 @@ def as_named_today(tensors: dict[str, Tensor], network: nn.Module, part: Part) -
 
 def settings_in(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
-    found = read_json(path, what=path.name, absent=f"there is no {path.name} in {path.parent.name!r}")
+    try:
+        found = read_json(path, what="it", absent=f"there is no {path.name} in {path.parent.name!r}")
+    except ToolchainError as fault:
+        if not path.exists():
+            raise
+        raise ToolchainError(f"{path.name} cannot be read: {fault.message}", where=fault.where) from fault
     if not isinstance(found, dict):
         raise ToolchainError(f"{path.name} holds no settings", where=str(path))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from validation.inputs import Arrays, Dim, InputSpec
 HIGHEST_BATCH = 64
 """Largest batch where nobody says one, unless the example is larger."""
 
-DynamicAxes = Mapping[str, Mapping[int, tuple[str, int, int]]]
+DynamicAxes = Mapping[str, Mapping[int, tuple[str, int, int] | tuple[str, int, int, int]]]
 
 
 def by_name(module: nn.Module, inputs: Any, *, where: str) -> dict[str, Tensor]:
@@ -60,7 +61,9 @@ def unfit(message: str, signature: inspect.Signature, where: str) -> ToolchainEr
 def faults_of(name: str, value: Any, where: str) -> list[ToolchainError]:
     """What makes a value no example input."""
     if not isinstance(value, Tensor):
-        return [ToolchainError(f"example input {name!r} is a {type(value).__name__}, no tensor", where=where)]
+        message = f"example input {name!r} is {'None' if value is None else f'a {type(value).__name__}'}, no tensor"
+        advice = "wrap the module: its forward takes tensors alone, and sets what never changes"
+        return [ToolchainError(message, where=where, help=advice)]
     faults = []
     if value.device.type != "cpu":
         message = f"example input {name!r} is on {value.device}"
@@ -137,25 +140,41 @@ def axis_faults(
     what = f"dynamic axis {axis!r} of {name!r}"
     if not (isinstance(axis, int) and 0 <= axis < tensor.ndim):
         return [ToolchainError(f"{what}: the example's shape is {tuple(tensor.shape)}", where=where)]
-    if not (isinstance(entry, Sequence) and [type(part) for part in entry] == [str, int, int]):
-        return [ToolchainError(f"{what} is {entry!r}; it must be (name, smallest, largest)", where=where)]
-    dim = Dim(name=entry[0], low=entry[1], typical=tensor.shape[axis], high=entry[2])
+    kinds = [type(part) for part in entry] if isinstance(entry, Sequence) else []
+    if kinds not in ([str, int, int], [str, int, int, int]):
+        message = f"{what} is {entry!r}; it must be (name, smallest, largest) or (name, smallest, largest, multiple)"
+        return [ToolchainError(message, where=where)]
+    dim = dim_of(entry, tensor.shape[axis])
     if not dim.name.isidentifier():
         return [ToolchainError(f"{what} is called {dim.name!r}, which is no plain name", where=where)]
     if not 0 < dim.low <= dim.typical <= dim.high:
         return [ToolchainError(f"{what} goes from {dim.low} to {dim.high}; the example has {dim.typical}", where=where)]
+    if dim.multiple_of < 1 or dim.typical % dim.multiple_of:
+        message = f"{what} comes in multiples of {dim.multiple_of}; the example has {dim.typical}"
+        return [ToolchainError(message, where=where)]
     if sizes.setdefault(dim.name, dim) != dim:
         return [ToolchainError(f"{what} is {dim}, elsewhere {sizes[dim.name]}: one name is one size", where=where)]
     return []
 
 
-def value_range(tensor: Tensor, given: tuple[float, float] | None) -> dict[str, float | None]:
-    """Limits that values are drawn from: those given, or an integer example's own."""
+def dim_of(entry: Sequence[Any], size: int) -> Dim:
+    """A dimension as it was declared, with the example's size as the typical one."""
+    name, low, high, *step = entry
+    return Dim(name=name, low=low, typical=size, high=high, multiple_of=step[0] if step else 1)
+
+
+def value_range(tensor: Tensor, given: tuple[float, float] | None) -> dict[str, Any]:
+    """Limits that values are drawn from: those given, or else a guess, for integers the example's own."""
     if given is not None:
         return {"low": given[0], "high": given[1]}
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
-        return {"low": None, "high": None}
-    return {"low": min(0, int(tensor.min())), "high": int(tensor.max()) + 1}
+        return {"low": None, "high": None, "guessed": True}
+    return {"low": min(0, int(tensor.min())), "high": int(tensor.max()) + 1, "guessed": True}
+
+
+def arrays_of(inputs: Mapping[str, Tensor]) -> Arrays:
+    """Example tensors as arrays of their own."""
+    return {name: tensor.detach().numpy().copy() for name, tensor in inputs.items()}
 
 
 def interface_of_answer(
@@ -172,9 +191,22 @@ def interface_of_answer(
     Raises:
         ToolchainError: no tensor came back, or not as many as there are names.
     """
+    if strange := strangers(answer):
+        raise ToolchainError(
+            f"the module returned a {strange[0]}, which no engine can give back",
+            where=where,
+            help="wrap the module so that it returns the tensors of that by themselves; a model that returns a cache "
+            "of keys and values returns none with use_cache=False",
+        )
     tensors = flat(answer)
     if not tensors:
-        raise ToolchainError(f"the module returned a {type(answer).__name__} without a tensor", where=where)
+        raise ToolchainError(
+            f"the module returned a {type(answer).__name__} without a tensor",
+            where=where,
+            help="return a tensor, or a tuple, list, dict or dataclass that holds some",
+        )
+    if dataclasses.is_dataclass(answer) and not isinstance(answer, Mapping):
+        answer = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
     returns, found = "tuple", tuple(f"output_{i}" for i in range(len(tensors)))
     if isinstance(answer, Tensor):
         returns, found = "tensor", ("output",)
@@ -188,6 +220,19 @@ def interface_of_answer(
             f"outputs names {len(names)}: {list(names)}; the module returned {len(tensors)}", where=where
         )
     return Interface(arguments=tuple(inputs), returns=returns, keys=found), names or found
+
+
+def strangers(answer: Any) -> list[str]:
+    """Names of the types in an answer that are no tensors, no containers of them, and no plain values to leave out."""
+    if answer is None or isinstance(answer, Tensor | int | float | complex | str | bytes):
+        return []
+    if dataclasses.is_dataclass(answer) and not isinstance(answer, type | Mapping):
+        return [name for field in dataclasses.fields(answer) for name in strangers(getattr(answer, field.name))]
+    if isinstance(answer, Mapping):
+        return [name for value in answer.values() for name in strangers(value)]
+    if isinstance(answer, tuple | list):
+        return [name for value in answer for name in strangers(value)]
+    return [type(answer).__name__]
 
 
 def checked(

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from toolchain.sources.contract import Interface, interface_of
+from toolchain.sources.arguments import OTHERWISE, left_out
+from toolchain.sources.contract import Interface, LeftOut, interface_of
 from validation.inputs import Dim, InputSpec
 
 Config = Mapping[str, Any]
@@ -59,8 +60,10 @@ class Family:
     inputs: Callable[[Config], tuple[InputSpec, ...]]
 
 
-def interface(flat: Flat, inputs: Mapping[str, Tensor], config: Config) -> tuple[Interface, tuple[str, ...]]:
-    """How the wrapped network is called, seen from what the wrapper hands it; and names for the outputs.
+def interface(
+    flat: Flat, inputs: Mapping[str, Tensor], config: Config
+) -> tuple[Interface, tuple[str, ...], tuple[LeftOut, ...]]:
+    """How the wrapped network is called, as the wrapper does; names for the outputs; arguments that it never gets.
 
     A graph's input and output cannot share a name: the second ``sample`` of a U-Net is ``out_sample``.
     """
@@ -81,7 +84,9 @@ def interface(flat: Flat, inputs: Mapping[str, Tensor], config: Config) -> tuple
     public = {name: value for name, value in config.items() if not name.startswith("_")}
     found, outputs = interface_of(flat.inner, handed, path="inner", config=public)
     keys = (*outputs, *flat.further)
-    return replace(found, keys=keys), tuple(f"out_{key}" if key in inputs else key for key in keys)
+    names = tuple(f"out_{key}" if key in inputs else key for key in keys)
+    given = {name for name, value in handed.items() if value is not None}
+    return replace(found, keys=keys), names, left_out(flat.inner, given, lambda name: OTHERWISE)
 
 
 class Noted(Exception):  # noqa: N818 - no error

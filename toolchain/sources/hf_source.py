@@ -1,8 +1,13 @@
-"""Checkpoints of transformers: ``hf:FOLDER`` or ``hf:HUB_ID``.
+"""Checkpoints of transformers: ``hf:FOLDER`` or ``hf:HUB_ID``, then ``#encoder``, then ``?NAME=SIZE,...``.
 
-What goes in follows from the architecture that ``config.json`` names: its ``forward`` and ``main_input_name`` say which
-inputs there are, the configuration how large. Served: encoders of text, images and speech, classifiers on top of them,
-CLIP-like pairs of towers, and the prefill step of causal language models (token ids in, logits out, no cache).
+What goes in follows from the ``forward`` of the architecture that ``config.json`` names, the configuration and, for
+pictures, the preprocessor's settings; arguments that are no inputs are named with a reason. Served: encoders of text,
+images, films and speech, classifiers and detectors on top of them, CLIP-like pairs of towers, the encoder of an
+encoder-decoder (``#encoder``), sentence-transformers folders with their pooling, and the prefill step of causal
+language models (token ids in, logits out, no cache).
+
+Sizes are guessed, or given behind a question mark: ``hf:FOLDER?sequence=16..128..2048,batch=1`` or ``?size=512``. A
+dimension takes one size, or smallest..largest, or smallest..typical..largest; ``size`` is height and width.
 
 The module is built from its configuration and given tensors that stay in the checkpoint's files. Where transformers
 converts the tensors of a checkpoint on loading, they are converted in memory, and the report says so.
@@ -12,9 +17,12 @@ Shapes: B batch, N tokens, C channels, H height, W width, T audio samples.
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +30,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolchain.errors import ToolchainError, require, unknown
+from toolchain.errors import FaultsError, ToolchainError, require, unknown
 from toolchain.sources import short
-from toolchain.sources.contract import Model, files_from, interface_of
+from toolchain.sources.arguments import left_out, reason_for
+from toolchain.sources.contract import BY_HAND, Interface, Model, answer, files_from, interface_from, reason_of
 from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
+from toolchain.sources.hf_inputs import Facts, Reading, contract, preprocessor_of, readings
 from toolchain.sources.hub import folder_of
+from toolchain.sources.plain_calls import plain_call
+from toolchain.sources.pooling import read_modules
 from toolchain.sources.sentences import tokenizer_of
+from toolchain.sources.sizes import Limits, limits_from
 from validation.inputs import Arrays, Dim, InputSpec, draw
 
 CARRIED = (
@@ -43,31 +56,66 @@ CARRIED = (
     "chat_template.*",
 )
 NEEDED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
-LONGEST = 512
-"""Tokens, where a model sets no limit or a larger one."""
-AUDIO = (1_600, 16_000, 480_000)
-"""Samples at 16 kHz: a tenth of a second, a second, half a minute."""
+PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Files that say how large pictures are."""
+TRIED = {"batch": 2, "texts": 3, "images": 2, "sounds": 2}
+"""Sizes of the call that shows what a network answers: unlike numbers tell whether texts and pictures are paired."""
 
 
 def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     """Load a checkpoint of transformers.
 
+    Args:
+        text: ``hf:FOLDER``, then ``#encoder`` for that part of an encoder-decoder, then ``?NAME=SIZE,...``.
+        seed: not used; nothing here is random.
+        trust_remote_code: run code that the folder brings along.
+
     Raises:
-        ToolchainError: no configuration, an unknown architecture, one that is not served, or weights that do not fit.
+        ToolchainError: no configuration, an unknown architecture, one that is not served, weights that do not fit, or
+            a size that the model does not take.
     """
     del seed
     transformers: Any = require("transformers", extra="transformers")
-    folder = folder_of(text.partition(":")[2], NEEDED)
+    place, part, asked = split(text)
+    root = folder_of(place, NEEDED)
+    sentence = read_modules(root)
+    folder = root / sentence.encoder if sentence else root
     config = configuration(folder, transformers, trust_remote_code)
-    cls = architecture(folder, config, transformers, trust_remote_code)
-    module, said = built(cls, config, folder)
-    inputs = contract(cls, config, folder)
-    example = {name: torch.from_numpy(array) for name, array in draw(inputs, seed=0).items()}
-    two_towers = {"input_ids", "pixel_values"} <= example.keys()
-    interface, outputs = interface_of(module, example, path="inner" if two_towers else "", config=config.to_dict())
-    if two_towers:
-        module = TwoTowers(module, outputs).eval()
-    code = folder.glob("*.py") if trust_remote_code else ()
+    if sentence:
+        cls, options = plain_model(config, transformers), {"add_pooling_layer": False}
+    else:
+        cls, options = architecture(folder, config, transformers, trust_remote_code), {}
+    refuse_decoders(cls, part, place, folder)
+    module, said = built(cls, config, folder, options if "add_pooling_layer" in arguments_of(cls.__init__) else {})
+    if part:
+        module = encoder_of(module, part, where=str(folder))
+    facts = Facts(
+        module=module,
+        config=module.config,
+        preprocessor=preprocessor_of(folder),
+        asked=asked,
+        tokens=sentence.longest if sentence else None,
+        where=text,
+    )
+    inputs, reading, result = answered(facts)
+    names = tuple(spec.name for spec in inputs)
+    interface, outputs = interface_from(module, result, config=module.config.to_dict())
+    kept, dropped = tensors_of(result)
+    always = always_of(facts)
+    notes = [*notes_of(facts, inputs, reading), *(sentence.notes if sentence else ())]
+    if dropped:
+        notes.append(f"of its answer are left out, because they are no tensors: {', '.join(dropped)}")
+    if dropped or always:
+        keys = tuple(f"output_{key}" if isinstance(key, int) else key for key in kept)
+        interface, outputs = replace(interface, module="inner", keys=keys), keys
+        module = plain_call(module, names, kept, always)
+    if sentence and sentence.steps:
+        module = sentence.around(module)
+        outputs = ("sentence_embedding", "last_hidden_state")
+        interface = Interface(arguments=names, returns="dict", keys=outputs)
+    code = root.glob("*.py") if trust_remote_code else ()
+    read = [folder / "config.json", *shards(folder, "model"), *(sentence.files if sentence else ()), *sorted(code)]
+    settings = [folder / name for name in PREPROCESSORS if facts.preprocessor and (folder / name).is_file()]
     return Model(
         name=short(text),
         module=module,
@@ -75,27 +123,126 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
         outputs=outputs,
         weights=said,
         realistic=lambda count, seed: [drawn(inputs, seed * 1_000 + i) for i in range(count)],
+        sized=lambda sizes, seed: drawn(inputs, seed, sizes),
         interface=interface,
         tokenize=tokenizer_of(folder, inputs, trust_remote_code=trust_remote_code),
+        mask="attention_mask" if "attention_mask" in names else "",
         carried=tuple(sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})),
-        files=files_from(folder, [folder / "config.json", *shards(folder, "model"), *sorted(code)]),
+        files=files_from(root, [*read, *settings]),
+        left_out=left_out(facts.module, names, why_left_out(facts)),
+        notes=tuple(notes),
     )
 
 
-class TwoTowers(nn.Module):
-    """A CLIP-like model without the outputs of each tower, which would come out a second time."""
+def split(text: str) -> tuple[str, str, dict[str, Limits]]:
+    """``hf:FOLDER#PART?NAME=SIZE`` -> folder, part or nothing, and the sizes that are asked for."""
+    place = text.partition(":")[2]
+    if Path(place).expanduser().is_dir():  # a folder's own name may hold such signs
+        return place, "", {}
+    place, _, asked = place.partition("?")
+    if not Path(place).expanduser().is_dir():
+        place, _, part = place.partition("#")
+        return place, part, limits_from(asked, text)
+    return place, "", limits_from(asked, text)
 
-    def __init__(self, inner: nn.Module, outputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.inner, self.outputs = inner, outputs
 
-    def forward(
-        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Texts (B, N) and pictures (B', C, H, W) -> logits and embeddings."""
-        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-        result = self.inner(input_ids=input_ids, pixel_values=pixel_values, **mask)
-        return tuple(result[name] for name in self.outputs)
+def refuse_decoders(cls: Any, part: str, place: str, folder: Path) -> None:
+    """Raise for an encoder-decoder of which no part is named: each of its calls is many of the decoder."""
+    if not part and "decoder_input_ids" in arguments_of(cls.forward):
+        raise ToolchainError(
+            f"{cls.__name__} is an encoder and a decoder, which are two engines",
+            where=str(folder),
+            help=f"export its encoder with 'hf:{place}#encoder'; the decoder goes through py:",
+        )
+
+
+def encoder_of(module: Any, part: str, *, where: str) -> Any:
+    """The encoder of an encoder-decoder.
+
+    Raises:
+        ToolchainError: another part was asked for, or there is none.
+    """
+    if part != "encoder":
+        raise unknown("part of a transformers checkpoint", part, ["encoder"], where=where)
+    encoder = module.get_encoder() if "decoder_input_ids" in arguments_of(module.forward) else module
+    if encoder is module:
+        raise ToolchainError(f"{type(module).__name__} has no encoder apart", where=where, help=BY_HAND)
+    return encoder.eval()
+
+
+def arguments_of(function: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a function."""
+    return inspect.signature(function).parameters
+
+
+def answered(facts: Facts) -> tuple[tuple[InputSpec, ...], Reading, Any]:
+    """The inputs of the first reading of a configuration that the network answers, and its answer, on shapes alone.
+
+    Raises:
+        ToolchainError: it answers none.
+    """
+    errors: dict[bool, ToolchainError] = {}  # the first of towers apart, and of towers together
+    for reading in readings(facts):
+        try:
+            inputs = contract(facts, reading)
+            example = {k: torch.from_numpy(v) for k, v in draw(inputs, seed=0, sizes=TRIED).items()}
+            return inputs, reading, answer(facts.module, {**example, **always_of(facts)})
+        except ToolchainError as error:
+            errors.setdefault(reading.towers, error)
+    first = errors[min(errors)]
+    if isinstance(first, FaultsError):
+        raise first
+    raise ToolchainError(first.message, where=first.where or facts.where, help=first.help or BY_HAND)
+
+
+def always_of(facts: Facts) -> dict[str, Any]:
+    """Arguments that every call has: position tables fit pictures of another size when told to."""
+    resized = {"size", "height", "width"} & facts.asked.keys()
+    return {"interpolate_pos_encoding": True} if resized and "interpolate_pos_encoding" in facts.known else {}
+
+
+def tensors_of(result: Any) -> tuple[list[str | int], list[str]]:
+    """Keys or places of the tensors in an answer, and names of what else it holds."""
+    if isinstance(result, Tensor):
+        return [], []
+    pairs = list(result.items() if isinstance(result, Mapping) else enumerate(result))
+    kept = [key for key, value in pairs if isinstance(value, Tensor)]
+    return kept, [str(key) for key, value in pairs if not isinstance(value, Tensor) and value is not None]
+
+
+def notes_of(facts: Facts, inputs: tuple[InputSpec, ...], reading: Reading) -> list[str]:
+    """What was chosen that the user can choose otherwise."""
+    said = []
+    dims = {d.name: d for spec in inputs for d in spec.shape if isinstance(d, Dim)}
+    limit, length = facts.trained_positions, dims.get("sequence")
+    if length and "sequence" not in facts.asked and limit and length.high < limit:
+        why = f"the folder cuts sentences there, the model has {limit}" if facts.tokens else f"the model has {limit}"
+        said.append(f"texts have up to {length.high} tokens ({why}); '?sequence=1..64..{limit}' asks for more")
+    if length and limit and length.high > limit:
+        said.append(f"texts have up to {length.high} tokens, as asked; the model was made for {limit}")
+    if any(spec.name.startswith("pixel_values") for spec in inputs) and not always_asked(facts):
+        height, width = reading.picture
+        said.append(
+            f"pictures are {height} x {width}, {facts.says_who(reading.picture)}; '?size=N' asks for another size"
+        )
+    return said
+
+
+def why_left_out(facts: Facts) -> Callable[[str], str]:
+    """From an argument's name to why it is no input."""
+
+    def reason(name: str) -> str:
+        if name == "attention_mask" and "input_ids" not in facts.known:
+            norm = facts.get("feat_extract_norm")
+            return "the model was made without one" + (f" (feat_extract_norm is {norm!r})" if norm else "")
+        return reason_for(name)
+
+    return reason
+
+
+def always_asked(facts: Facts) -> bool:
+    """Whether the user named a size for pictures."""
+    return bool({"size", "height", "width"} & facts.asked.keys())
 
 
 def configuration(folder: Path, transformers: Any, trust_remote_code: bool) -> Any:
@@ -106,13 +253,15 @@ def configuration(folder: Path, transformers: Any, trust_remote_code: bool) -> A
         )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as cause:
-        first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    except Exception as cause:  # configurations check themselves, each in its own way
         raise ToolchainError(
-            f"transformers cannot read this configuration: {first}",
+            f"transformers cannot read this configuration: {reason_of(cause)}",
             where=str(folder / "config.json"),
             help="code in the folder is run with --trust-remote-code only; a module of your own goes through py:",
         ) from cause
+    for each in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+        if hasattr(each, "use_cache"):
+            each.use_cache = False
     config.use_cache = False
     return config
 
@@ -127,27 +276,55 @@ def architecture(folder: Path, config: Any, transformers: Any, trust_remote_code
         if reference:
             return cast("type[nn.Module]", module.get_class_from_dynamic_module(reference, folder))
     if names:
-        cls = getattr(transformers, names[0], None)
-        if cls is None:
-            known = [name for name in dir(transformers) if name.endswith(("Model", "ForCausalLM", "Classification"))]
-            raise unknown("architecture of transformers", names[0], known, where=str(folder / "config.json"))
+        cls = getattr(transformers, names[0], None) or beside(config, names[0])
+        if not hasattr(cls, "_from_config"):
+            known = [name for name in dir(transformers) if re.search(r"(Model|For[A-Z]\w+)$", name)]
+            near = difflib.get_close_matches(names[0], known, n=3, cutoff=0)
+            raise unknown("architecture of transformers", names[0], near, where=str(folder / "config.json"))
         return cast("type[nn.Module]", cls)
+    return plain_model(config, transformers, where=str(folder / "config.json"))
+
+
+def beside(config: Any, name: str) -> Any:
+    """A class that transformers defines for a model's own use, such as an encoder's; None where there is none."""
+    file = type(config).__module__.replace(".configuration_", ".modeling_")
+    if not file.startswith("transformers.models."):
+        return None
+    try:
+        return getattr(importlib.import_module(file), name, None)
+    except ImportError:
+        return None
+
+
+def plain_model(config: Any, transformers: Any, *, where: str = "") -> type[nn.Module]:
+    """The model of a type without a head; of encoder-decoders that have one of its own, the encoder."""
+    if alone := getattr(transformers, f"{type(config).__name__.removesuffix('Config')}EncoderModel", None):
+        return cast("type[nn.Module]", alone)
     mapping = transformers.MODEL_MAPPING
     if type(config) not in mapping:
         raise ToolchainError(
             f"the configuration names no architecture, and type {config.model_type!r} has no plain model",
-            where=str(folder / "config.json"),
+            where=where,
             help='add "architectures" to it',
         )
     return cast("type[nn.Module]", mapping[type(config)])
 
 
-def built(cls: Any, config: Any, folder: Path) -> tuple[nn.Module, str]:
-    """The module with its weights, and where those are from, in words."""
-    attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
+def built(cls: Any, config: Any, folder: Path, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The module with its weights, and where those are from, in words.
+
+    Raises:
+        ToolchainError: it cannot be built here, or the weights do not fit.
+    """
     files = shards(folder, "model")
-    with without_memory():
-        module: Any = cls._from_config(config, attn_implementation=attention)
+    options = {**options, "experts_implementation": "batched_mm"}  # the only one that has no loop over what was chosen
+    try:
+        module: Any = constructed(cls, config, options)
+    except Exception as cause:  # whatever a model's own code raises
+        raise ToolchainError(
+            f"{cls.__name__} cannot be built from this configuration: {reason_of(cause)}",
+            where=str(folder / "config.json"),
+        ) from cause
     tensors = renamed(read_all(files), module)
     stored_type = most_common_type(tensors)
     absent = missing(module, tensors)
@@ -157,7 +334,7 @@ def built(cls: Any, config: Any, folder: Path) -> tuple[nn.Module, str]:
         module.tie_weights()
         said = f"from {folder.name}, {stored_type}"
     else:
-        module, said = converted(cls, folder, attention, absent)
+        module, said = converted(cls, folder, options, absent)
     if left := on_meta(module):
         raise ToolchainError(f"{len(left)} tensors have no values: {', '.join(left[:8])}", where=str(folder))
     module.config.use_cache = False
@@ -199,11 +376,25 @@ def expendable(name: str, module: Any) -> bool:
     )
 
 
-def converted(cls: Any, folder: Path, attention: str, absent: list[str]) -> tuple[nn.Module, str]:
+def constructed(cls: Any, config: Any, options: Mapping[str, Any]) -> Any:
+    """The module without memory, its parts with the fused form of attention where they have one, else the plain one."""
+    config._attn_implementation = None  # each part chooses
+    with without_memory():
+        return cls._from_config(config, **options)
+
+
+def converted(cls: Any, folder: Path, options: Mapping[str, Any], absent: list[str]) -> tuple[nn.Module, str]:
     """The module as transformers loads it, for checkpoints whose tensors it converts; refuses made-up weights."""
-    module, report = cls.from_pretrained(
-        folder, attn_implementation=attention, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    try:
+        module, report = cls.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+    except Exception as cause:  # whatever a model's own code raises
+        raise ToolchainError(
+            f"transformers cannot load {folder.name} as {cls.__name__}: {reason_of(cause)}",
+            where=str(folder),
+            help="check that configuration and weights belong together",
+        ) from cause
     lacking, wrong = sorted(report["missing_keys"]), sorted(str(entry) for entry in report["mismatched_keys"])
     if lacking or wrong:
         listed = "; ".join([*(f"missing {name}" for name in lacking), *(f"mismatched {name}" for name in wrong)][:8])
@@ -215,71 +406,14 @@ def converted(cls: Any, folder: Path, attention: str, absent: list[str]) -> tupl
     return module, f"from {folder.name}; {len(absent)} tensors converted by transformers, in memory"
 
 
-def contract(cls: Any, config: Any, folder: Path) -> tuple[InputSpec, ...]:
-    """The inputs of an architecture, from its ``forward`` and configuration."""
-    known = inspect.signature(cls.forward).parameters
-    main = cls.main_input_name
-    if "decoder_input_ids" in known:
-        raise ToolchainError(
-            f"{cls.__name__} is an encoder and a decoder, which are two engines",
-            where=str(folder),
-            help=f"save its encoder alone ({cls.__name__}.get_encoder().save_pretrained) and export that",
-        )
-    specs: list[InputSpec] = []
-    if "input_ids" in known and main != "input_values":
-        specs += text_inputs(known, sub(config, "text_config"), two_towers="pixel_values" in known)
-    if "pixel_values" in known:
-        specs.append(image_input(sub(config, "vision_config"), two_towers=bool(specs)))
-    if main == "input_values":
-        batch, length = Dim(name="batch", low=1, typical=1, high=64), Dim(name="samples", **dims(AUDIO))
-        specs.append(InputSpec(name=main, shape=(batch, length)))
-    if not specs:
-        raise ToolchainError(
-            f"the inputs of {cls.__name__} ({main}) are not known here",
-            where=str(folder),
-            help="write a function that returns it with example inputs, and use py:FILE:FUNCTION",
-        )
-    order = [name for name in known if name in {spec.name for spec in specs}]
-    return tuple(sorted(specs, key=lambda spec: order.index(spec.name)))
-
-
-def dims(sizes: tuple[int, int, int]) -> dict[str, int]:
-    """Smallest, typical and largest size as arguments of ``Dim``."""
-    return dict(zip(("low", "typical", "high"), sizes, strict=True))
-
-
-def sub(config: Any, name: str) -> Any:
-    """A part of a configuration of two towers, or the whole where there is but one."""
-    return getattr(config, name, None) or config
-
-
-def text_inputs(known: Mapping[str, Any], config: Any, *, two_towers: bool) -> list[InputSpec]:
-    """Token ids (B, N), their mask and, where the model has them, segment ids."""
-    limit = min(getattr(config, "max_position_embeddings", None) or LONGEST, LONGEST)
-    if "roberta" in config.model_type:
-        limit -= 2  # its positions start behind the padding token's
-    batch = Dim(name="texts" if two_towers else "batch", low=1, typical=2, high=64)
-    length = Dim(name="sequence", low=1, typical=min(64, limit), high=limit)
-    specs = [InputSpec(name="input_ids", shape=(batch, length), dtype="int64", low=0, high=config.vocab_size)]
-    if "attention_mask" in known:
-        specs.append(InputSpec(name="attention_mask", shape=(batch, length), dtype="int64", low=1, high=2))
-    if "token_type_ids" in known and getattr(config, "type_vocab_size", 0) > 1:
-        high = config.type_vocab_size
-        specs.append(InputSpec(name="token_type_ids", shape=(batch, length), dtype="int64", low=0, high=high))
-    return specs
-
-
-def image_input(config: Any, *, two_towers: bool) -> InputSpec:
-    """Normalised pictures (B, C, H, W), of the size that the configuration names, else 224."""
-    size = getattr(config, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    batch = Dim(name="images" if two_towers else "batch", low=1, typical=1, high=64)
-    return InputSpec(name="pixel_values", shape=(batch, getattr(config, "num_channels", 3), height, width))
-
-
-def drawn(inputs: tuple[InputSpec, ...], seed: int) -> Arrays:
-    """Random inputs; of texts, each row but the first ends early, and its mask says so."""
-    arrays = draw(inputs, seed=seed)
+def drawn(inputs: tuple[InputSpec, ...], seed: int, sizes: Mapping[str, int] | None = None) -> Arrays:
+    """Random inputs; of texts and pictures, each row but the first ends early, and its mask says so."""
+    arrays = draw(inputs, seed=seed, sizes=sizes)
+    if (mask := arrays.get("pixel_mask")) is not None:
+        rng = np.random.default_rng(seed)
+        for row in mask[1:]:
+            row[rng.integers(row.shape[0] // 2, row.shape[0]) :] = 0
+            row[:, rng.integers(row.shape[1] // 2, row.shape[1]) :] = 0
     if (mask := arrays.get("attention_mask")) is not None:
         rows, length = mask.shape
         ends = np.random.default_rng(seed).integers(max(1, length // 4), length + 1, rows)

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -25,6 +25,7 @@ from targets.weights import check, load_graph
 from toolchain.errors import FaultsError, ToolchainError, raise_faults, unknown
 from toolchain.sources import short
 from toolchain.sources.contract import Model, files_from
+from toolchain.sources.sizes import Limits, dim_of, limits_from
 from validation.inputs import Dim, InputSpec
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
@@ -35,17 +36,6 @@ LEADING, OTHER = (1, 2, 8), (16, 64, 256)
 
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/[\w.-]+/[\w./-]+|\b[A-Za-z]:\\\w")
 """A path of the machine that made a file; not a node's name, which is kept whatever it looks like."""
-
-
-LIMITS = re.compile(r"-?[0-9]{1,19}(\.\.-?[0-9]{1,19}){0,2}")
-
-
-class Limits(NamedTuple):
-    """Smallest, typical and largest."""
-
-    low: int
-    typical: int
-    high: int
 
 
 def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
@@ -178,22 +168,6 @@ def refuse_type(value: onnx.ValueInfoProto, what: str, where: str) -> None:
         )
 
 
-def limits_from(asked: str, where: str) -> dict[str, Limits]:
-    """``NAME=N``, ``NAME=LOW..HIGH`` and ``NAME=LOW..TYPICAL..HIGH``, by commas."""
-    found: dict[str, Limits] = {}
-    faults = []
-    for part in asked.split(",") if asked else []:
-        name, _, text = part.rpartition("=")
-        numbers = [int(n) for n in text.split("..")] if re.fullmatch(LIMITS, text) else []
-        if not name or not numbers or numbers != sorted(numbers):
-            message = f"{part!r} is not NAME=SIZE, NAME=LOW..HIGH or NAME=LOW..TYPICAL..HIGH"
-            faults.append(ToolchainError(message, where=where))
-        else:
-            found[name] = Limits(numbers[0], numbers[len(numbers) // 2], numbers[-1])
-    raise_faults(faults)
-    return found
-
-
 def inputs_of(proto: onnx.ModelProto, given: dict[str, Limits] | None = None, *, where: str) -> tuple[InputSpec, ...]:
     """The input contract of a graph; initializers that are listed as inputs too are none.
 
@@ -242,14 +216,8 @@ def input_spec(
         dtype=dtype.name,
         low=values.low if values else None,
         high=values.high + whole if values else None,
+        guessed=value.name not in given or value.name in sizes,
     )
-
-
-def dim_of(name: str, limits: Limits) -> Dim | int:
-    """A dimension, or its size where it can have but one."""
-    if limits.low < 1:
-        raise ToolchainError(f"{name} is {limits.low}; a size is at least 1")
-    return limits.low if limits.low == limits.high else Dim(name=name, **limits._asdict())
 
 
 def refuse_strange_operators(graph: ir.Model, path: Path) -> None:

@@ -37,6 +37,8 @@ LARGEST_RATIO = 20
 """Bytes of a record over its bytes in the file."""
 
 IDENTIFIER = re.compile(r"([A-Za-z_]\w*)?", re.ASCII)
+MULTIPLE = re.compile(r"[1-9][0-9]*\*s[0-9]+")
+"""A size that comes in multiples, such as ``4*s25``."""
 PLAIN = re.compile(r"[\w.\-+/: ]*", re.ASCII)
 """Paths of parameters, versions, kinds: nothing that could end a string in source code."""
 
@@ -182,7 +184,7 @@ def check_text(value: Any, key: str, path: Path) -> None:
                 f"{path.name} was exported on {value['type']!r}", where=str(path), help="export it on the CPU"
             )
         for name, content in value.items():
-            if not PLAIN.fullmatch(name):
+            if not PLAIN.fullmatch(name) and not (key == "range_constraints" and MULTIPLE.fullmatch(name)):
                 raise refused(path, f"has a name that no exporter writes: {name!r}")
             if name not in UNREAD:
                 check_text(content, name, path)

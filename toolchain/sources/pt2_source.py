@@ -66,6 +66,7 @@ def model_of(program: ExportedProgram, path: Path) -> Model:
         inputs=examples.input_specs(inputs, dynamic_axes(program, inputs, where), {}, where=where),
         outputs=outputs,
         weights=f"from {path.name}",
+        example=examples.arrays_of(inputs),
         interface=interface,
         files=files_from(path, [path]),
     )
@@ -119,9 +120,9 @@ def as_module(program: ExportedProgram, where: str) -> fx.GraphModule:
 
 
 def flatten_answer(graph: fx.Graph, where: str) -> None:
-    """Let the graph return its one tensor, or a tuple of its tensors; what is None goes."""
+    """Let the graph return its one tensor, or a tuple of its tensors; what is None or a plain number goes."""
     (output,) = graph.find_nodes(op="output")
-    kept = [node for node in output.args[0] if node is not None]
+    kept = [node for node in output.args[0] if not (node is None or isinstance(node, int | float | str))]
     for node in kept:
         if not (isinstance(node, fx.Node) and isinstance(node.meta.get("val", torch.empty(0)), Tensor)):
             raise ToolchainError(f"the program returns {str(node)!r}, which is no tensor", where=where)
@@ -210,26 +211,31 @@ def dynamic_axes(program: ExportedProgram, inputs: Mapping[str, Tensor], where: 
     """The axes that the program leaves open, with their ranges.
 
     The archive keeps no names: the first symbol at an axis 0 is ``batch``, another ``NAME_AXIS`` of where it first
-    stands. Without an upper bound the largest size is 64 or the example's.
+    stands. A size of ``4*s`` comes in multiples of 4. Without an upper bound the largest size is 64 or the example's.
     """
     metas = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
     shapes = {name: metas[user].shape for name, user in zip(inputs, program.graph_signature.user_inputs, strict=True)}
-    names: dict[Any, str] = {}
-    axes: dict[str, dict[int, tuple[str, int, int]]] = {name: {} for name in inputs}
+    names: dict[Any, str] = {}  # of sizes as they are written: s and 4*s are two dimensions
+    axes: dict[str, dict[int, tuple[str, int, int] | tuple[str, int, int, int]]] = {name: {} for name in inputs}
     for name, shape in shapes.items():
         for axis, size in enumerate(shape):
             if isinstance(size, int):
                 continue
-            symbol = size.node.expr
-            if not symbol.is_Symbol:
+            step, symbol = size.node.expr.as_coeff_Mul()
+            if not symbol.is_Symbol or not step.is_Integer:
                 raise ToolchainError(
-                    f"size {axis} of input {name!r} is {symbol}, bound to another size",
+                    f"size {axis} of input {name!r} is {size.node.expr}, bound to another size",
                     where=where,
                     help="export with a Dim of its own for each size, or a fixed one",
                 )
             first = "batch" if axis == 0 and "batch" not in names.values() else f"{name}_{axis}"
-            found = program.range_constraints[symbol]
-            example = inputs[name].shape[axis]
-            high = int(found.upper) if found.upper.is_Integer else max(HIGHEST, example)
-            axes[name][axis] = (names.setdefault(symbol, first), max(1, int(found.lower)), high)
+            multiple, example = int(step), inputs[name].shape[axis]
+            ranges = {str(formula): found for formula, found in program.range_constraints.items()}
+            found = ranges[str(symbol)]
+            low = multiple * max(1, int(found.lower))
+            high = multiple * int(found.upper) if found.upper.is_Integer else max(HIGHEST, example)
+            if multiple > 1 and str(size.node.expr) in ranges:  # that of the symbol starts at 2, whatever was declared
+                low = max(multiple, int(ranges[str(size.node.expr)].lower))
+            entry = (names.setdefault(size.node.expr, first), low, high // multiple * multiple)
+            axes[name][axis] = (*entry, multiple) if multiple > 1 else entry
     return axes

@@ -91,6 +91,7 @@ def build(user: ModuleType, path: Path, name: str) -> Model:
         outputs=outputs,
         weights="",
         realistic=examples.checked(realistic, specs, where=where) if spec.realistic else None,
+        example=examples.arrays_of(inputs),
         interface=interface,
     )
 

@@ -263,9 +263,9 @@ def test_paths_move_with_the_recipe():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps is 0; Input should be greater than or equal to 1"),
+        ({"steps": 0}, "steps is 0; it must be 1 or more"),
         ({"aligned": (0.6, 0.3)}, "aligned is .0.6, 0.3.; it is two shares of the depth"),
-        ({"lr": 0}, "lr is 0; Input should be greater than 0"),
+        ({"lr": 0}, "lr is 0; it must be more than 0"),
         ({"teachers": ({"model": "x", "weight": 1},)}, "'teachers.0.weight'"),
     ],
 )

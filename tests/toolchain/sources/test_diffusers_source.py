@@ -276,7 +276,10 @@ def edit(path: Path, **settings: Any) -> None:
 
 def test_a_class_that_is_not_covered_offers_the_nearest_and_a_way_out(folder: Path, pipeline: Path) -> None:
     edit(folder / "config.json", _class_name="Flux2Transformer2DModel")
-    with pytest.raises(ToolchainError, match=r"'Flux2Transformer2DModel'(.|\n)*'FluxTransformer2DModel'.*use py:"):
+    with pytest.raises(ToolchainError, match=r"Flux2Transformer2DModel of diffusers is not(.|\n)*supported: .*use py:"):
+        load(f"diffusers:{folder}")
+    edit(folder / "config.json", _class_name="FluxTransformer3DModel")
+    with pytest.raises(ToolchainError, match=r"'FluxTransformer3DModel'(.|\n)*'FluxTransformer2DModel'.*use py:"):
         load(f"diffusers:{folder}")
     edit(folder / "config.json", _class_name="")
     with pytest.raises(ToolchainError, match=r"names no class of diffusers(.|\n)*hf:"):
@@ -385,3 +388,23 @@ def test_a_name_on_the_hub_fetches_only_what_one_component_needs(
 
 def test_the_source_is_found_by_its_prefix(shelf: Shelf) -> None:
     assert sources.load(shelf.text("dit")).name == "diffusers:dit"
+
+
+@pytest.mark.parametrize("name", ["AuraFlowTransformer2DModel", "ControlNetModel"])
+def test_a_network_that_is_not_supported_is_not_taken_for_another(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ToolchainError) as caught:
+        load(f"diffusers:{tmp_path}")
+    message = str(caught.value)
+    assert f"{name} of diffusers is not supported here" in message
+    assert "did you mean" not in message
+    assert "supported: CogVideoXTransformer3DModel, " in message
+    assert "py:FILE:FUNCTION" in message
+
+
+def test_arguments_that_the_engine_has_no_input_for_are_named(tmp_path: Path) -> None:
+    network: Any = tiny.unet()
+    network.save_pretrained(tmp_path)
+    absent = {entry.name for entry in load(f"diffusers:{tmp_path}").left_out}
+    assert {"timestep_cond", "mid_block_additional_residual", "down_block_additional_residuals"} <= absent
+    assert not absent & {"sample", "timestep", "encoder_hidden_states"}

@@ -87,6 +87,24 @@ def test_inputs_sizes_and_ranges_are_the_programs(tmp_path: Path) -> None:
     assert (model.name, model.weights) == ("pt2:m.pt2", "from m.pt2")
 
 
+class Fours(nn.Module):
+    """Four frames make a token; a number and a None come beside it."""
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, None, int]:
+        batch, time, width = frames.shape
+        return frames.reshape(batch, time // 4, 4 * width), None, 3
+
+
+def test_sizes_in_multiples_and_answers_beside_tensors_are_read(tmp_path: Path) -> None:
+    dynamic = {"frames": {0: BATCH, 1: 4 * D("quarter", min=2, max=16)}}
+    model = sources.load(f"pt2:{save(tmp_path, Fours(), (torch.randn(2, 12, 3),), dynamic=dynamic)}")
+    (frames,) = model.inputs
+    assert frames.shape[1] == Dim(name="frames_1", low=8, typical=12, high=64, multiple_of=4)
+    assert model.outputs == ("output_0",)
+    assert model.example is not None
+    assert model.example["frames"].shape == (2, 12, 3)
+
+
 def test_linear_layers_are_layers_again_and_nothing_changes(tmp_path: Path) -> None:
     path, original = saved_block(tmp_path)
     model = sources.load(f"pt2:{path}")

@@ -309,3 +309,87 @@ def test_a_users_model_goes_all_the_way_and_opens_from_any_folder(
     engine, calls = opened.runners["onnxruntime"], [draw(opened.inputs, seed=n, sizes={"batch": n}) for n in (2, 7)]
     (found,) = compare([opened.original(call) for call in calls], [engine(call) for call in calls])
     assert 0.99 < found.worst["cosine"] < 1
+
+
+def test_a_dataclass_answers_by_its_fields_and_what_is_no_tensor_is_left_out(tmp_path: Path) -> None:
+    text = """
+import dataclasses
+import torch
+from torch import nn
+
+@dataclasses.dataclass
+class Answer:
+    states: torch.Tensor
+    note: str
+    loss: float
+    absent: None
+    pooled: torch.Tensor
+
+class Net(nn.Module):
+    def forward(self, x):
+        return Answer(x * 2, "note", 0.5, None, x.mean(1))
+
+def build():
+    return Net(), {"x": torch.randn(4, 32)}
+"""
+    model = load(tmp_path, text)
+    assert model.outputs == ("states", "pooled")
+    assert model.interface is not None
+    assert (model.interface.returns, model.interface.keys) == ("dict", ("states", "pooled"))
+    mixed = load(tmp_path, text.replace('Answer(x * 2, "note", 0.5, None, x.mean(1))', "x * 2, None, 0.5"))
+    assert mixed.outputs == ("output_0",)
+
+
+def test_a_cache_in_the_answer_is_named_with_what_to_do(tmp_path: Path) -> None:
+    text = """
+import torch
+from torch import nn
+
+class KeysAndValues:
+    pass
+
+class Net(nn.Module):
+    def forward(self, x):
+        return {"logits": x, "past_key_values": KeysAndValues()}
+
+def build():
+    return Net(), {"x": torch.randn(4, 32)}
+"""
+    said = fault(tmp_path, text)
+    assert "the module returned a KeysAndValues, which no engine can give back" in said
+    assert "use_cache=False" in said
+
+
+def test_the_example_is_the_first_call_of_a_validation_and_both_ends_of_integers_are_met(tmp_path: Path) -> None:
+    text = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def forward(self, ids, keep):
+        return ids * keep
+
+def build():
+    return Net(), {"ids": torch.tensor([[3, 4], [5, 9]]), "keep": torch.ones(2, 2, dtype=torch.bool)}
+"""
+    model = load(tmp_path, text)
+    first, second, hidden = model.held_out(2, seed=0)
+    assert first["ids"].tolist() == [[3, 4], [5, 9]]
+    assert (second["ids"].min(), second["ids"].max()) == (0, 9)
+    assert second["keep"].any()
+    assert not second["keep"].all()
+    assert hidden["keep"][-1].tolist() == [False, False]
+    assert all(spec.guessed for spec in model.inputs)
+
+
+def test_a_fourth_number_is_what_sizes_are_multiples_of(tmp_path: Path) -> None:
+    head = MLP.replace("import torch\n", "import torch\nfrom toolchain import ModelSpec\n", 1)
+
+    def spec(entry: str) -> str:
+        what = f"ModelSpec(module=Net(), inputs=dict(x=torch.randn(4, 32)), dynamic={entry})"
+        return f"{head}\ndef build():\n    return {what}\n"
+
+    model = load(tmp_path, spec("{'x': {0: ('rows', 2, 64, 2)}}"))
+    assert model.inputs[0].shape == (Dim(name="rows", low=2, typical=4, high=64, multiple_of=2), 32)
+    assert "comes in multiples of 3; the example has 4" in fault(tmp_path, spec("{'x': {0: ('rows', 3, 64, 3)}}"))
+    assert "or (name, smallest, largest, multiple)" in fault(tmp_path, spec("{'x': {0: ('rows', 3)}}"))

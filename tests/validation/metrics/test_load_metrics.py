@@ -8,6 +8,7 @@ import pytest
 import validation.metrics
 from validation.contract import OutputMetric, SampleMetric
 from validation.metrics import load_metrics
+from validation.metrics.worst_column import WorstColumn
 
 METRICS = load_metrics()
 OUTPUT = [metric for metric in METRICS.values() if isinstance(metric, OutputMetric)]
@@ -46,6 +47,8 @@ class TestEveryOutputMetric:
         assert small != large
 
     def test_does_not_see_the_order_of_the_elements(self, metric):
+        if isinstance(metric, WorstColumn):  # which sees columns, by what it is: its own test holds rows and columns
+            return
         rng = np.random.default_rng(0)
         original, candidate, order = rng.normal(size=20), rng.normal(size=20), rng.permutation(20)
         shuffled = metric.measure(original[order].reshape(4, 5), candidate[order].reshape(4, 5))

@@ -36,6 +36,7 @@ def digits_task(*, none: int) -> SamplingTask:
         real_again=reference["train"].float().numpy(),
         samples=200,
         floor=200,
+        calls=lambda n: -(-n // AT_ONCE) * SAMPLER_STEPS,
     )
 
 
