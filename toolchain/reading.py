@@ -50,7 +50,7 @@ def read_text(path: Path, *, what: str, absent: str = "", help: str | None = Non
     except (FileNotFoundError, NotADirectoryError) as cause:
         raise ToolchainError(absent or f"{what} is not there: {path.name!r}", where=where, help=help) from cause
     except UnicodeDecodeError as cause:
-        raise ToolchainError(f"{what} is no UTF-8 text: {cause.reason} at byte {cause.start}", where=where) from cause
+        raise ToolchainError(f"{what} is not UTF-8 text: {cause.reason} at byte {cause.start}", where=where) from cause
     except OSError as cause:
         raise ToolchainError(f"{what} cannot be read: {cause.strerror}", where=where[:200]) from cause
     except ValueError as cause:  # a NUL in the path

@@ -182,13 +182,15 @@ def test_an_engine_outlives_its_source_but_a_module_needs_it(bert: tuple[Any, Pa
 
 def test_a_source_that_is_written_again_is_noticed(bert: tuple[Any, Path], tmp_path: Path) -> None:
     bert[0].save_pretrained(tmp_path / "checkpoint")
-    export(tmp_path / "checkpoint", tmp_path / "out", [])
+    export(tmp_path / "checkpoint", tmp_path / "out", [], export={"weights": "link"})
+    export(tmp_path / "checkpoint", tmp_path / "copied", [])
     weights = tmp_path / "checkpoint" / "model.safetensors"
     with weights.open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"\x00\x00\x80\x3f")
     with pytest.raises(ToolchainError, match=r"weights/model\.safetensors was changed"):
         toolchain.load(tmp_path / "out")
+    torch.testing.assert_close(toolchain.load(tmp_path / "copied")(IDS)[0], bert[0](IDS)[0], atol=1e-5, rtol=1e-4)
 
 
 def test_embedded_weights_stand_alone(bert: tuple[Any, Path], tmp_path: Path) -> None:

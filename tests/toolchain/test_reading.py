@@ -40,7 +40,7 @@ def test_a_path_with_a_nul_or_of_any_length_is_answered(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text_are_named_by_their_place(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"ab\xff")
-    with pytest.raises(ToolchainError, match="no UTF-8 text: invalid start byte at byte 2"):
+    with pytest.raises(ToolchainError, match="not UTF-8 text: invalid start byte at byte 2"):
         read_text(tmp_path / "a", what="the recipe")
 
 

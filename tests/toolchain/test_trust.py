@@ -55,9 +55,22 @@ def evil(made: Path, tmp_path: Path) -> Path:
     manifest = json.loads((out / "manifest.json").read_text())
     digest = hashlib.sha256(code).hexdigest()
     manifest["source"]["files"] = {".": {"bytes": len(code), "sha256": digest}}
-    manifest["files"] = {}
+    manifest["files"] = listed(out)
     (out / "manifest.json").write_text(json.dumps(manifest))
     return out
+
+
+def listed(folder: Path) -> dict[str, dict[str, object]]:
+    """What a manifest says of the files of a folder: whoever makes one can sign it too."""
+    left_out = {"manifest.json", *artifact.RENDERED}
+    return {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in left_out
+    }
 
 
 def told(text: str, out: Path) -> bool:
@@ -111,7 +124,8 @@ def test_a_recipe_may_not_give_itself_trust_in_remote_code(made: Path, tmp_path:
     text = (made / "recipe.toml").read_text().replace("py:../net.py:build", "hf:someone/model")
     (tmp_path / "recipe.toml").write_text(text.replace("trust_remote_code = false", "trust_remote_code = true"))
     manifest = artifact.read_manifest(made)
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "files": {}, "source": {"local": 0, "files": {}}}))
+    changed = {"files": listed(tmp_path), "source": {"local": 0, "files": {}}}
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **changed}))
     with pytest.raises(ToolchainError, match=r"'hf:someone/model' brings along \(trust_remote_code = true\)"):
         toolchain.load_module(tmp_path)
 

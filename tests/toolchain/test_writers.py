@@ -92,7 +92,7 @@ def test_check_writes_only_where_it_may(
     command = ["check", str(copy), "--baseline", str(folder / "b.json"), "--junit", str(folder / place)]
     if option == "--update":
         command = ["check", str(copy), "--baseline", str(folder / place), "--update"]
-    made = option == "--update" and place == "nowhere/x"  # a baseline's folder is made, as before
+    made = place == "nowhere/x"  # the folder is made
     code = main(command)
     error = capsys.readouterr().err
     assert code == (0 if made else 2), error
@@ -121,8 +121,11 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_read_only_and_a_full_disk_are_one_clear_error_each(
     artifact: Path, full_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("manifest.json", "report.json"):
+    for name in ("recipe.toml", "report.json"):
         shutil.copy(artifact / name, full_disk)
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["files"] = {"recipe.toml": manifest["files"]["recipe.toml"]}
+    (full_disk / "manifest.json").write_text(json.dumps(manifest))
     (full_disk / "report.html").write_text("old")
     (full_disk / "filler").write_bytes(b"x" * (os.statvfs(full_disk).f_bavail * os.statvfs(full_disk).f_frsize - 4096))
     before = contents(full_disk)
