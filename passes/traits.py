@@ -237,6 +237,7 @@ class TokenStack:
         reads_all: whether the model needs all tokens at its end.
         padded: whether some tokens may be padding, as a mask says.
         joint: whether text goes along (``TokenBlock.ahead``), attended to like the others.
+        level: whether it is one of several in a network that works on several resolutions.
     """
 
     holder: nn.Module
@@ -248,6 +249,7 @@ class TokenStack:
     reads_all: bool = False
     padded: bool = False
     joint: bool = False
+    level: bool = False
 
     @property
     def blocks(self) -> nn.ModuleList:

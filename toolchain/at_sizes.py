@@ -17,6 +17,7 @@ from toolchain.errors import ToolchainError
 from toolchain.sources.contract import Model
 from validation import sizes
 from validation.contract import Runner
+from validation.fidelity import real_rows
 from validation.inputs import Arrays, Dim
 from validation.sizes import SizeOutcome, Sizes, text_of
 
@@ -59,6 +60,8 @@ class SizedCall:
     inputs: Arrays = field(default_factory=dict)
     wanted: Arrays = field(default_factory=dict)
     reason: str = ""
+    mask: str = ""
+    """The input that marks real rows, as in ``Model``: nobody reads what padding gives."""
 
 
 def sized_calls(model: Model, original: Runner, seed: int) -> Iterator[SizedCall]:
@@ -88,7 +91,7 @@ def sized_calls(model: Model, original: Runner, seed: int) -> Iterator[SizedCall
         if not all(sizes.finite(array) for array in wanted.values()):
             yield SizedCall(chosen, reason="the original's own answer is not finite")
             continue
-        yield SizedCall(chosen, inputs, wanted)
+        yield SizedCall(chosen, inputs, wanted, mask=model.mask)
 
 
 def timed(runner: Runner, call: Arrays) -> tuple[Arrays, float]:
@@ -166,15 +169,20 @@ def at_one_size(runner: Runner, call: SizedCall, typical: float, again: Again) -
     if call.reason:
         return SizeOutcome(sizes=call.sizes, verdict="not_measured", reason=call.reason)
     try:
-        found = sizes.outcome(call.sizes, call.wanted, runner(call.inputs), typical)
+        found = outcome_of(call, call.inputs, call.wanted, runner, typical)
         if found.verdict == "missed" and found.relative_l2 is not None:
             inputs, wanted = again(call.sizes)
-            second = sizes.outcome(call.sizes, wanted, runner(inputs), typical)
+            second = outcome_of(call, inputs, wanted, runner, typical)
             # A choice between near equals, such as a routing, may fall otherwise once; a wrong size fails each time.
             found = found if second.verdict == "missed" else second
     except ToolchainError as error:
         return SizeOutcome(sizes=call.sizes, verdict="missed", reason=error.message)
     return found
+
+
+def outcome_of(call: SizedCall, inputs: Arrays, wanted: Arrays, runner: Runner, typical: float) -> SizeOutcome:
+    """Hold a runner's answer against the original's, over real rows."""
+    return sizes.outcome(call.sizes, *real_rows(wanted, runner(inputs), inputs.get(call.mask)), typical)
 
 
 def faults_of(outcomes: Sequence[SizeOutcome]) -> list[str]:
@@ -206,7 +214,8 @@ def prove(path: Path, model: Model, calls: Sequence[SizedCall] | None, *, thread
     typical_call = model.at({}, seed)
     try:
         runner = unoptimized(path, threads)
-        typical = sizes.relative_l2(original(typical_call), runner(typical_call))
+        answers = original(typical_call), runner(typical_call)
+        typical = sizes.relative_l2(*real_rows(*answers, typical_call.get(model.mask)))
     except ToolchainError as cause:
         return f"not run on its own: {cause.message}"
     again, done = again_with(model, original, seed), []
@@ -228,7 +237,8 @@ def wrong_graph(
     def fails(at: Sizes) -> bool:
         inputs = model.at(at, SEED)
         try:
-            return at_one_size(runner, SizedCall(at, inputs, original(inputs)), typical, again).verdict == "missed"
+            tried = SizedCall(at, inputs, original(inputs), mask=model.mask)
+            return at_one_size(runner, tried, typical, again).verdict == "missed"
         except ToolchainError:
             return False
 

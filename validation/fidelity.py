@@ -113,6 +113,14 @@ def _real(name: str, output: Array, mask: Array | None) -> Array:
     return output[mask.astype(bool)]
 
 
+def real_rows(original: Arrays, candidate: Arrays, mask: Array | None) -> tuple[Arrays, Arrays]:
+    """Both sides' outputs, only the rows that a mask keeps; what is missing or of another shape stays whole."""
+    like = [name for name, wanted in original.items() if name in candidate and candidate[name].shape == wanted.shape]
+    kept = ({name: _real(name, side[name], mask) for name in like} for side in (original, candidate))
+    wanted, got = kept
+    return {**original, **wanted}, {**candidate, **got}
+
+
 def empty(outputs: Sequence[Arrays], masks: Sequence[Array | None] = ()) -> list[str]:
     """Outputs without a single element to compare in any call."""
     given = list(masks) or [None] * len(outputs)

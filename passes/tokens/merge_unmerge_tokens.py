@@ -3,7 +3,8 @@
 Source: Bolya and Hoffman 2023, arXiv:2303.17604 (ToMe for Stable Diffusion) and the authors' code: one token in each
 cell of 2 x 2 receives, the most similar of the others go into it (plain mean) before the module and copy its result
 after; matching once a block, on the block's input. Departures: the receiver is the top left token (the authors'
-setting without randomness), so that two runs agree; every block takes part unless excluded.
+setting without randomness), so that two runs agree; every block takes part unless excluded. In a U-Net the blocks of
+the largest resolution take part (the authors' default, ``max_downsample`` of 1; ``downsample`` here).
 
 Where image and text attend together (SD3, Flux), image tokens are merged and text is not; a merged token turns by the
 rotary position of its receiver. In Flux's single blocks the one output projection runs on all tokens.
@@ -90,6 +91,9 @@ class MergeUnmergeTokens(Pass):
         0.5, ge=0, le=0.75, description="share of all tokens that is merged; at most 3 in each cell of 4"
     )
     over: Over = Field("attention", description="what works on merged tokens")
+    downsample: int = Field(
+        1, ge=1, description="in a U-Net: blocks whose sides are up to so many times smaller than the largest take part"
+    )
     form: Form = Field(
         "onehot", description="how rows are added: a product with a 0/1 matrix (any runtime), or scatter (ONNX Runtime)"
     )
@@ -100,21 +104,29 @@ class MergeUnmergeTokens(Pass):
         stacks, skipped = token_stacks(model, context)
         check_patterns(self.exclude, blocks_of(stacks), what="block")
         choice: dict[str, object] = {}
+        largest = max((found.tokens or 0 for found in stacks if found.stack.level), default=0)
         for found in stacks:
             for number in range(len(found.stack.blocks)):
                 path = found.block(number)
-                if reason := excluded_by(path, self.exclude) or self.reason_to_skip(found):
+                if reason := excluded_by(path, self.exclude) or self.reason_to_skip(found, largest):
                     skipped[path] = reason
                 else:
                     choice[path] = {"ratio": self.ratio, "over": self.over}
         return Plan(choice=choice, skipped=skipped, facts={"tokens": {f.path: f.tokens for f in stacks}})
 
-    def reason_to_skip(self, found: Found) -> str:
-        """Why the blocks of a stack are left alone; empty when they are not."""
+    def reason_to_skip(self, found: Found, largest: int) -> str:
+        """Why the blocks of a stack are left alone; empty when they are not.
+
+        Args:
+            found: the stack.
+            largest: tokens at the largest resolution, where there are several.
+        """
         if not found.stack.square:
             return "its tokens are not the patches of a square picture"
         if found.tokens is None:
             return "" if self.ratio else "a ratio of 0 merges none"
+        if found.stack.level and found.tokens * self.downsample**2 < largest:
+            return f"its {found.tokens} tokens are those of a smaller resolution; the largest has {largest}"
         content = found.tokens - found.stack.leading
         if isqrt(content) ** 2 != content:
             return f"its {content} tokens are not those of a square picture"

@@ -150,3 +150,24 @@ def test_without_the_fast_path_the_encoder_computes_the_same():
     model = Encoder().eval()
     with torch.no_grad():
         torch.testing.assert_close(without_fast_path(copy.deepcopy(model))(X), model(X), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_gpt2_in_8_bits_is_exported(tmp_path):
+    import onnxruntime
+
+    from toolchain import load_module, pipeline
+    from toolchain.progress import Progress
+    from toolchain.recipe import make
+
+    model, inputs = gpt2()
+    model.save_pretrained(tmp_path / "model", safe_serialization=True)
+    for steps in ([{"pass": "quantize_int8", "smallest": 0}], [{"pass": "prune_width"}], []):
+        recipe = make({"model": f"hf:{tmp_path / 'model'}", "steps": steps, "targets": [{"target": "onnxruntime"}]})
+        out = tmp_path / f"out-{len(steps)}-{steps[0]['pass'] if steps else 'plain'}"
+        pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+        session = onnxruntime.InferenceSession(out / "model.onnx")
+        (got,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        with torch.no_grad():
+            wanted = load_module(out)(**inputs).logits
+        assert torch.linalg.norm(torch.from_numpy(got) - wanted) / torch.linalg.norm(wanted) < 2e-3

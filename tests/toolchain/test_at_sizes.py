@@ -237,3 +237,21 @@ def test_a_call_without_the_original_is_not_measured() -> None:
         lambda call: call, SizedCall({"batch": 9}, reason="too large"), 0.0, lambda at: ({}, {})
     )
     assert (found.verdict, found.reason) == ("not_measured", "too large")
+
+
+def test_padding_that_is_answered_otherwise_is_no_fault_at_any_size_and_a_real_row_is() -> None:
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    inputs = {"x": np.ones((2, 4)), "attention_mask": mask}
+    wanted = {"y": np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)}
+    call = SizedCall({"batch": 2}, inputs, wanted, mask="attention_mask")
+    for row, verdict in ((3, "met"), (1, "missed")):
+        got = {"y": wanted["y"].copy()}
+        got["y"][1, row] = 9
+
+        def answer(call: Arrays, got: Arrays = got) -> Arrays:
+            return got
+
+        found = at_sizes.at_one_size(answer, call, 0.0, lambda at: (inputs, wanted))
+        assert found.verdict == verdict
+    found = at_sizes.at_one_size(lambda call: {"y": wanted["y"][:1]}, call, 0.0, lambda at: (inputs, wanted))
+    assert "has shape (1, 4, 3)" in found.reason

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from toolchain import artifact as artifacts
 from toolchain import cli
 from toolchain.commands import named_alike
-from toolchain.errors import MISSED, WRONG_USE
+from toolchain.errors import MISSED, WRONG_USE, ToolchainError
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -129,6 +130,13 @@ def test_a_report_is_rendered_again_and_its_record_left_alone(copy: Path, capsys
     assert command(capsys, "report", copy)[0] == 0
     assert (copy / "report.json").read_bytes() == before
     assert (copy / "report.html").read_text() != "gone"
+
+
+def test_a_whole_artifact_can_be_replaced_with_force(copy: Path) -> None:
+    artifacts.refuse_existing(copy, force=True)
+    (copy / "mine.txt").write_text("a user's own")
+    with pytest.raises(ToolchainError, match=r"mine\.txt"):
+        artifacts.refuse_existing(copy, force=True)
 
 
 def test_a_bound_without_end_is_refused_before_any_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

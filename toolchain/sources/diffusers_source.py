@@ -268,7 +268,12 @@ def as_named_today(tensors: dict[str, Tensor], network: nn.Module, part: Part) -
 
 def settings_in(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
-    found = read_json(path, what=path.name, absent=f"there is no {path.name} in {path.parent.name!r}")
+    try:
+        found = read_json(path, what="it", absent=f"there is no {path.name} in {path.parent.name!r}")
+    except ToolchainError as fault:
+        if not path.exists():
+            raise
+        raise ToolchainError(f"{path.name} cannot be read: {fault.message}", where=fault.where) from fault
     if not isinstance(found, dict):
         raise ToolchainError(f"{path.name} holds no settings", where=str(path))
     return found
