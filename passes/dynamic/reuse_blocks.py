@@ -5,7 +5,8 @@ the deep features that it left; Delta-DiT (Chen et al. 2024, arXiv:2406.01125) f
 what is kept is the difference that a range of blocks makes to the stream, not the stream itself. Departures: the range
 is contiguous and the same at all steps (Delta-DiT takes late blocks early and early ones late); by default it is the
 one whose contribution changes least from the last whole step, on calibration inputs whose noise is held while the
-timestep moves, over the norm of the stream after it.
+timestep moves, over the norm of the stream after it. Of a U-Net only blocks within one transformer can be left out:
+DeepCache's own cut, which keeps the input of the last up block, is not made.
 
 Two engines: the whole network gives the contribution beside its output, the short one takes it as an input. Whoever
 runs them keeps the tensor from call to call (``passes.variants.Walk`` says when it may be reused).

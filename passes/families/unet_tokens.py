@@ -7,7 +7,7 @@ alone. Checked against diffusers 0.42 (Stable Diffusion 1.5 and XL).
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -91,7 +91,7 @@ def stack(module: nn.Module) -> TokenStack | None:
     blocks = getattr(module, "transformer_blocks", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks) or not getattr(module, "is_input_continuous", False):
         return None
-    if not all(known(block) for block in cast("list[Any]", list(blocks))):
+    if not all(known(block) for block in blocks):
         return None
     name = "transformer_blocks"
     return TokenStack(holder=module, name=name, path=name, block=CrossBlock, square=True, reads_all=True, level=True)
