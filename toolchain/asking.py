@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from toolchain.errors import ToolchainError, nearest
+from toolchain.writing import in_words, make_folder
 
 LARGEST_SEED = 2**63 - 1
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
@@ -108,10 +109,11 @@ def place_for(path: Path | None) -> None:
     """Make sure that a file can be written later; its folder is made.
 
     Raises:
-        ToolchainError: a folder stands in its place.
+        ToolchainError: a folder stands in its place, or its folder cannot be made.
     """
     if path is None:
         return
     if path.is_dir():
         raise ToolchainError(f"{str(path)!r} is a folder, and a file is wanted")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with in_words(repr(path.name), path):
+        make_folder(path.parent)
