@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.contract import Context, Inputs, Pass, Plan, Result, cost, module_at, without
+from passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
 from passes.graph.module import GraphModule
-from passes.patterns import PATTERN, keeps_pattern
 from passes.surgery import share
 from reports import deploying, record, rendering, summary, words
 from targets.contract import Built, Graph, ShapeRange
@@ -49,6 +47,7 @@ from toolchain.errors import (
     raise_faults,
     unknown,
 )
+from toolchain.hints import Hints
 from toolchain.measure import judge_gates, measure, refuse_unsteady
 from toolchain.preparing import fed, part_in_two, read_halves, said_of
 from toolchain.progress import Progress
@@ -80,14 +79,8 @@ class Run:
     """Sentences about the artifact for the report."""
     proofs: dict[str, str] = field(default_factory=dict)
     """For each graph, at which sizes it was run before engines were built from it, in words."""
-    sparse: dict[str, nn.Module] = field(default_factory=dict)
-    """Layers of the 2:4 pattern as they were made, by path; those that lost it are out."""
-    layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
-    """Layers that plans say something about, by the path that they had then."""
-    step_notes: dict[int, list[str]] = field(default_factory=dict)
-    """What a step, by number, did beside its plan."""
-    module: nn.Module | None = None
-    """The optimized module, once there is one."""
+    hints: Hints = field(default_factory=Hints)
+    """What the plans say about layers."""
     part_hints: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Hints under the paths of each exported network, by what tells its files apart."""
     compared: Model | None = None
@@ -163,12 +156,11 @@ class Run:
                 if self.reference.module is not untouched:
                     self.rewriters.append(step.name())
                 module = result.model
-                self.note_patterns(module, result.plan)
+                self.hints.after(len(self.results), module, result.plan)
                 context = self.after(context, step, result.plan)
                 self.results.append((step, result, time.perf_counter() - began))
             self.progress.line(f"  {said(result)}")
-        self.module = module.eval()
-        return self.module
+        return module.eval()
 
     @cached_property
     def sized(self) -> list[at_sizes.SizedCall]:
@@ -193,56 +185,6 @@ class Run:
             # Another model to learn from is called as the student is.
             teacher_of=(lambda text: step.reference(teacher_of(text), plan)) if gone else teacher_of,
         )
-
-    def note_patterns(self, module: nn.Module, plan: Plan) -> None:
-        """Keep account of layers of the 2:4 pattern, and say of a step that it took the pattern away."""
-        lost = [path for path, layer in self.sparse.items() if not still_sparse(module, path, layer)]
-        for path in lost:
-            del self.sparse[path]
-        if lost:
-            listed = ", ".join(lost[:4]) + (", …" if len(lost) > 4 else "")
-            note = f"the 2:4 zeros of {len(lost)} layers are gone after this step, and no target builds them as sparse"
-            self.step_notes[len(self.results)] = [f"{note}: {listed}"]
-        for path, choice in plan.choice.items():
-            if isinstance(choice, Mapping) and (layer := module_at(module, path)) is not None:
-                self.layers[path] = weakref.ref(layer)
-                if choice.get("pattern") == PATTERN:
-                    self.sparse[path] = layer
-
-    def hints(self, network: nn.Module | None = None) -> dict[str, dict[str, Any]]:
-        """What the plans say about layers, for targets.
-
-        Args:
-            network: the one that is exported, whose own paths are used: a layer may lie elsewhere in it than in the
-                model that a pass saw, as each of several networks by timestep does. None: the paths of the plans.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        for _, result, _ in self.results:
-            for path, choice in result.plan.choice.items():
-                if isinstance(choice, Mapping):
-                    found.setdefault(path, {}).update(choice)
-        for path, hint in found.items():
-            if hint.get("pattern") == PATTERN and path not in self.sparse:
-                found[path] = {key: value for key, value in hint.items() if key != "pattern"}
-        if network is None or self.module is None:
-            return found
-        at = {id(layer): path for path, layer in network.named_modules()}
-        moved: dict[str, dict[str, Any]] = {}
-        for path, hint in found.items():
-            layer = self.layers[path]() if path in self.layers else None
-            if layer is None or not any(each is layer for each in self.module.modules()):
-                layer = module_at(self.module, path)  # a later step put another in its place
-            if (name := at.get(id(layer))) is not None:
-                moved[name] = hint
-        return moved
-
-
-def still_sparse(module: nn.Module, path: str, layer: nn.Module) -> bool:
-    """Whether a layer of the 2:4 pattern has it still, where it was or where a later step put it."""
-    now = module_at(module, path)
-    if now is None or (now is not layer and not keeps_pattern(now)):
-        now = next((each for each in module.modules() if each is layer), None)
-    return now is not None and keeps_pattern(now)
 
 
 @contextmanager
@@ -295,7 +237,7 @@ def export(
             table = table_of(module)
             for name, part in parts_of(module).items():
                 called = table.model_of(name, run.exported) if table else run.exported
-                run.part_hints[name] = run.hints(part)
+                run.part_hints[name] = run.hints.of(part, module)
                 write_graph(run, called, part, folder / f"model{name}.onnx")
             write_table(module, folder)
             part_in_two(module, folder)
@@ -528,7 +470,7 @@ def make_report(
             notes=list(run.model.notes),
         ),
         verdict=verdict(gates, targets),
-        steps=[step_record(*entry, run.step_notes.get(number, [])) for number, entry in enumerate(run.results)],
+        steps=[step_record(*entry, run.hints.notes.get(number, [])) for number, entry in enumerate(run.results)],
         targets=targets,
         gates=gates,
         samples=pictures,

@@ -42,7 +42,7 @@ def test_eight_bit_layers_of_each_network_by_timestep_are_found_under_its_own_pa
     for network in parts.values():
         quantized = {path for path, layer in network.named_modules() if type(layer).__name__ == "QuantizedLinear"}
         assert len(quantized) > 8
-        assert layers_named(network, run.hints(network), "precision") == quantized
+        assert layers_named(network, run.hints.of(network, module), "precision") == quantized
 
 
 def test_the_guard_against_saturation_holds_after_slicing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_layer_that_a_later_step_moves_keeps_what_was_said_of_it() -> None:
     run = run_of({"pass": "quantize_int8"}, {"pass": "merge_tokens", "r": 2})
     module = run.optimize()
     quantized = {path for path, layer in module.named_modules() if type(layer).__name__ == "QuantizedLinear"}
-    assert layers_named(module, run.hints(module), "precision") == quantized
+    assert layers_named(module, run.hints.of(module, module), "precision") == quantized
 
 
 def sparse_layers(module: nn.Module) -> set[str]:
@@ -88,8 +88,8 @@ def test_recovery_keeps_two_of_four_weights_zero(rank: int) -> None:
     assert len(wanted) > 8
     assert sparse_layers(module) >= wanted
     assert set(run.results[1][1].changed) & wanted, "training moved the weights that are left"
-    assert layers_named(module, run.hints(module), "pattern") == wanted
-    assert run.step_notes == {}
+    assert layers_named(module, run.hints.of(module, module), "pattern") == wanted
+    assert run.hints.notes == {}
 
 
 def test_a_step_that_takes_the_zeros_away_says_so_and_no_target_hears_of_them(tmp_path: Path) -> None:
@@ -99,10 +99,10 @@ def test_a_step_that_takes_the_zeros_away_says_so_and_no_target_hears_of_them(tm
     fold = {"pass": "fold_adapters", "file": "adapter.safetensors", "alpha": 2.0}
     run = run_of({"pass": "sparsify_2_4", "smallest": 0}, fold, folder=tmp_path)
     module = run.optimize()
-    told = layers_named(module, run.hints(module), "pattern")
+    told = layers_named(module, run.hints.of(module, module), "pattern")
     assert "blocks.0.attn.proj" not in told
     assert told == sparse_layers(module)
-    [note] = run.step_notes[1]
+    [note] = run.hints.notes[1]
     assert "the 2:4 zeros of 1 layers are gone after this step" in note
     assert "blocks.0.attn.proj" in note
 

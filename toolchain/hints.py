@@ -1,0 +1,84 @@
+"""What plans found out about layers, kept true while later steps move, replace or change those layers.
+
+Targets get it under the module paths of each exported network, which need not be those that a pass saw.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from passes.contract import Plan, module_at
+from passes.patterns import PATTERN, keeps_pattern
+
+
+@dataclass
+class Hints:
+    """What the plans of a run say about layers, step by step.
+
+    Args:
+        found: what was said, by the path that a layer had then.
+        layers: those layers.
+        sparse: layers of the 2:4 pattern as they were made; those that lost it are out.
+        notes: what a step, by number, did to earlier ones' layers, in sentences.
+    """
+
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
+    sparse: dict[str, nn.Module] = field(default_factory=dict)
+    notes: dict[int, list[str]] = field(default_factory=dict)
+
+    def after(self, number: int, module: nn.Module, plan: Plan) -> None:
+        """Take in what a step's plan says, and note which layers it took the 2:4 pattern from.
+
+        Args:
+            number: of the step.
+            module: the model after it.
+            plan: what it did.
+        """
+        lost = [path for path, layer in self.sparse.items() if not still_sparse(module, path, layer)]
+        for path in lost:
+            del self.sparse[path]
+        if lost:
+            listed = ", ".join(lost[:4]) + (", …" if len(lost) > 4 else "")
+            note = f"the 2:4 zeros of {len(lost)} layers are gone after this step, and no target builds them as sparse"
+            self.notes[number] = [f"{note}: {listed}"]
+        for path, choice in plan.choice.items():
+            if not isinstance(choice, Mapping):
+                continue
+            self.found.setdefault(path, {}).update(choice)
+            if (layer := module_at(module, path)) is not None:
+                self.layers[path] = weakref.ref(layer)
+                if choice.get("pattern") == PATTERN:
+                    self.sparse[path] = layer
+
+    def of(self, network: nn.Module, module: nn.Module) -> dict[str, dict[str, Any]]:
+        """What targets are told about one exported network, by its own module paths.
+
+        Args:
+            network: the one that is exported; the whole model, or one of several networks in it.
+            module: the whole optimized model.
+        """
+        at = {id(layer): path for path, layer in network.named_modules()}
+        there = {id(layer) for layer in module.modules()}
+        told: dict[str, dict[str, Any]] = {}
+        for path, hint in self.found.items():
+            layer = self.layers[path]() if path in self.layers else None
+            if layer is None or id(layer) not in there:
+                layer = module_at(module, path)  # a later step put another in its place
+            if (name := at.get(id(layer))) is not None:
+                gone = hint.get("pattern") == PATTERN and path not in self.sparse
+                told[name] = {key: value for key, value in hint.items() if not (gone and key == "pattern")}
+        return told
+
+
+def still_sparse(module: nn.Module, path: str, layer: nn.Module) -> bool:
+    """Whether a layer of the 2:4 pattern has it still, where it was or where a later step put it."""
+    now = module_at(module, path)
+    if now is None or (now is not layer and not keeps_pattern(now)):
+        now = next((each for each in module.modules() if each is layer), None)
+    return now is not None and keeps_pattern(now)
