@@ -100,12 +100,29 @@ class PolygraphyTarget(Target):
 
 
 def refusal(log: list[str], reason: str) -> str:
-    """The builder's reason, with the operators that it refused."""
+    """The builder's reason: the operators that it refused, and of the first one its node and why."""
     refused = sorted({match[1] for line in log if (match := re.search(r"operator: (\w+)", line))})
     if refused:
-        return f"the parser refuses these operators: {', '.join(refused)}"
+        return f"the parser refuses these operators: {', '.join(refused)}{first_node(log)}"
     errors = [line.removeprefix("[E] ") for line in log if line.startswith("[E]")]
     return f"{reason}; {errors[0]}" if errors else reason
+
+
+NODE = re.compile(r"with name: (\S*) and operator: \w+ \([^)]*\): (?:\w+: )?(?:Assertion failed: [^:]*: )?(.+)")
+"""What the parser says of a node: its name, and what is wrong with it."""
+
+ADVICE = {"zero point": "quantize symmetrically, with zero points of 0 (int8), as quantize_int8 does"}
+"""By words of the parser's reason, what helps."""
+
+
+def first_node(log: list[str]) -> str:
+    """The first node that the parser says something about, what it says, and what helps; empty without one."""
+    found = next((match for line in log if (match := NODE.search(line))), None)
+    if found is None:
+        return ""
+    reason = found[2].partition(". ")[0].rstrip(".")
+    tips = [tip for words, tip in ADVICE.items() if words in reason.lower()]
+    return f"; node {found[1]!r}: {'; '.join([reason, *tips])}"
 
 
 class EngineRunner:

@@ -20,6 +20,18 @@ def test_a_refusal_names_operators_or_the_first_error() -> None:
     assert refusal([], "Build") == "Build"
 
 
+def test_a_refusal_keeps_the_node_the_reason_and_what_helps() -> None:
+    log = [
+        "[E] ModelImporter.cpp:140: While parsing node number 0 [QuantizeLinear -> q]:",
+        "[E] In node 0 with name: quantize_input and operator: QuantizeLinear (buildZeroPointTensor): INVALID_NODE: "
+        "Assertion failed: shiftIsAllZeros(zeroPoint): Non-zero zero point is not supported. Please set kENABLE to …",
+    ]
+    assert refusal(log, "Parse") == (
+        "the parser refuses these operators: QuantizeLinear; node 'quantize_input': Non-zero zero point is not "
+        "supported; quantize symmetrically, with zero points of 0 (int8), as quantize_int8 does"
+    )
+
+
 def test_sparse_weights_are_asked_for_where_a_pass_made_some() -> None:
     plain, sparse = {"a": {"precision": "int8"}}, {"a": {"precision": "int8"}, "b": {"pattern": "2:4"}}
     asked = [
