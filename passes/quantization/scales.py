@@ -58,13 +58,19 @@ def unusable(x: Tensor) -> str:
     return ""
 
 
+MOST_VALUES = 1 << 23
+"""Values that a percentile is taken of."""
+
+
 def scale_of(x: Tensor, *, observer: Observer, percentile: float, largest: float = QMAX) -> float:
     """The scale of x (R, K) for a type with this largest value, rounded to 6 digits; ``mse`` is for int8 alone."""
     magnitude = x.abs()
     if observer == "max":
         limit = float(magnitude.max())
     elif observer == "percentile":
-        limit = float(torch.quantile(magnitude.flatten()[: 1 << 23], percentile / 100)) or float(magnitude.max())
+        flat = magnitude.flatten()
+        spaced = flat[:: -(-flat.numel() // MOST_VALUES)]  # evenly over all calls
+        limit = float(torch.quantile(spaced, percentile / 100)) or float(magnitude.max())
     else:
         limit = least_squares_limit(x)
     return float(f"{limit / largest:.6g}")
