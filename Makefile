@@ -25,7 +25,7 @@ lint: setup
 
 test: lint demo
 	$(BIN)/enginewright check out/demo --baseline reports/baselines/dit-digits.json --junit out/check.xml
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-all: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not gpu'
