@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.contract import Context, Inputs
+from passes.on_shapes import on_shapes
 from passes.pruning.probes import evaluating
 from passes.surgery import linear_like, share
 from passes.traits import FeedForward, HeadedAttention, trait_of
@@ -48,12 +50,12 @@ class Seen:
     Args:
         calls: all calls of each layer, by module path, in order; the model's own under ``""``.
         exact: whether the call was made on values; else on shapes alone.
-        mode: in which layers may be called again on what they were given.
+        again: a block in which layers may be called again on what they were given.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     exact: bool
-    mode: AbstractContextManager[Any]
+    again: Callable[[], AbstractContextManager[Any]]
 
 
 def see(model: nn.Module, paths: Iterable[str], context: Context) -> Seen | None:
@@ -62,15 +64,15 @@ def see(model: nn.Module, paths: Iterable[str], context: Context) -> Seen | None
     if call is None:
         return None
     exact = has_values(model)
-    mode: Any = nullcontext() if exact else FakeTensorMode(allow_non_fake_inputs=True)
-    seen = Seen(exact=exact, mode=mode)
+    shapes = partial(on_shapes, model, FakeTensorMode(allow_non_fake_inputs=True))
+    seen = Seen(exact=exact, again=nullcontext if exact else shapes)
 
     def note(path: str) -> Callable[..., None]:
         return lambda _, inputs, named, output: seen.calls.setdefault(path, []).append(Call(inputs, named, output))
 
     hooks = [model.get_submodule(path).register_forward_hook(note(path), with_kwargs=True) for path in {*paths, ""}]
     try:
-        with quietly(model), mode:
+        with quietly(model), seen.again():
             model(**call)
     except Exception:
         if exact:
@@ -111,7 +113,7 @@ def signature(module: nn.Module) -> Any:
 def disagreement(seen: Seen, call: Call, other: Callable[..., Any]) -> str:
     """How something else called in a layer's place differs from what the layer gave; empty when it does not."""
     try:
-        with torch.no_grad(), seen.mode:
+        with torch.no_grad(), seen.again():
             got = other(*call.inputs, **call.named)
     except Exception as fault:
         return raised(fault)
@@ -229,7 +231,7 @@ def refuted(seen: Seen, call: Call, module: nn.Module, layer: HeadedAttention | 
             silent_trait: Any = trait_of(silent, trait)
             (small_trait.keep_heads if heads else small_trait.keep_hidden)(kept)
             silence(silent, silent_trait, gone)
-            with seen.mode:
+            with seen.again():
                 wanted = silent.eval()(*call.inputs, **call.named)
     except Exception as fault:
         return f"{looks(module, trait)}: {raised(fault)}"

@@ -22,8 +22,13 @@ KEPT = (dict, list, set)
 
 
 @contextmanager
-def on_shapes(module: nn.Module) -> Iterator[None]:
-    """Tensors have no values in this block; afterwards the module and the caches of its functions are as before."""
+def on_shapes(module: nn.Module, mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """Tensors have no values in this block; afterwards the module and the caches of its functions are as before.
+
+    Args:
+        module: what is called.
+        mode: one to go on with, for calls on what an earlier block gave; None: a new one.
+    """
     state = {part: remembered(part) for part in module.modules()}
     caches = caches_of(module)
     before = [cache.cache_info().misses for cache in caches]
@@ -31,7 +36,7 @@ def on_shapes(module: nn.Module) -> Iterator[None]:
     level = log.level
     log.setLevel(logging.CRITICAL)  # it would print the stack of what is raised, too
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with mode or FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         log.setLevel(level)

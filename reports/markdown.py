@@ -32,16 +32,7 @@ def source(report: Report) -> str:
 
 def gates(report: Report) -> str:
     """Bounds, values and verdicts."""
-    rows = [
-        (
-            f"{words.GLYPH[gate.verdict]} {words.VERDICT[gate.verdict]}",
-            gate.target,
-            f"{gate.name} {gate.bound}",
-            words.figure(gate.value),
-            gate.reason,
-        )
-        for gate in report.gates
-    ]
+    rows = summary.gate_rows(report)
     return table(("Gate", "Target", "Bound", "Value", "Reason"), rows) if rows else ""
 
 

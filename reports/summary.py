@@ -187,6 +187,20 @@ def sizes_text(check: SizeCheck) -> str:
     return ", ".join(f"{name} {size}" for name, size in check.sizes.items())
 
 
+def gate_rows(report: Report) -> list[tuple[str, ...]]:
+    """Each gate's verdict, target, bound, value and reason."""
+    return [
+        (
+            f"{words.GLYPH[gate.verdict]} {words.VERDICT[gate.verdict]}",
+            gate.target,
+            f"{gate.name} {gate.bound}",
+            words.figure(gate.value),
+            gate.reason,
+        )
+        for gate in report.gates
+    ]
+
+
 def has_quality(report: Report) -> bool:
     """Whether anything is to be said of whole sampling runs: a figure, a gate on one, or that they were not run."""
     asked = any(gate.name.startswith("quality.") for gate in report.gates)

@@ -50,17 +50,7 @@ def is_gap(block: Line | Rows) -> bool:
 
 def gates(report: Report) -> Rows:
     """Bounds, values and verdicts."""
-    rows = [
-        (
-            f"{words.GLYPH[gate.verdict]} {words.VERDICT[gate.verdict]}",
-            gate.target,
-            f"{gate.name} {gate.bound}",
-            words.figure(gate.value),
-            gate.reason,
-        )
-        for gate in report.gates
-    ]
-    return Rows(("GATE", "TARGET", "BOUND", "VALUE", "REASON"), rows)
+    return Rows(("GATE", "TARGET", "BOUND", "VALUE", "REASON"), summary.gate_rows(report))
 
 
 def said(report: Report, target: TargetRecord) -> str:

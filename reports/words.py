@@ -119,11 +119,6 @@ def tendency(low: float, high: float) -> str:
     return "slower" if low > 1 else "no measurable difference"
 
 
-def ratio_phrase(value: float, low: float, high: float) -> str:
-    """A ratio of times in words."""
-    return f"{tendency(low, high)}: {ratio(value)} of the original's time ({ratio(low)} to {ratio(high)})"
-
-
 def times(value: float, low: float, high: float, than: str) -> str:
     """A ratio of times as people say it: ``1.58x faster than …``; nothing is claimed where its interval holds 1."""
     said = tendency(low, high)

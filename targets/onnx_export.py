@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -296,17 +295,16 @@ def write_external(values: Mapping[str, ir.Value], path: Path) -> None:
         start, end = end, end + tensor.nbytes
         shape = [int(size) for size in tensor.shape] if tensor.dtype.bitwidth >= 8 else [tensor.nbytes]
         header[name] = {"dtype": SAFETENSORS_TYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 4096)  # weights start on a page
+    begin = stored.header_bytes(header)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(begin)
         for name in order:
             tensors[name].tofile(file)
     for name in order:
         tensor = tensors[name]
         values[name].const_value = ir.ExternalTensor(
             path.name,
-            8 + len(text) + header[name]["data_offsets"][0],
+            len(begin) + header[name]["data_offsets"][0],
             tensor.nbytes,
             tensor.dtype,
             shape=tensor.shape,

@@ -286,7 +286,6 @@ class SessionRunner:
 
         Runs the unoptimized graph with every float value as an output.
         """
-        runtime = require("onnxruntime", extra="cpu")
         model = load_graph(self.path)
         nodes = {
             value.name: node
@@ -295,16 +294,12 @@ class SessionRunner:
             if value.name and value.dtype is not None and value.dtype.is_floating_point()
         }
         model.graph.outputs[:] = [value for node in nodes.values() for value in node.outputs if value.name in nodes]
-        options = runtime.SessionOptions()
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
+        threads = self.session.get_session_options().intra_op_num_threads
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "model.onnx"
             save(model, copy)
-            session = runtime.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
-            names = [value.name for value in session.get_outputs()]
-            values = session.run(None, {name: array for name, array in inputs.items() if name in self.inputs})
-        for name, value in zip(names, values, strict=True):
+            values = unoptimized(copy, threads)(inputs)
+        for name, value in values.items():
             if not np.isfinite(value).all():
                 return module_path(nodes[name]) or nodes[name].name or name
         return ""
@@ -325,7 +320,7 @@ def unoptimized(path: Path, threads: int) -> SessionRunner:
     Raises:
         ToolchainError: ONNX Runtime refuses it.
     """
-    runtime = require("onnxruntime", extra="gpu")
+    runtime = require("onnxruntime", extra="cpu")
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads

@@ -7,10 +7,12 @@ did on the way (renamed, tied, assigned), the tensor is either these very bytes 
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,9 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PAGE = 4096
+"""Bytes."""
+
 LARGEST_SIZE = 2**40
 """Of one dimension."""
 
@@ -76,6 +81,13 @@ def read(path: Path, *, lasting: bool = True) -> dict[str, Tensor]:
     if lasting:
         _mapped[base], _paths[base] = mapped, path.absolute()
     return tensors
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """What a safetensors file with these entries begins with, padded so that its tensors start on a page."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % PAGE)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

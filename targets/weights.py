@@ -10,7 +10,6 @@ the links stay.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -203,9 +202,7 @@ def header_of(parts: list[tuple[Range, dict[str, Any]]]) -> bytes:
     for part, entry in parts:
         start, end = end, end + part.end - part.start
         header |= {name: {**content, "data_offsets": [start, end]} for name, content in entry.items()}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 4096)
-    return len(text).to_bytes(8, "little") + text
+    return stored.header_bytes(header)
 
 
 def copy_ranges(source: Path, target: Path, ranges: Iterable[Range], header: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from targets.onnxruntime_engine import (
 from targets.tensorrt_builder import ENGINE as PLAN
 from targets.weights import load_graph
 from toolchain.preparing import STEP, read_halves
+from toolchain.reading import read_setting
 from toolchain.recipe import TargetStep
 from validation.inputs import Dim, InputSpec
 
@@ -66,7 +66,7 @@ def one_engine(
         return Engine(kind="module", folder=place.name, files=sizes(place, folder))
     named = place / ENGINE
     if named.is_file():
-        graph = (place / json.loads(named.read_text())["graph"]).resolve()
+        graph = (place / read_setting(named, "graph", str)).resolve()
         model = onnx.load(graph, load_external_data=False)
         files = {graph, *((graph.parent / name).resolve() for name in external_files(model))}
         inside = graph.parent == place.resolve()

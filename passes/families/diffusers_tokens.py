@@ -16,7 +16,29 @@ ABSENT = ("spatial_norm", "group_norm", "norm_q", "norm_k")
 """Parts of ``Attention`` that DiT does without."""
 
 
-class AdaptiveBlock(TokenBlock):
+class BasicBlock(TokenBlock):
+    """What every ``BasicTransformerBlock`` does alike: three projections, the one behind the heads, the MLP."""
+
+    block: Any
+
+    def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From three projections."""
+        layer = self.block.attn1
+        q, k, v = (
+            part(y).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (layer.to_q, layer.to_k, layer.to_v)
+        )
+        return q, k, v
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """The output projection."""
+        return self.block.attn1.to_out[0](mixed)
+
+    def feed_forward(self, y: Tensor) -> Tensor:
+        """The MLP."""
+        return self.block.ff(y)
+
+
+class AdaptiveBlock(BasicBlock):
     """``BasicTransformerBlock`` with ``ada_norm_zero``, which embeds step and class on its own."""
 
     read_by_model: ClassVar[tuple[str, ...]] = ("norm1",)
@@ -33,18 +55,6 @@ class AdaptiveBlock(TokenBlock):
         """Norm, scale and shift."""
         return self.block.norm1.norm(x) * (1 + self.scale_a) + self.shift_a
 
-    def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From three projections."""
-        layer = self.block.attn1
-        q, k, v = (
-            part(y).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (layer.to_q, layer.to_k, layer.to_v)
-        )
-        return q, k, v
-
-    def output(self, mixed: Tensor) -> Tensor:
-        """The output projection."""
-        return self.block.attn1.to_out[0](mixed)
-
     def add_attention(self, x: Tensor, y: Tensor) -> Tensor:
         """Gate and residual."""
         return self.gate_a * y + x
@@ -52,10 +62,6 @@ class AdaptiveBlock(TokenBlock):
     def feed_forward_input(self, x: Tensor) -> Tensor:
         """Norm, scale and shift."""
         return self.block.norm3(x) * (1 + self.scale_m) + self.shift_m
-
-    def feed_forward(self, y: Tensor) -> Tensor:
-        """The MLP."""
-        return self.block.ff(y)
 
     def add_feed_forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Gate and residual."""

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from passes.families.diffusers_blocks import PROCESSORS
-from passes.families.diffusers_tokens import ABSENT
-from passes.traits import TokenBlock, TokenStack
+from passes.families.diffusers_tokens import ABSENT, BasicBlock
+from passes.traits import TokenStack
 
 INPUTS = (
     "attention_mask",
@@ -26,7 +26,7 @@ INPUTS = (
 """What a block is called with beside the tokens, in order."""
 
 
-class CrossBlock(TokenBlock):
+class CrossBlock(BasicBlock):
     """``BasicTransformerBlock`` with plain layer norms; attention to the text belongs to the residual's step."""
 
     def __init__(self, block: nn.Module, *inputs: Any, **named: Any) -> None:
@@ -40,18 +40,6 @@ class CrossBlock(TokenBlock):
         """Norm."""
         return self.block.norm1(x)
 
-    def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From three projections."""
-        layer = self.block.attn1
-        q, k, v = (
-            part(y).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (layer.to_q, layer.to_k, layer.to_v)
-        )
-        return q, k, v
-
-    def output(self, mixed: Tensor) -> Tensor:
-        """The output projection."""
-        return self.block.attn1.to_out[0](mixed)
-
     def add_attention(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual, then attention to the text."""
         x = y + x
@@ -63,10 +51,6 @@ class CrossBlock(TokenBlock):
     def feed_forward_input(self, x: Tensor) -> Tensor:
         """Norm."""
         return self.block.norm3(x)
-
-    def feed_forward(self, y: Tensor) -> Tensor:
-        """The MLP."""
-        return self.block.ff(y)
 
     def add_feed_forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual."""

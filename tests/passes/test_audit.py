@@ -1,11 +1,14 @@
 """Layers that have the parts of a known one and compute another thing are left alone, with a reason that says so."""
 
+import functools
+
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from passes.audit import difference, see
+from passes import audit
+from passes.audit import difference, disagreement, see
 from passes.contract import Context
 from passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
 from passes.pruning.prune_heads import PruneHeads
@@ -152,3 +155,33 @@ def test_the_tokens_that_pass_by_keep_their_value_and_text_never_does():
     subject.output(model)
     image, text = plan.choice["transformer_blocks.0"]["tokens"], 5
     assert sorted(seen) == sorted([image, text, image + text])
+
+
+@functools.lru_cache(maxsize=8)
+def grid(size: int) -> Tensor:
+    return torch.ones(size)
+
+
+class Cached(nn.Module):
+    """Reads a table that a function remembers, as position grids are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + grid(x.shape[-1])
+
+
+def test_a_look_on_shapes_alone_leaves_no_tensors_without_values_behind(monkeypatch):
+    grid.cache_clear()
+    monkeypatch.setattr(audit, "LARGEST", 0)  # as of a model that is too large to be run
+    module, x = Cached().eval(), torch.randn(2, 4)
+    seen = see(module, ["inner"], Context(example={"x": x}))
+    assert seen is not None
+    assert not seen.exact
+    (whole,) = seen.calls[""]
+    assert disagreement(seen, whole, Cached().eval()) == ""  # called again on what the first call was given
+    assert grid.cache_info().currsize == 0
+    with torch.no_grad():
+        assert torch.equal(module(x), module.inner(x) + torch.ones(4))
