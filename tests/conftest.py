@@ -8,8 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def _draw_the_same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test draws the same numbers, whichever tests its worker ran before it."""
+    _draw_the_same_numbers()
+
+
+def pytest_collectstart() -> None:
+    """So does every test file, whichever files were collected before it."""
+    _draw_the_same_numbers()
 
 
 @pytest.fixture(scope="session")

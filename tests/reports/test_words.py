@@ -18,13 +18,6 @@ def test_a_cosine_near_1_is_told_from_1() -> None:
     assert words.cosine(0.5) == "0.500"
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "said"), [(0.5, 0.7, "faster"), (1.1, 1.4, "slower"), (0.9, 1.1, "no measurable difference")]
-)
-def test_an_interval_that_holds_1_claims_nothing(low: float, high: float, said: str) -> None:
-    assert words.ratio_phrase((low + high) / 2, low, high).startswith(said)
-
-
 def test_sizes_amounts_and_absence() -> None:
     assert words.size(11_389_312) == "11.4 MB"
     assert words.size(None) == words.amount(None) == "not measured"
