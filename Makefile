@@ -21,7 +21,9 @@ demo: setup
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	rm -rf build/tree && mkdir -p build/tree/enginewright
+	ln -s $(CURDIR)/toolchain/* $(CURDIR)/passes $(CURDIR)/targets $(CURDIR)/validation $(CURDIR)/reports build/tree/enginewright/
+	MYPYPATH=build/tree $(BIN)/mypy
 
 test: lint demo
 	$(BIN)/enginewright check out/demo --baseline reports/baselines/dit-digits.json --junit out/check.xml

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from passes.contract import Context, Inputs
-from passes.on_shapes import on_shapes
-from passes.pruning.probes import evaluating
-from passes.surgery import linear_like, share
-from passes.traits import FeedForward, HeadedAttention, trait_of
+from enginewright.passes.contract import Context, Inputs
+from enginewright.passes.on_shapes import on_shapes
+from enginewright.passes.pruning.probes import evaluating
+from enginewright.passes.surgery import linear_like, share
+from enginewright.passes.traits import FeedForward, HeadedAttention, trait_of
 
 LARGEST = 4 * 1024**3
 """Bytes of weights above which a model is not run for an audit, but looked at on shapes."""

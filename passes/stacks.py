@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from passes.dynamic.contributions import LeftOut, Watched
-from passes.tokens.running import TokenRun
-from passes.traits import BlockStack, layers_of
+from enginewright.passes.dynamic.contributions import LeftOut, Watched
+from enginewright.passes.tokens.running import TokenRun
+from enginewright.passes.traits import BlockStack, layers_of
 
 
 def stacks_of(model: nn.Module) -> tuple[dict[str, BlockStack], dict[str, str]]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from passes.traits import FeedForward, FixedAttention, HeadedAttention, Place, Stream
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.traits import FeedForward, FixedAttention, HeadedAttention, Place, Stream
 
 INERT = (nn.Dropout, nn.Identity)
 

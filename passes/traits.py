@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
-import passes.families
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes import families as families_folder
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its children."""
@@ -301,8 +301,8 @@ def only(trait: type[Trait], recognise: Callable[[nn.Module], object]) -> Callab
 @cache
 def families() -> tuple[object, ...]:
     """Every module under ``passes/families``, by name."""
-    names = sorted(entry.name for entry in pkgutil.iter_modules(passes.families.__path__))
-    return tuple(importlib.import_module(f"passes.families.{name}") for name in names)
+    names = sorted(entry.name for entry in pkgutil.iter_modules(families_folder.__path__))
+    return tuple(importlib.import_module(f"enginewright.passes.families.{name}") for name in names)
 
 
 def trait_of(module: nn.Module, trait: type[Trait]) -> Trait | None:

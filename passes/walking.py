@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.audit import Call, Seen, first_call, form, leaves, quietly, raised, see
-from passes.contract import Context
-from passes.surgery import share
-from passes.traits import BlockStack, layer_at
+from enginewright.passes.audit import Call, Seen, first_call, form, leaves, quietly, raised, see
+from enginewright.passes.contract import Context
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import BlockStack, layer_at
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reports.latency_plot import Tick, axis_for
-from reports.record import Curve
+from enginewright.reports.latency_plot import Tick, axis_for
+from enginewright.reports.record import Curve
 
 HEIGHT = 180
 """Pixels from the top of the plot to its floor."""

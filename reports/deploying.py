@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from shlex import quote
 
-from reports import words
-from reports.record import Report, TargetRecord
+from enginewright.reports import words
+from enginewright.reports.record import Report, TargetRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,9 @@ def code(lines: Sequence[str]) -> str:
 
 def with_us() -> str:
     """How to use the whole folder where enginewright is installed."""
-    block = code(["import toolchain", "", 'engine = toolchain.load("THIS FOLDER")  # called like the original module'])
+    block = code(
+        ["import enginewright", "", 'engine = enginewright.load("THIS FOLDER")  # called like the original module']
+    )
     return f"## With enginewright installed\n\n{block}"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reports import curve_plot, latency_plot, pictures, summary, words
-from reports.record import Report
+from enginewright.reports import curve_plot, latency_plot, pictures, summary, words
+from enginewright.reports.record import Report
 
 
 def render(report: Report) -> str:

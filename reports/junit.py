@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 
-from reports import summary, words
-from reports.record import Gate, Report, TargetRecord
+from enginewright.reports import summary, words
+from enginewright.reports.record import Gate, Report, TargetRecord
 
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 cannot hold, even escaped."""

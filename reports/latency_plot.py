@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from reports import words
-from reports.record import TargetRecord
+from enginewright.reports import words
+from enginewright.reports.record import TargetRecord
 
 LABEL, BAND, GAP, GROUP_GAP, AXIS = 20, 36, 14, 20, 40
 """Pixels: a row's label, its band of dots, the gap below, the gap between targets, and the axis."""

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from reports.record import TokenMap
+from enginewright.reports.record import TokenMap
 
 
 def png_grid(pictures: npt.NDArray[np.generic], *, columns: int = 10) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from reports import words
-from reports.record import Fidelity, ModelRecord, Report, SizeCheck, Step, TargetRecord, TokenMap
+from enginewright.reports import words
+from enginewright.reports.record import Fidelity, ModelRecord, Report, SizeCheck, Step, TargetRecord, TokenMap
 
 UNTOUCHED = "the untouched original"
 """What engines are compared with unless a step means to compute something else."""

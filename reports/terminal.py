@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports import summary, words
-from reports.record import Report, Step, TargetRecord
+from enginewright.reports import summary, words
+from enginewright.reports.record import Report, Step, TargetRecord
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reports.record import Verdict
+from enginewright.reports.record import Verdict
 
 VERDICT: dict[Verdict, str] = {
     "met": "met",

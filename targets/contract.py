@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from toolchain.errors import invalid, raise_faults
+from enginewright.errors import invalid, raise_faults
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from targets.pytorch_engine import flat
-from toolchain.errors import ToolchainError, raise_faults
+from enginewright.errors import ToolchainError, raise_faults
+from enginewright.targets.pytorch_engine import flat
 
 Entry = tuple[str, int, int] | tuple[str, int, int, int]
 Axes = Mapping[str, Mapping[int, Entry]]

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from targets.onnx_export import module_path
+from enginewright.targets.onnx_export import module_path
 
 
 class Product(NamedTuple):

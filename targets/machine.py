@@ -10,7 +10,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-from targets.contract import Answer
+from enginewright.targets.contract import Answer
 
 
 def cpu_id() -> str:

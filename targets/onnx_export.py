@@ -24,14 +24,14 @@ import torch
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from targets import stored, translations
-from targets.dimensions import Axes, called_plainly, conclusions_heard, declared, refuse_narrowed
-from targets.element_types import hollow, in_type, keep_interface, restore
-from targets.exporter_errors import refusal
-from targets.four_bits import pack
-from targets.simplify import simplify
-from targets.weights import LINKED, check, link
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets import stored, translations
+from enginewright.targets.dimensions import Axes, called_plainly, conclusions_heard, declared, refuse_narrowed
+from enginewright.targets.element_types import hollow, in_type, keep_interface, restore
+from enginewright.targets.exporter_errors import refusal
+from enginewright.targets.four_bits import pack
+from enginewright.targets.simplify import simplify
+from enginewright.targets.weights import LINKED, check, link
 
 OPSET = 20
 """Newest opset without the fused Attention operator, which TensorRT-RTX builds in some shapes only."""

@@ -24,15 +24,15 @@ import onnx_ir as ir
 from pydantic import Field
 from torch import nn
 
-from targets import machine
-from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
-from targets.dynamic_int8 import add_output_pairs, reduce_range, static_products, to_dynamic, to_float
-from targets.four_bits import multiply_out
-from targets.onnx_export import module_path, save
-from targets.onnx_files import check_onnx, external_bytes, files_of
-from targets.weights import LINKED, load_graph
-from toolchain.errors import ToolchainError, require
-from toolchain.reading import read_setting
+from enginewright.errors import ToolchainError, require
+from enginewright.reading import read_setting
+from enginewright.targets import machine
+from enginewright.targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
+from enginewright.targets.dynamic_int8 import add_output_pairs, reduce_range, static_products, to_dynamic, to_float
+from enginewright.targets.four_bits import multiply_out
+from enginewright.targets.onnx_export import module_path, save
+from enginewright.targets.onnx_files import check_onnx, external_bytes, files_of
+from enginewright.targets.weights import LINKED, load_graph
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",

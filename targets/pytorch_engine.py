@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
-from targets.onnx_files import check_onnx
-from toolchain.errors import ToolchainError
-from toolchain.reading import read_setting
+from enginewright.errors import ToolchainError
+from enginewright.reading import read_setting
+from enginewright.targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
+from enginewright.targets.onnx_files import check_onnx
 
 ENGINE = "engine.json"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from targets.weights import check, load_graph
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets.weights import check, load_graph
 
 ENLARGING = {"Expand", "Tile"}
 """What only repeats its input: cheaper to do again than to read."""

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from targets import machine
-from targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
-from toolchain.errors import ToolchainError, UnavailableError
+from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.targets import machine
+from enginewright.targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
 
 ENGINE, LOG = "engine.plan", "build.log"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from targets.tensorrt_builder import PolygraphyTarget
+from enginewright.targets.tensorrt_builder import PolygraphyTarget
 
 
 class TensorRt(PolygraphyTarget):

@@ -22,9 +22,9 @@ import onnx
 import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 
-from targets import stored
-from targets.onnx_files import all_tensors, external_files
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets import stored
+from enginewright.targets.onnx_files import all_tensors, external_files
 
 Mode = Literal["auto", "copy", "link"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,9 +32,9 @@ def pytest_collectstart() -> None:
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``dit:tiny`` in 8 bits for ONNX Runtime, with TensorRT as an optional target. Read only."""
-    from toolchain import pipeline
-    from toolchain.progress import Progress
-    from toolchain.recipe import make
+    from enginewright import pipeline
+    from enginewright.progress import Progress
+    from enginewright.recipe import make
 
     out = tmp_path_factory.mktemp("artifact") / "out"
     recipe = make(
@@ -55,9 +56,9 @@ def enginewright(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[st
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "toolchain", *map(str, arguments)],
+            [sys.executable, "-m", "enginewright", *map(str, arguments)],
             cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            env={"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "PATH": "/usr/bin:/bin"},
             capture_output=True,
             text=True,
             check=False,

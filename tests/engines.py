@@ -11,9 +11,9 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
-from targets.tensorrt_rtx_engine import TensorRtRtx
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
 
 
 def exported(model: nn.Module, inputs: Mapping[str, Tensor], folder: Path, outputs: Sequence[str] = ("y",)) -> Path:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-import toolchain
+import enginewright
+from enginewright import catalog
+from enginewright.arguments import recipe_from
+from enginewright.cli import EXIT_CODES, parser
+from enginewright.recipe import gate_names
 from tests.conftest import ROOT
-from toolchain import catalog
-from toolchain.arguments import recipe_from
-from toolchain.cli import EXIT_CODES, parser
-from toolchain.recipe import gate_names
 
 TEXT = (ROOT / "README.md").read_text()
 WORDS = ["[PAD]", "[UNK]", "a", "cat", "sat", "on", "the", "mat"]
@@ -116,7 +116,7 @@ def test_passes_and_extras_that_it_names_exist() -> None:
     named = {
         name.partition(":")[0] for name in re.findall(r"`([a-z]+(?:_[a-z0-9]+)+(?::[^`]*)?)`", TEXT) if name[0] != "_"
     }
-    others = {*catalog.entries("targets"), *catalog.entries("models"), *toolchain.__all__}
+    others = {*catalog.entries("targets"), *catalog.entries("models"), *enginewright.__all__}
     others |= {"from_pretrained", "save_pretrained"}
     assert named - others <= set(passes), named - others - set(passes)
     assert [name for name in passes if f"`{name}" not in TEXT] == []

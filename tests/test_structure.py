@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ BENCHMARKS = ROOT / "reports" / "benchmarks"
 """Scripts, which stand on top of everything: they may import any room, and no room imports them."""
 
 
-LEAVES = ("toolchain.errors", "toolchain.reading", "toolchain.writing")
+LEAVES = ("enginewright.errors", "enginewright.reading", "enginewright.writing")
 """What every room may import of the toolchain: they stand on nothing of ours, or on one another."""
 
 
@@ -28,7 +29,7 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
@@ -38,23 +39,21 @@ def test_rooms_do_not_import_one_another(room: str) -> None:
     assert files
     for path in files:
         for name in imports_of(path):
-            top = name.partition(".")[0]
-            assert top not in set(ROOMS) - {room}, f"{path.relative_to(ROOT)} imports {name}"
-            if top == "toolchain":
-                assert name.startswith(LEAVES), f"{path.relative_to(ROOT)} imports {name}"
+            if name.partition(".")[0] == "enginewright":
+                assert name.startswith((f"enginewright.{room}", *LEAVES)), f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_nothing_imports_a_benchmark() -> None:
     for room in (*ROOMS, "toolchain"):
         for path in (ROOT / room).rglob("*.py"):
-            assert not any(name.startswith("reports.benchmarks") for name in imports_of(path)), path
+            assert not any(name.startswith("enginewright.reports.benchmarks") for name in imports_of(path)), path
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_a_leaf_stands_on_no_room(leaf: str) -> None:
-    for name in imports_of(ROOT / f"{leaf.replace('.', '/')}.py"):
-        assert name.partition(".")[0] not in (*ROOMS, "pydantic"), name
-        assert not name.startswith("toolchain") or name.startswith("toolchain.errors"), name
+    for name in imports_of(ROOT / "toolchain" / f"{leaf.removeprefix('enginewright.')}.py"):
+        assert not name.startswith("pydantic"), name
+        assert not name.startswith("enginewright") or name.startswith("enginewright.errors"), name
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,7 @@ def test_a_leaf_stands_on_no_room(leaf: str) -> None:
 def test_light_commands_import_no_backend(arguments: list[str]) -> None:
     code = (
         "import sys\n"
-        "from toolchain.cli import main\n"
+        "from enginewright.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'pydantic', 'rich', 'transformers', 'polygraphy'}\n"
         "print('LOADED', sorted(heavy & sys.modules.keys()))\n"
@@ -73,9 +72,34 @@ def test_light_commands_import_no_backend(arguments: list[str]) -> None:
 
 
 def test_every_pass_target_metric_and_model_has_a_test_of_its_own() -> None:
-    from toolchain import catalog
+    from enginewright import catalog
 
     tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     for kind in ("passes", "targets", "metrics", "models"):
         for entry in catalog.entries(kind).values():
             assert f"test_{entry.path.stem}.py" in tests, f"{entry.path.relative_to(ROOT)} has no test"
+
+
+def test_every_folder_is_packaged_under_one_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    left_out = {"toolchain/training", "reports/benchmarks", "reports/results", "reports/baselines"}
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
+        for room in (*ROOMS, "toolchain")
+        for path in (ROOT / room).rglob("*.*")
+        if path.suffix in (".py", ".toml", ".json", ".safetensors", ".j2")
+    }
+    wanted = {
+        ".".join(("enginewright", *folder.split("/"))).replace("enginewright.toolchain", "enginewright")
+        for folder in folders - left_out
+    }
+    assert sorted(wanted) == project["packages"], "the list of packages in pyproject.toml"
+    assert project["package-dir"] == {"enginewright": "toolchain"} | {f"enginewright.{room}": room for room in ROOMS}
+
+
+def test_nothing_of_ours_is_imported_under_another_name() -> None:
+    for path in ROOT.glob("**/*.py"):
+        if ".venv" in path.parts or "build" in path.parts:
+            continue
+        for name in imports_of(path):
+            assert name.partition(".")[0] not in ("toolchain", *ROOMS), f"{path.relative_to(ROOT)} imports {name}"

@@ -45,7 +45,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.extractall(packages)
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     command = root / "bin" / "enginewright"
-    command.write_text(f"#!{root}/bin/python\nimport sys\nfrom toolchain.cli import main\nsys.exit(main())\n")
+    command.write_text(f"#!{root}/bin/python\nimport sys\nfrom enginewright.cli import main\nsys.exit(main())\n")
     command.chmod(0o755)
     return command
 
@@ -53,15 +53,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_weights_recipes_templates_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in (
-        "toolchain/models/weights/dit-digits.safetensors",
-        "toolchain/recipes/dit-digits-int8.toml",
-        "reports/report.html.j2",
-        "targets/tensorrt_worker.py",
-        "toolchain/models/weights/digits-reference.safetensors",
+        "enginewright/models/weights/dit-digits.safetensors",
+        "enginewright/recipes/dit-digits-int8.toml",
+        "enginewright/reports/report.html.j2",
+        "enginewright/targets/tensorrt_worker.py",
+        "enginewright/models/weights/digits-reference.safetensors",
     ):
         assert wanted in names
-    apart = ("tests/", "out/", "reports/benchmarks/", "reports/results/", "reports/baselines/", "toolchain/training/")
-    assert not any(name.startswith(apart) for name in names)
+    apart = ("reports/benchmarks/", "reports/results/", "reports/baselines/", "training/")
+    assert not any(name.startswith(tuple(f"enginewright/{each}" for each in apart)) for name in names)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"enginewright"}, "one name, and no other"
     assert len([name for name in names if name.endswith(".safetensors")]) == 3
 
 
@@ -70,8 +71,7 @@ def test_the_wheel_is_typed_and_says_what_it_is(wheel: Path) -> None:
         names = file.namelist()
         (place,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = file.read(place).decode()
-    for package in ("toolchain", "passes", "targets", "validation", "reports"):
-        assert f"{package}/py.typed" in names
+    assert "enginewright/py.typed" in names
     assert "Classifier: Typing :: Typed" in metadata
     assert "Classifier: Programming Language :: Python :: 3.11" in metadata
     wanted = re.findall(r"Requires-Dist: (onnxruntime[\w-]*)(?: ?[<>=!~][^;]*)?(?:; extra == \"(\w+)\")?", metadata)
@@ -79,14 +79,28 @@ def test_the_wheel_is_typed_and_says_what_it_is(wheel: Path) -> None:
 
 
 def test_no_module_that_runs_needs_what_the_wheel_leaves_out(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
+    with zipfile.ZipFile(wheel) as file:
+        for name in file.namelist():
+            if name.endswith(".py"):
+                text = file.read(name).decode()
+                assert "enginewright.training" not in text, name
+                assert "reports.benchmarks" not in text, name
+
+
+def test_a_project_with_folders_of_our_rooms_names_keeps_them(installed: Path, tmp_path: Path) -> None:
     for room in ("toolchain", "passes", "targets", "validation", "reports"):
-        for path in (ROOT / room).rglob("*.py"):
-            if path.relative_to(ROOT).as_posix() not in names:
-                continue
-            text = path.read_text()
-            assert "toolchain.training" not in text, path
-            assert "reports.benchmarks" not in text, path
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").write_text("OWN = True\n")
+    code = (
+        "import passes, reports, targets, toolchain, validation; import enginewright.passes.contract\n"
+        "from enginewright.reports import words; from enginewright.validation import gates\n"
+        "assert all(m.OWN for m in (passes, reports, targets, toolchain, validation))\n"
+    )
+    for call in (["-c", code], ["-m", "enginewright", "list", "passes"]):
+        run = subprocess.run(
+            [installed.parent / "python", *call], cwd=tmp_path, capture_output=True, text=True, check=False, env={}
+        )
+        assert run.returncode == 0, run.stderr
 
 
 def test_every_documented_command_works_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
@@ -104,7 +118,7 @@ def test_every_documented_command_works_from_the_installed_wheel(installed: Path
         )
         assert run.returncode == 0, f"{shlex.join(command)}\n{run.stdout}\n{run.stderr}"
     where = subprocess.run(
-        [installed.parent / "python", "-c", "import toolchain; print(toolchain.__file__)"],
+        [installed.parent / "python", "-c", "import enginewright; print(enginewright.__file__)"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -115,7 +129,7 @@ def test_every_documented_command_works_from_the_installed_wheel(installed: Path
 
 
 def test_every_option_in_the_readme_is_one_that_exists() -> None:
-    from toolchain.cli import parser
+    from enginewright.cli import parser
 
     text = (ROOT / "README.md").read_text()
     text = "\n".join(line for line in text.splitlines() if not line.startswith("pip "))

@@ -1,7 +1,7 @@
-"""``python -m toolchain`` is ``enginewright``."""
+"""``python -m enginewright`` is ``enginewright``."""
 
 import sys
 
-from toolchain.cli import main
+from enginewright.cli import main
 
 sys.exit(main())

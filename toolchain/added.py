@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from passes.contract import NewInput, Pass, Plan
-from toolchain.errors import ToolchainError
-from toolchain.sources.contract import Model
-from validation.contract import Runner
-from validation.inputs import Arrays, InputSpec, completed, rows_of
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import NewInput, Pass, Plan
+from enginewright.sources.contract import Model
+from enginewright.validation.contract import Runner
+from enginewright.validation.inputs import Arrays, InputSpec, completed, rows_of
 
 
 def with_inputs(model: Model, new: Iterable[NewInput]) -> Model:

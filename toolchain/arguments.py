@@ -8,13 +8,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolchain import catalog
-from toolchain.errors import FaultsError, ToolchainError, raise_faults
-from toolchain.sources.mistaken import mistaken
+from enginewright import catalog
+from enginewright.errors import FaultsError, ToolchainError, raise_faults
+from enginewright.sources.mistaken import mistaken
 
 if TYPE_CHECKING:
-    from toolchain.recipe import Recipe
-    from validation.inputs import InputSpec
+    from enginewright.recipe import Recipe
+    from enginewright.validation.inputs import InputSpec
 
 WEIGHT_MODES = ("auto", "copy", "link")
 """What may become of weights that are on disk."""
@@ -39,7 +39,7 @@ def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
         content["weights"] = file
     content["calibration"] = given(file=chosen.calibration, calls=chosen.calibration_calls)
     content["validation"] = validation_from(chosen)
-    from toolchain.recipe import make
+    from enginewright.recipe import make
 
     return make(content)
 

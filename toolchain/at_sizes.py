@@ -10,16 +10,16 @@ from pathlib import Path
 
 import onnx
 
-from targets.onnx_files import external_bytes
-from targets.onnxruntime_engine import unoptimized
-from targets.pytorch_engine import EagerRunner
-from toolchain.errors import ToolchainError
-from toolchain.sources.contract import Model
-from validation import sizes
-from validation.contract import Runner
-from validation.fidelity import real_rows
-from validation.inputs import Arrays, Dim
-from validation.sizes import SizeOutcome, Sizes, text_of
+from enginewright.errors import ToolchainError
+from enginewright.sources.contract import Model
+from enginewright.targets.onnx_files import external_bytes
+from enginewright.targets.onnxruntime_engine import unoptimized
+from enginewright.targets.pytorch_engine import EagerRunner
+from enginewright.validation import sizes
+from enginewright.validation.contract import Runner
+from enginewright.validation.fidelity import real_rows
+from enginewright.validation.inputs import Arrays, Dim
+from enginewright.validation.sizes import SizeOutcome, Sizes, text_of
 
 LARGEST_GRAPH = 2 * 10**9
 """Bytes above which a graph is not run on its own before engines are built from it."""

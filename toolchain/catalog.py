@@ -8,20 +8,36 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import unknown
+from enginewright.errors import unknown
 
 if TYPE_CHECKING:
-    from passes.contract import Pass
-    from targets.contract import Target
+    from enginewright.passes.contract import Pass
+    from enginewright.targets.contract import Target
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOMS = (
+    "enginewright.passes",
+    "enginewright.targets",
+    "enginewright.validation",
+    "enginewright.reports",
+    "enginewright",
+)
+"""Packages that entries lie in, the innermost first; each is a folder of its own."""
 KINDS = ("models", "sources", "passes", "targets", "metrics", "recipes")
+
+
+def folder_of(package: str) -> Path:
+    """Where a package of ours lies; it is not imported."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(next(iter(spec.submodule_search_locations))).resolve()
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,8 @@ class Entry:
     @property
     def module(self) -> str:
         """Dotted name of its module."""
-        return ".".join(self.path.relative_to(ROOT).with_suffix("").parts)
+        room = next(name for name in ROOMS if self.path.is_relative_to(folder_of(name)))
+        return ".".join((room, *self.path.relative_to(folder_of(room)).with_suffix("").parts))
 
     @property
     def docstring(self) -> str:
@@ -56,12 +73,14 @@ class Entry:
 def entries(kind: str) -> dict[str, Entry]:
     """Everything of one kind, by name, in alphabetical order."""
     found = {
-        "models": lambda: family_files(ROOT / "toolchain" / "models", apart={"blocks"}),
-        "sources": lambda: (ROOT / "toolchain" / "sources").glob("*_source.py"),
-        "passes": lambda: family_files(ROOT / "passes", apart={"families"}, holding="(Pass)"),
-        "targets": lambda: (ROOT / "targets").glob("*_engine.py"),
-        "metrics": lambda: (p for p in (ROOT / "validation" / "metrics").glob("*.py") if p.stem != "__init__"),
-        "recipes": lambda: (ROOT / "toolchain" / "recipes").glob("*.toml"),
+        "models": lambda: family_files(folder_of("enginewright") / "models", apart={"blocks"}),
+        "sources": lambda: (folder_of("enginewright") / "sources").glob("*_source.py"),
+        "passes": lambda: family_files(folder_of("enginewright.passes"), apart={"families"}, holding="(Pass)"),
+        "targets": lambda: folder_of("enginewright.targets").glob("*_engine.py"),
+        "metrics": lambda: (
+            p for p in (folder_of("enginewright.validation") / "metrics").glob("*.py") if p.stem != "__init__"
+        ),
+        "recipes": lambda: (folder_of("enginewright") / "recipes").glob("*.toml"),
     }[kind]()
     named = {path.stem.removesuffix("_engine").removesuffix("_source"): path for path in found}
     return {name: Entry(kind, name, named[name]) for name in sorted(named)}
@@ -72,8 +91,8 @@ def listing(kind: str) -> list[tuple[str, str]]:
     found = entries(kind)
     if kind != "metrics":
         return [(name, entry.summary) for name, entry in found.items()]
-    from validation.gates import gate_names
-    from validation.metrics import load_metrics
+    from enginewright.validation.gates import gate_names
+    from enginewright.validation.metrics import load_metrics
 
     names = gate_names(load_metrics())
     return [(name, summary_of_figure(name, found)) for name in names]
@@ -124,14 +143,14 @@ def sole_class(module: ModuleType, base: type) -> type[Any]:
 
 def pass_class(name: str, *, where: str | None = None) -> type[Pass]:
     """The pass of that name."""
-    from passes.contract import Pass
+    from enginewright.passes.contract import Pass
 
     return sole_class(load("passes", name, where=where), Pass)
 
 
 def target_class(name: str, *, where: str | None = None) -> type[Target]:
     """The target of that name."""
-    from targets.contract import Target
+    from enginewright.targets.contract import Target
 
     return sole_class(load("targets", name, where=where), Target)
 

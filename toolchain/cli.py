@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolchain import __version__
-from toolchain.asking import LARGEST_SEED, Parser, dtype, listed, size, whole
-from toolchain.catalog import KINDS
-from toolchain.errors import DONE, WRONG_USE
-from toolchain.failing import check_text, ended
+from enginewright import __version__
+from enginewright.asking import LARGEST_SEED, Parser, dtype, listed, size, whole
+from enginewright.catalog import KINDS
+from enginewright.errors import DONE, WRONG_USE
+from enginewright.failing import check_text, ended
 
 EXIT_CODES = """exit codes:
   0   done, and all gates met
@@ -299,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return WRONG_USE
         check_text(given)
         chosen = parser().read(given)
-        from toolchain import commands
+        from enginewright import commands
 
         chosen.answers = sys.stdout
         # What a user's file or a library prints does not belong into a JSON document.

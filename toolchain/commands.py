@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolchain import catalog, sources
-from toolchain.arguments import recipe_from, sizes_from
-from toolchain.errors import CANNOT, DONE, MISSED, ToolchainError
-from toolchain.progress import Progress
-from toolchain.screen import show, table
+from enginewright import catalog, sources
+from enginewright.arguments import recipe_from, sizes_from
+from enginewright.errors import CANNOT, DONE, MISSED, ToolchainError
+from enginewright.progress import Progress
+from enginewright.screen import show, table
 
 CALLS = 8
 """Calls to compare on where no recipe says how many."""
@@ -49,7 +49,7 @@ def list_command(chosen: Namespace) -> int:
 
 def show_command(chosen: Namespace) -> int:
     """One entry, looked up in every kind, or a source's model."""
-    from toolchain.show import describe, tell
+    from enginewright.show import describe, tell
 
     data = describe(chosen.name, trust_remote_code=chosen.trust_remote_code)
     answer(chosen, data, lambda: tell(data))
@@ -78,9 +78,9 @@ def run_command(chosen: Namespace) -> int:
 
 def read_saying(path: Path, *, quiet: bool) -> Any:
     """Read a recipe and say which code it will run; always where it lies in an artifact, which others may have made."""
-    from toolchain import artifact
-    from toolchain.recipe import read
-    from toolchain.trust import recipe_code
+    from enginewright import artifact
+    from enginewright.recipe import read
+    from enginewright.trust import recipe_code
 
     artifact.heal_absent(path.parent)
     recipe = read(path)
@@ -93,7 +93,7 @@ def read_saying(path: Path, *, quiet: bool) -> Any:
 
 def export(recipe: Any, chosen: Namespace) -> int:
     """Run a recipe and say how it went; a pipeline gives one artifact for each of its networks."""
-    from toolchain import artifact
+    from enginewright import artifact
 
     parts = sources.parts_of(recipe.model)
     if not parts:
@@ -115,8 +115,8 @@ def export(recipe: Any, chosen: Namespace) -> int:
 
 def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any], int, Callable[[], None]]:
     """One artifact: its report, the exit code, and a way to say it."""
-    from reports import markdown, terminal
-    from toolchain import pipeline
+    from enginewright import pipeline
+    from enginewright.reports import markdown, terminal
 
     progress = Progress(quiet=chosen.quiet)
     report, code = pipeline.export(recipe, out, force=chosen.force, progress=progress, trust_code=chosen.trust_code)
@@ -133,7 +133,7 @@ def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any
 
 def plan_command(chosen: Namespace) -> int:
     """Decide every step and estimate; nothing is written."""
-    from toolchain import pipeline
+    from enginewright import pipeline
 
     is_file = chosen.subject.endswith(".toml")
     recipe = read_saying(Path(chosen.subject), quiet=chosen.quiet) if is_file else recipe_from(chosen, chosen.subject)
@@ -159,10 +159,10 @@ def plan_command(chosen: Namespace) -> int:
 
 def bench_command(chosen: Namespace) -> int:
     """Paired latency of everything that was named, beside the first one's original."""
-    from toolchain.measure import time_all
-    from toolchain.opened import open_subject
-    from toolchain.recipe import Validation, threads_here
-    from validation.inputs import draw
+    from enginewright.measure import time_all
+    from enginewright.opened import open_subject
+    from enginewright.recipe import Validation, threads_here
+    from enginewright.validation.inputs import draw
 
     subjects = [chosen.subject, *chosen.against]
     if len(subjects) == 1 and not Path(chosen.subject.partition("#")[0]).is_dir():
@@ -214,12 +214,12 @@ def bench_command(chosen: Namespace) -> int:
 
 def compare_command(chosen: Namespace) -> int:
     """Fidelity of the second subject's runners to the first's."""
-    from reports.record import TargetRecord
-    from toolchain.measure import answers_of, compared, judge_gates, masks_of, refuse_unsteady
-    from toolchain.opened import open_subject
-    from toolchain.recipe import gate_names
-    from validation.fidelity import non_finite
-    from validation.gates import parse
+    from enginewright.measure import answers_of, compared, judge_gates, masks_of, refuse_unsteady
+    from enginewright.opened import open_subject
+    from enginewright.recipe import gate_names
+    from enginewright.reports.record import TargetRecord
+    from enginewright.validation.fidelity import non_finite
+    from enginewright.validation.gates import parse
 
     bounds = [parse(text, known=gate_names(), where="--gate") for text in chosen.gate]
     progress = Progress(quiet=chosen.quiet)
@@ -256,8 +256,8 @@ def calls_for(first: Any, second: Any, count: int | None) -> tuple[list[Any], st
         second: the same; asked where the first has none.
         count: how many; None for as many as the artifact was validated on.
     """
-    from toolchain.measure import validation_calls
-    from validation.inputs import draw
+    from enginewright.measure import validation_calls
+    from enginewright.validation.inputs import draw
 
     recipe = first if first.seed is not None else second
     number = count if count is not None else recipe.calls or CALLS
@@ -285,7 +285,7 @@ def comparison_data(name: str, records: Sequence[Any], gates: Sequence[Any]) -> 
 
 def tell_comparison(name: str, calls: int, records: Sequence[Any], gates: Sequence[Any]) -> None:
     """The answer of ``compare`` as text."""
-    from reports import summary, words
+    from enginewright.reports import summary, words
 
     rows = [
         (
@@ -328,11 +328,11 @@ def gate_code(verdicts: Iterable[str]) -> int:
 
 def check_command(chosen: Namespace) -> int:
     """Hold an artifact's figures against a baseline."""
-    from reports import junit, record
-    from toolchain import artifact
-    from toolchain.asking import place_for
-    from toolchain.writing import write_where_told
-    from validation import regression
+    from enginewright import artifact
+    from enginewright.asking import place_for
+    from enginewright.reports import junit, record
+    from enginewright.validation import regression
+    from enginewright.writing import write_where_told
 
     place_for(chosen.junit)
     given = dict(regression.figure_given(text) for text in chosen.figure)
@@ -370,8 +370,8 @@ def check_command(chosen: Namespace) -> int:
 
 def update_baseline(chosen: Namespace, content: dict[str, Any], given: dict[str, Any]) -> int:
     """Write a baseline of a run, and say which of its figures are none."""
-    from toolchain.writing import in_words, make_folder
-    from validation import regression
+    from enginewright.validation import regression
+    from enginewright.writing import in_words, make_folder
 
     keep = regression.read(chosen.baseline) if chosen.baseline.exists() else None
     baseline = regression.baseline_from(content, keep=keep, given=given)
@@ -391,8 +391,8 @@ def update_baseline(chosen: Namespace, content: dict[str, Any], given: dict[str,
 
 def report_command(chosen: Namespace) -> int:
     """Render again."""
-    from reports import record, rendering
-    from toolchain import artifact
+    from enginewright import artifact
+    from enginewright.reports import record, rendering
 
     artifact.heal_absent(chosen.artifact)
     place = chosen.artifact / artifact.MANIFEST
@@ -407,7 +407,7 @@ def report_command(chosen: Namespace) -> int:
 
 def doctor_command(chosen: Namespace) -> int:
     """The four answers of every target, and the machine."""
-    from toolchain import environment
+    from enginewright import environment
 
     targets = []
     for name in catalog.entries("targets"):

@@ -7,7 +7,7 @@ import os
 import platform
 from typing import Any
 
-from targets import machine
+from enginewright.targets import machine
 
 LIBRARIES = (
     "torch",

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from passes.contract import Plan, module_at
-from passes.patterns import PATTERN, keeps_pattern
+from enginewright.passes.contract import Plan, module_at
+from enginewright.passes.patterns import PATTERN, keeps_pattern
 
 
 @dataclass

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from passes.variants import ByTimestep
-from targets import stored
-from targets.contract import Arrays, Runner
-from toolchain.errors import ToolchainError, UnavailableError
-from toolchain.opened import engines_of, reopen, replay
-from toolchain.pipeline import Run
-from toolchain.recipe import threads_here
-from toolchain.sources.contract import LIBRARIES, Interface, read_interface
-from toolchain.sources.filling import without_memory
-from validation.inputs import Dim, InputSpec
+from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.opened import engines_of, reopen, replay
+from enginewright.passes.variants import ByTimestep
+from enginewright.pipeline import Run
+from enginewright.recipe import threads_here
+from enginewright.sources.contract import LIBRARIES, Interface, read_interface
+from enginewright.sources.filling import without_memory
+from enginewright.targets import stored
+from enginewright.targets.contract import Arrays, Runner
+from enginewright.validation.inputs import Dim, InputSpec
 
 ABSENT = {"attention_mask": 1, "token_type_ids": 0}
 """What an input is when a caller leaves it out, as transformers has it."""

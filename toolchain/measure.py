@@ -7,22 +7,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reports import record
-from reports.pictures import png_grid
-from toolchain.at_sizes import SEED as SIZES_SEED
-from toolchain.at_sizes import Again, SizedCall, again_with, answerable, at_one_size, faults_of
-from toolchain.calibration import VALIDATION_SEED
-from toolchain.errors import ToolchainError
-from toolchain.progress import Progress
-from toolchain.recipe import Validation
-from toolchain.sources.contract import Model
-from validation import latency
-from validation.contract import Drawn, Runner, SampleMetric, SamplingTask
-from validation.fidelity import OutputFidelity, compare, dead_columns, empty, non_finite, worst
-from validation.gates import GateBound, judge
-from validation.inputs import Array, Arrays, draw
-from validation.metrics import load_metrics
-from validation.metrics.relative_l2 import RelativeL2
+from enginewright.at_sizes import SEED as SIZES_SEED
+from enginewright.at_sizes import Again, SizedCall, again_with, answerable, at_one_size, faults_of
+from enginewright.calibration import VALIDATION_SEED
+from enginewright.errors import ToolchainError
+from enginewright.progress import Progress
+from enginewright.recipe import Validation
+from enginewright.reports import record
+from enginewright.reports.pictures import png_grid
+from enginewright.sources.contract import Model
+from enginewright.validation import latency
+from enginewright.validation.contract import Drawn, Runner, SampleMetric, SamplingTask
+from enginewright.validation.fidelity import OutputFidelity, compare, dead_columns, empty, non_finite, worst
+from enginewright.validation.gates import GateBound, judge
+from enginewright.validation.inputs import Array, Arrays, draw
+from enginewright.validation.metrics import load_metrics
+from enginewright.validation.metrics.relative_l2 import RelativeL2
 
 STEADY = 1e-4
 """Relative L2 distance of two answers of a steady original: the order of float32 additions may change, no more."""

@@ -10,23 +10,23 @@ from typing import Any
 
 from torch import nn
 
-from passes.contract import Context, Pass, Plan
-from passes.surgery import share
-from targets.contract import Runner
-from targets.onnx_files import check_onnx
-from toolchain import artifact, catalog, origin, sources
-from toolchain.added import compared_with, completing
-from toolchain.at_sizes import eager
-from toolchain.engines import parts_for, runner_of
-from toolchain.errors import ToolchainError, UnavailableError
-from toolchain.pipeline import Run
-from toolchain.progress import Progress
-from toolchain.recipe import read, threads_here
-from toolchain.sources.contract import Model, read_interface
-from toolchain.sources.mistaken import mistaken
-from toolchain.sources.onnx_source import inputs_of
-from toolchain.trust import refuse_untrusted
-from validation.inputs import InputSpec
+from enginewright import artifact, catalog, origin, sources
+from enginewright.added import compared_with, completing
+from enginewright.at_sizes import eager
+from enginewright.engines import parts_for, runner_of
+from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.surgery import share
+from enginewright.pipeline import Run
+from enginewright.progress import Progress
+from enginewright.recipe import read, threads_here
+from enginewright.sources.contract import Model, read_interface
+from enginewright.sources.mistaken import mistaken
+from enginewright.sources.onnx_source import inputs_of
+from enginewright.targets.contract import Runner
+from enginewright.targets.onnx_files import check_onnx
+from enginewright.trust import refuse_untrusted
+from enginewright.validation.inputs import InputSpec
 
 MODELS = ("config.json", "model_index.json", "modules.json", "adapter_config.json")
 """Files of folders that hold a model, and no artifact."""

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toolchain import sources
-from toolchain.artifact import digest
-from toolchain.errors import ToolchainError
-from toolchain.recipe import Recipe
-from toolchain.sources.contract import Model
+from enginewright import sources
+from enginewright.artifact import digest
+from enginewright.errors import ToolchainError
+from enginewright.recipe import Recipe
+from enginewright.sources.contract import Model
 
 Record = Mapping[str, Any]
 SHOWN = 4

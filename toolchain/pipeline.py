@@ -14,15 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
-from passes.graph.module import GraphModule
-from passes.surgery import share
-from reports import deploying, record, rendering, summary, words
-from targets.contract import Built, Graph, ShapeRange
-from targets.element_types import DTYPES
-from targets.onnx_export import export_onnx, save
-from targets.weights import settle_weights
-from toolchain import (
+from enginewright import (
     __version__,
     artifact,
     at_sizes,
@@ -35,9 +27,9 @@ from toolchain import (
     sources,
     teachers,
 )
-from toolchain.added import compared_with, completing, with_inputs
-from toolchain.engines import parts_for, runner_of
-from toolchain.errors import (
+from enginewright.added import compared_with, completing, with_inputs
+from enginewright.engines import parts_for, runner_of
+from enginewright.errors import (
     CANNOT,
     DONE,
     MISSED,
@@ -47,17 +39,25 @@ from toolchain.errors import (
     raise_faults,
     unknown,
 )
-from toolchain.hints import Hints
-from toolchain.measure import judge_gates, measure, refuse_unsteady
-from toolchain.preparing import fed, part_in_two, read_halves, said_of
-from toolchain.progress import Progress
-from toolchain.recipe import Recipe, TargetStep, threads_here
-from toolchain.scratch import Scratch
-from toolchain.sources.contract import Model, write_interface
-from toolchain.switching import parts_of, read_table, table_of, write_table
-from validation.contract import Runner
-from validation.fidelity import non_finite
-from validation.inputs import Dim, completed, draw, shared_by_rows
+from enginewright.hints import Hints
+from enginewright.measure import judge_gates, measure, refuse_unsteady
+from enginewright.passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
+from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.surgery import share
+from enginewright.preparing import fed, part_in_two, read_halves, said_of
+from enginewright.progress import Progress
+from enginewright.recipe import Recipe, TargetStep, threads_here
+from enginewright.reports import deploying, record, rendering, summary, words
+from enginewright.scratch import Scratch
+from enginewright.sources.contract import Model, write_interface
+from enginewright.switching import parts_of, read_table, table_of, write_table
+from enginewright.targets.contract import Built, Graph, ShapeRange
+from enginewright.targets.element_types import DTYPES
+from enginewright.targets.onnx_export import export_onnx, save
+from enginewright.targets.weights import settle_weights
+from enginewright.validation.contract import Runner
+from enginewright.validation.fidelity import non_finite
+from enginewright.validation.inputs import Dim, completed, draw, shared_by_rows
 
 
 @dataclass

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from passes.contract import Pass
-from toolchain import sources
-from toolchain.errors import ToolchainError, UnavailableError, raise_faults, unknown
-from toolchain.recipe import Recipe
-from toolchain.sources.mistaken import HUB, mistaken
-from validation.contract import SampleMetric
-from validation.metrics import load_metrics
+from enginewright import sources
+from enginewright.errors import ToolchainError, UnavailableError, raise_faults, unknown
+from enginewright.passes.contract import Pass
+from enginewright.recipe import Recipe
+from enginewright.sources.mistaken import HUB, mistaken
+from enginewright.validation.contract import SampleMetric
+from enginewright.validation.metrics import load_metrics
 
 
 class Wanted(NamedTuple):

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from passes.graph.module import GraphModule
-from passes.hoisting import hoisted
-from targets.contract import ShapeRange
-from targets.split_graph import Halves, split_graph
-from targets.weights import load_graph
-from toolchain.errors import ToolchainError
-from toolchain.reading import first_line, read_json
-from validation.contract import Runner
-from validation.inputs import Arrays, InputSpec, draw
-from validation.sizes import at_limits
+from enginewright.errors import ToolchainError
+from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.hoisting import hoisted
+from enginewright.reading import first_line, read_json
+from enginewright.targets.contract import ShapeRange
+from enginewright.targets.split_graph import Halves, split_graph
+from enginewright.targets.weights import load_graph
+from enginewright.validation.contract import Runner
+from enginewright.validation.inputs import Arrays, InputSpec, draw
+from enginewright.validation.sizes import at_limits
 
 TABLE = "prepared.json"
 PREPARE, STEP = "-prepare", "-step"

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,15 +28,15 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from passes.contract import WORDS, Pass
-from targets.contract import Target
-from toolchain import catalog, sources
-from toolchain.asking import DTYPES, LARGEST_SEED
-from toolchain.errors import FaultsError, ToolchainError, invalid, raise_faults
-from toolchain.reading import read_toml
-from validation.gates import GateBound, parse
-from validation.gates import gate_names as gates_of
-from validation.metrics import load_metrics
+from enginewright import catalog, sources
+from enginewright.asking import DTYPES, LARGEST_SEED
+from enginewright.errors import FaultsError, ToolchainError, invalid, raise_faults
+from enginewright.passes.contract import WORDS, Pass
+from enginewright.reading import read_toml
+from enginewright.targets.contract import Target
+from enginewright.validation.gates import GateBound, parse
+from enginewright.validation.gates import gate_names as gates_of
+from enginewright.validation.metrics import load_metrics
 
 
 class Table(BaseModel):

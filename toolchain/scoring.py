@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from passes.contract import Inputs
-from targets.pytorch_engine import EagerRunner, flat
-from toolchain import calibration
-from toolchain.errors import ToolchainError, unknown
-from toolchain.recipe import Recipe, threads_here
-from toolchain.sources import user_file
-from toolchain.sources.contract import Model
-from validation.contract import Drawn, SampleMetric, SamplingTask
-from validation.metrics import load_metrics
+from enginewright import calibration
+from enginewright.errors import ToolchainError, unknown
+from enginewright.passes.contract import Inputs
+from enginewright.recipe import Recipe, threads_here
+from enginewright.sources import user_file
+from enginewright.sources.contract import Model
+from enginewright.targets.pytorch_engine import EagerRunner, flat
+from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
+from enginewright.validation.metrics import load_metrics
 
 Score = Callable[[nn.Module], float]
 

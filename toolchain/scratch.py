@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from targets import stored
+from enginewright.targets import stored
 
 SMALLEST = 1 << 20
 """Bytes; smaller tensors stay in memory."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from reports.terminal import Line, Rows
+    from enginewright.reports.terminal import Line, Rows
 
 STYLES = {"met": "bold green", "missed": "bold red", "not_measured": "bold", "quiet": "dim", "doubt": "yellow"}
 """Colours; a terminal gets none where NO_COLOR is set."""
@@ -24,7 +24,7 @@ def table(rows: Sequence[Sequence[str]], heads: Sequence[str], *, file: TextIO |
 
 def show(blocks: Sequence[Line | Rows], *, file: TextIO | None = None) -> None:
     """Print sentences and tables, one after the other."""
-    from reports.terminal import Line
+    from enginewright.reports.terminal import Line
 
     file = file or sys.stdout
     console = console_for(file) if file.isatty() else None

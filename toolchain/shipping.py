@@ -9,10 +9,13 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from reports.deploying import Engine, Value
-from targets.contract import Target
-from targets.onnx_files import external_files
-from targets.onnxruntime_engine import (
+from enginewright.preparing import STEP, read_halves
+from enginewright.reading import read_setting
+from enginewright.recipe import TargetStep
+from enginewright.reports.deploying import Engine, Value
+from enginewright.targets.contract import Target
+from enginewright.targets.onnx_files import external_files
+from enginewright.targets.onnxruntime_engine import (
     ACCURACY,
     ENGINE,
     EVERY_OPTIMIZER,
@@ -21,12 +24,9 @@ from targets.onnxruntime_engine import (
     disabled_optimizers,
     four_bit_products,
 )
-from targets.tensorrt_builder import ENGINE as PLAN
-from targets.weights import load_graph
-from toolchain.preparing import STEP, read_halves
-from toolchain.reading import read_setting
-from toolchain.recipe import TargetStep
-from validation.inputs import Dim, InputSpec
+from enginewright.targets.tensorrt_builder import ENGINE as PLAN
+from enginewright.targets.weights import load_graph
+from enginewright.validation.inputs import Dim, InputSpec
 
 
 def engines_of(

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from toolchain import catalog, sources
-from toolchain.errors import unknown
-from toolchain.sources.mistaken import READERS, mistaken
+from enginewright import catalog, sources
+from enginewright.errors import unknown
+from enginewright.sources.mistaken import READERS, mistaken
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from validation.inputs import InputSpec
+    from enginewright.validation.inputs import InputSpec
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -69,7 +69,7 @@ def details(kind: str, name: str, size: str) -> dict[str, Any]:
         cls = catalog.target_class(name)
         return {**parameters(cls), "formats": dict(cls.formats)}
     if kind == "metrics":
-        from validation.metrics import load_metrics
+        from enginewright.validation.metrics import load_metrics
 
         metric = load_metrics()[name]
         return {"gate": f"{metric.kind}.{name}", "unit": metric.unit, "higher_is_better": metric.higher_is_better}
@@ -100,8 +100,8 @@ def model_details(name: str, size: str) -> dict[str, Any]:
     """Sizes; and for one size its input contract, parameters and multiply-accumulates, counted on the meta device."""
     import torch
 
-    from passes.contract import macs
-    from toolchain.sources.reference import WEIGHTS, sizes_of
+    from enginewright.passes.contract import macs
+    from enginewright.sources.reference import WEIGHTS, sizes_of
 
     module = catalog.load("models", name)
     sizes = sizes_of(module)
@@ -127,11 +127,11 @@ def model_details(name: str, size: str) -> dict[str, Any]:
 
 def source_details(prefix: str, text: str, trust_remote_code: bool) -> dict[str, Any]:
     """A source's model, its weights left where they lie; of a whole pipeline, the networks that it holds."""
-    from passes.contract import cost
+    from enginewright.passes.contract import cost
 
     about = {
         "source": prefix,
-        "documentation": inspect.getdoc(importlib.import_module(f"toolchain.sources.{prefix}_source")),
+        "documentation": inspect.getdoc(importlib.import_module(f"enginewright.sources.{prefix}_source")),
     }
     if parts := sources.parts_of(text):
         return {**about, "components": [f"{text}#{part}" for part in parts]}
@@ -155,9 +155,9 @@ def countable_macs(module: nn.Module, specs: Sequence[InputSpec]) -> tuple[int |
     """Multiply-accumulates at batch 1, or None and why they cannot be counted on shapes alone."""
     import torch
 
-    from passes.contract import macs_of_shapes
-    from passes.graph.module import GraphModule
-    from validation.inputs import draw
+    from enginewright.passes.contract import macs_of_shapes
+    from enginewright.passes.graph.module import GraphModule
+    from enginewright.validation.inputs import draw
 
     if isinstance(module, GraphModule):
         return None, "multiply-accumulates of ONNX graphs are not counted"
@@ -168,7 +168,7 @@ def countable_macs(module: nn.Module, specs: Sequence[InputSpec]) -> tuple[int |
 
 def inputs_as_json(specs: Sequence[InputSpec]) -> list[dict[str, Any]]:
     """An input contract."""
-    from validation.inputs import Dim
+    from enginewright.validation.inputs import Dim
 
     return [
         {

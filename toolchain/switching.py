@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from passes.contract import NewInput
-from passes.variants import REUSED, ByTimestep, Walk, some_rows
-from passes.variants import Reusing as ReusingModule
-from toolchain.added import with_inputs
-from toolchain.errors import ToolchainError
-from toolchain.reading import first_line, read_json
-from toolchain.sources.contract import Model
-from validation.contract import Runner
-from validation.inputs import Arrays
+from enginewright.added import with_inputs
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import NewInput
+from enginewright.passes.variants import REUSED, ByTimestep, Walk, some_rows
+from enginewright.passes.variants import Reusing as ReusingModule
+from enginewright.reading import first_line, read_json
+from enginewright.sources.contract import Model
+from enginewright.validation.contract import Runner
+from enginewright.validation.inputs import Arrays
 
 TABLE = "engines.json"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from toolchain import artifact, sources
-from toolchain.recipe import Recipe
+from enginewright import artifact, sources
+from enginewright.recipe import Recipe
 
 
 def teacher_of(text: str, recipe: Recipe, *, trust_code: bool = False) -> nn.Module:
@@ -22,7 +22,7 @@ def teacher_of(text: str, recipe: Recipe, *, trust_code: bool = False) -> nn.Mod
     folder = recipe.path(text)
     artifact.heal_absent(folder)
     if (folder / "recipe.toml").is_file():
-        from toolchain.opened import reopen, replay  # not above: it stands on the pipeline, which hands this on
+        from enginewright.opened import reopen, replay  # not above: it stands on the pipeline, which hands this on
 
         return replay(reopen(folder, trust_code=trust_code), folder)
     return sources.load(sources.with_path(text, recipe.folder, lambda path: str(recipe.path(path)))).module

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from toolchain import sources
-from toolchain.errors import ToolchainError
+from enginewright import sources
+from enginewright.errors import ToolchainError
 
 if TYPE_CHECKING:
-    from toolchain.recipe import Recipe
+    from enginewright.recipe import Recipe
 
 NO_CODE = ("onnx", "pt2")
 """Sources that never run anything, whatever a recipe trusts."""

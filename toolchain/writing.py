@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
 
 try:
     import fcntl

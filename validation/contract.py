@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
-from validation.inputs import Array, Arrays
+from enginewright.validation.inputs import Array, Arrays
 
 
 class Runner(Protocol):

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from toolchain.errors import ToolchainError
-from validation.contract import Metric, OutputMetric
-from validation.inputs import Array, Arrays
-from validation.metrics import load_metrics
-from validation.statistics import Floats, columns
+from enginewright.errors import ToolchainError
+from enginewright.validation.contract import Metric, OutputMetric
+from enginewright.validation.inputs import Array, Arrays
+from enginewright.validation.metrics import load_metrics
+from enginewright.validation.statistics import Floats, columns
 
 TOKEN_SCORES = ("start_logits", "end_logits")
 """Outputs (B, N) with a value for each token. Other outputs of two axes that fit a mask (B, N) fit it by chance."""

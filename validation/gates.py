@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from toolchain.errors import ToolchainError, unknown
-from validation.contract import Metric
+from enginewright.errors import ToolchainError, unknown
+from enginewright.validation.contract import Metric
 
 Verdict = Literal["met", "missed", "not_measured", "inconclusive"]
 

@@ -21,10 +21,10 @@ from statistics import median
 
 import numpy as np
 
-from toolchain.errors import ToolchainError
-from validation.contract import Runner
-from validation.inputs import Arrays
-from validation.statistics import Floats, bootstrap_median, bootstrap_ratio
+from enginewright.errors import ToolchainError
+from enginewright.validation.contract import Runner
+from enginewright.validation.inputs import Arrays
+from enginewright.validation.statistics import Floats, bootstrap_median, bootstrap_ratio
 
 BLOCK = 3
 """Counted calls of a turn. Fewer spend more time on uncounted calls; more leave fewer rounds to resample."""

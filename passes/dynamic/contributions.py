@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.traits import BlockStack, layer_at
-from passes.variants import REUSED
+from enginewright.passes.traits import BlockStack, layer_at
+from enginewright.passes.variants import REUSED
 
 
 @dataclass

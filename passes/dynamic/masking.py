@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.traits import FeedForward, HeadedAttention
-from passes.variants import guidance_rows, nearest
+from enginewright.passes.traits import FeedForward, HeadedAttention
+from enginewright.passes.variants import guidance_rows, nearest
 
 
 @dataclass

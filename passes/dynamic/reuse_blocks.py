@@ -9,7 +9,7 @@ timestep moves, over the norm of the stream after it. Of a U-Net only blocks wit
 DeepCache's own cut, which keeps the input of the last up block, is not made.
 
 Two engines: the whole network gives the contribution beside its output, the short one takes it as an input. Whoever
-runs them keeps the tensor from call to call (``passes.variants.Walk`` says when it may be reused).
+runs them keeps the tensor from call to call (``variants.Walk`` says when it may be reused).
 
 Shapes: B batch, N tokens, D width, L blocks, T timesteps.
 """
@@ -25,17 +25,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Inputs, Pass, Plan, macs
-from passes.dynamic.contributions import giving, stream, taking
-from passes.dynamic.schedule import at, calls_at, even, span_of, timestep_of
-from passes.pruning.probes import evaluating
-from passes.selection import check_patterns, excluded_by
-from passes.stacks import stacks_of
-from passes.surgery import share
-from passes.traits import BlockStack, layer_at
-from passes.variants import Reusing
-from passes.walking import why_not_without
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
+from enginewright.passes.dynamic.contributions import giving, stream, taking
+from enginewright.passes.dynamic.schedule import at, calls_at, even, span_of, timestep_of
+from enginewright.passes.pruning.probes import evaluating
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.stacks import stacks_of
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import BlockStack, layer_at
+from enginewright.passes.variants import Reusing
+from enginewright.passes.walking import why_not_without
 
 
 class ReuseBlocks(Pass):

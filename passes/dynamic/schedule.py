@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from passes.contract import Context, Inputs
-from passes.roles import TIMESTEPS, named
-from passes.rows import one_call, shared_inputs, some_rows
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs
+from enginewright.passes.roles import TIMESTEPS, named
+from enginewright.passes.rows import one_call, shared_inputs, some_rows
 
 
 def even(steps: int, high: float = 1000.0) -> tuple[float, ...]:

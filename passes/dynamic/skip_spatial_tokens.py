@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.dynamic.skipping import SkipStep, fitted, watched
-from passes.selection import check_patterns, excluded_by
-from passes.tokens.interpreter import interpreter
-from passes.tokens.running import SHORTENS, Found, Step, blocks_of, path_of, replace_stacks, token_stacks
-from passes.traits import TokenStack, layers_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.dynamic.skipping import SkipStep, fitted, watched
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.tokens.interpreter import interpreter
+from enginewright.passes.tokens.running import SHORTENS, Found, Step, blocks_of, path_of, replace_stacks, token_stacks
+from enginewright.passes.traits import TokenStack, layers_of
 
 
 class SkipSpatialTokens(Pass):

@@ -10,13 +10,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context
-from passes.tokens.dropping import best
-from passes.tokens.interpreter import Interpreter, fit
-from passes.tokens.matching import rows
-from passes.tokens.running import Found, Step, TokenRun, Tokens, stack_at
-from passes.traits import TokenBlock
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.tokens.dropping import best
+from enginewright.passes.tokens.interpreter import Interpreter, fit
+from enginewright.passes.tokens.matching import rows
+from enginewright.passes.tokens.running import Found, Step, TokenRun, Tokens, stack_at
+from enginewright.passes.traits import TokenBlock
 
 
 class SkipStep(Step):

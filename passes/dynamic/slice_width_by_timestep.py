@@ -23,17 +23,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.dynamic.buckets import masks_for, stretches
-from passes.dynamic.masking import columns_of, mask_units
-from passes.dynamic.schedule import calls_at, even, span_of, timestep_of
-from passes.pruning.probes import Call, calls_of, evaluating, probe
-from passes.rows import shared_inputs
-from passes.selection import check_patterns, excluded_by
-from passes.surgery import share
-from passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
-from passes.variants import ByTimestep
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.dynamic.buckets import masks_for, stretches
+from enginewright.passes.dynamic.masking import columns_of, mask_units
+from enginewright.passes.dynamic.schedule import calls_at, even, span_of, timestep_of
+from enginewright.passes.pruning.probes import Call, calls_of, evaluating, probe
+from enginewright.passes.rows import shared_inputs
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
+from enginewright.passes.variants import ByTimestep
 
 Layer = HeadedAttention | FeedForward
 

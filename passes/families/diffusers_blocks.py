@@ -9,9 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from passes.families import joint_blocks
-from passes.surgery import ProjectedAttention, ProjectedFeedForward, projected_attention, projected_feed_forward
-from passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, only
+from enginewright.passes.families import joint_blocks
+from enginewright.passes.surgery import (
+    ProjectedAttention,
+    ProjectedFeedForward,
+    projected_attention,
+    projected_feed_forward,
+)
+from enginewright.passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, only
 
 PROCESSORS = {"AttnProcessor", "AttnProcessor2_0"}
 """What computes the attention is not a module: only these two are known to read the layer's own counts."""

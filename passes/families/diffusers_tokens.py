@@ -9,8 +9,8 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from passes.families.diffusers_blocks import PROCESSORS
-from passes.traits import TokenBlock, TokenStack
+from enginewright.passes.families.diffusers_blocks import PROCESSORS
+from enginewright.passes.traits import TokenBlock, TokenStack
 
 ABSENT = ("spatial_norm", "group_norm", "norm_q", "norm_k")
 """Parts of ``Attention`` that DiT does without."""

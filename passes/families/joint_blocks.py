@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from passes.surgery import ProjectedAttention, projected_attention
-from passes.traits import FixedAttention, HeadedAttention, Stream, only
+from enginewright.passes.surgery import ProjectedAttention, projected_attention
+from enginewright.passes.traits import FixedAttention, HeadedAttention, Stream, only
 
 PROCESSORS = {"JointAttnProcessor2_0", "FluxAttnProcessor"}
 """What computes the attention; both read the layer's own counts."""

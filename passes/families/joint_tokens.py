@@ -14,9 +14,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from passes.families.joint_blocks import NORMS, OWN, TEXT, is_joint
-from passes.surgery import own_parts
-from passes.traits import TokenBlock, TokenStack
+from enginewright.passes.families.joint_blocks import NORMS, OWN, TEXT, is_joint
+from enginewright.passes.surgery import own_parts
+from enginewright.passes.traits import TokenBlock, TokenStack
 
 LARGEST_HALF = 65504
 """What Flux holds half precision's text and single blocks to."""

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from passes.surgery import own_parts
-from passes.traits import TokenBlock, TokenStack
+from enginewright.passes.surgery import own_parts
+from enginewright.passes.traits import TokenBlock, TokenStack
 
 PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
 

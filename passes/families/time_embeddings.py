@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from passes.traits import TimeEmbedding
+from enginewright.passes.traits import TimeEmbedding
 
 NAMES = ("t_embedder", "time_embedding", "time_embedder", "timestep_embedder")
 

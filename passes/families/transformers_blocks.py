@@ -10,8 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from passes.surgery import ProjectedAttention, ProjectedFeedForward, projected_attention, projected_feed_forward
-from passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, only
+from enginewright.passes.surgery import (
+    ProjectedAttention,
+    ProjectedFeedForward,
+    projected_attention,
+    projected_feed_forward,
+)
+from enginewright.passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, only
 
 
 def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:

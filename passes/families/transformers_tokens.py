@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.surgery import own_parts
-from passes.traits import TokenBlock, TokenStack
+from enginewright.passes.surgery import own_parts
+from enginewright.passes.traits import TokenBlock, TokenStack
 
 VIT_LAYER = {"attention", "layernorm_before", "layernorm_after", "mlp"}
 VIT_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

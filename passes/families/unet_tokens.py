@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from passes.families.diffusers_blocks import PROCESSORS
-from passes.families.diffusers_tokens import ABSENT, BasicBlock
-from passes.traits import TokenStack
+from enginewright.passes.families.diffusers_blocks import PROCESSORS
+from enginewright.passes.families.diffusers_tokens import ABSENT, BasicBlock
+from enginewright.passes.traits import TokenStack
 
 INPUTS = (
     "attention_mask",

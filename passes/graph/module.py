@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from toolchain.errors import ToolchainError, require
+from enginewright.errors import ToolchainError, require
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 LARGEST_INLINE = 1024

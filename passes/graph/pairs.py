@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from passes.graph.products import Product
-from passes.quantization.linear import QMAX, QMIN, weight_scales
+from enginewright.passes.graph.products import Product
+from enginewright.passes.quantization.linear import QMAX, QMIN, weight_scales
 
 
 class PairWriter:

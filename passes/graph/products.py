@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from passes.graph.module import PAIR
-from passes.quantization.scales import some_rows
+from enginewright.passes.graph.module import PAIR
+from enginewright.passes.quantization.scales import some_rows
 
 KINDS = ("MatMul", "Gemm", "Conv")
 PATCHES = 64

@@ -24,13 +24,13 @@ from onnx_ir.passes import common
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.graph.module import GraphModule, graph_of
-from passes.graph.pairs import PairWriter
-from passes.graph.products import KINDS, Product, product_of, reason_for_other
-from passes.quantization.scales import Observer, arithmetic, error_in_8_bits, scale_of, unusable
-from passes.selection import check_patterns, excluded_by
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.graph.module import GraphModule, graph_of
+from enginewright.passes.graph.pairs import PairWriter
+from enginewright.passes.graph.products import KINDS, Product, product_of, reason_for_other
+from enginewright.passes.quantization.scales import Observer, arithmetic, error_in_8_bits, scale_of, unusable
+from enginewright.passes.selection import check_patterns, excluded_by
 
 OPSET = 13
 """First opset whose QuantizeLinear knows an axis."""

@@ -17,14 +17,14 @@ from typing import ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
-from passes.contract import Context, NewInput, Pass, Plan
-from passes.heads.softpag import Perturbation, blocks_before, entries, names_of
-from passes.pruning.prune_heads import uncut
-from passes.selection import check_patterns
-from passes.surgery import share
-from passes.traits import HeadedAttention, layer_at, layers_of
-from passes.variants import each_network, local
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, NewInput, Pass, Plan
+from enginewright.passes.heads.softpag import Perturbation, blocks_before, entries, names_of
+from enginewright.passes.pruning.prune_heads import uncut
+from enginewright.passes.selection import check_patterns
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
+from enginewright.passes.variants import each_network, local
 
 
 class PerturbHeads(Pass):

@@ -7,9 +7,9 @@ import math
 import os
 from pathlib import Path
 
-from toolchain.errors import ToolchainError
-from toolchain.reading import parse_json, read_text
-from toolchain.writing import in_words, make_folder, refuse_link
+from enginewright.errors import ToolchainError
+from enginewright.reading import parse_json, read_text
+from enginewright.writing import in_words, make_folder, refuse_link
 
 
 class SearchLog:

@@ -20,15 +20,15 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from passes.contract import SCORE_HELP, Context, Json, NewInput, Pass, Plan, Score, digest_of
-from passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
-from passes.heads.search_log import SearchLog
-from passes.heads.softpag import Perturbation, entries, names_of
-from passes.pruning.prune_heads import PruneHeads, uncut
-from passes.selection import check_patterns
-from passes.surgery import share
-from passes.traits import HeadedAttention, layers_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import SCORE_HELP, Context, Json, NewInput, Pass, Plan, Score, digest_of
+from enginewright.passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
+from enginewright.passes.heads.search_log import SearchLog
+from enginewright.passes.heads.softpag import Perturbation, entries, names_of
+from enginewright.passes.pruning.prune_heads import PruneHeads, uncut
+from enginewright.passes.selection import check_patterns
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import HeadedAttention, layers_of
 
 Head = tuple[str, int]
 """Path of a layer, and one of its heads."""

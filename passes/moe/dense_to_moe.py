@@ -25,8 +25,9 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.moe.experts import (
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.moe.experts import (
     CapacityExperts,
     Form,
     Gate,
@@ -36,12 +37,11 @@ from passes.moe.experts import (
     Products,
     expert_parts,
 )
-from passes.moe.routers import Groups, Loads, balance, fit, measure_loads
-from passes.pruning.hidden_units import random_scores, taylor_scores, weight_norms
-from passes.pruning.prune_width import finite, refuse_meta, unknown_layers
-from passes.selection import check_patterns, excluded_by
-from passes.traits import FeedForward, layer_at, layers_of
-from toolchain.errors import ToolchainError
+from enginewright.passes.moe.routers import Groups, Loads, balance, fit, measure_loads
+from enginewright.passes.pruning.hidden_units import random_scores, taylor_scores, weight_norms
+from enginewright.passes.pruning.prune_width import finite, refuse_meta, unknown_layers
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.traits import FeedForward, layer_at, layers_of
 
 HELD_OUT = 8
 """Most calls on which overflow is measured anew."""

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from passes.traits import FeedForward
+from enginewright.passes.traits import FeedForward
 
 Gate = Literal["softmax", "one"]
 Form = Literal["capacity", "nonzero", "masked"]

@@ -19,17 +19,17 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from passes.contract import Context, Inputs, Pass, Plan
-from passes.dynamic.schedule import refuse_no_timestep, span_of
-from passes.pruning.probes import evaluating, first_floating
-from passes.roles import TIMESTEPS, named
-from passes.rows import shared_inputs
-from passes.selection import check_patterns, excluded_by
-from passes.stacks import stacks_of
-from passes.surgery import share
-from passes.traits import BlockStack, layer_at
-from passes.variants import ByTimestep
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.dynamic.schedule import refuse_no_timestep, span_of
+from enginewright.passes.pruning.probes import evaluating, first_floating
+from enginewright.passes.roles import TIMESTEPS, named
+from enginewright.passes.rows import shared_inputs
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.stacks import stacks_of
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import BlockStack, layer_at
+from enginewright.passes.variants import ByTimestep
 
 Stacks = Mapping[str, BlockStack]
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context
-from passes.moe.experts import Gate, choose, membership
-from passes.moe.watching import watch
-from passes.traits import FeedForward
+from enginewright.passes.contract import Context
+from enginewright.passes.moe.experts import Gate, choose, membership
+from enginewright.passes.moe.watching import watch
+from enginewright.passes.traits import FeedForward
 
 RIDGE = 1e-3
 """Of the inputs' mean square."""

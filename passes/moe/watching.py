@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context
-from passes.moe.experts import samples
-from passes.pruning.probes import evaluating
-from passes.traits import FeedForward
+from enginewright.passes.contract import Context
+from enginewright.passes.moe.experts import samples
+from enginewright.passes.pruning.probes import evaluating
+from enginewright.passes.traits import FeedForward
 
 See = Callable[[str, Tensor, Tensor], Tensor | None]
 """Called with a layer's path, its input x (B, N, D) and its hidden units a (B, N, H); may answer with other units."""

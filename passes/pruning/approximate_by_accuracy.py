@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import SCORE_HELP, Context, Losses, Pass, Plan, Score
-from passes.pruning.elements import Element, Entry, carry_out, elements_of
-from passes.pruning.probes import evaluating
-from passes.selection import check_patterns, excluded_by
-from passes.surgery import share
-from passes.traits import FixedAttention, layers_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import SCORE_HELP, Context, Losses, Pass, Plan, Score
+from enginewright.passes.pruning.elements import Element, Entry, carry_out, elements_of
+from enginewright.passes.pruning.probes import evaluating
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import FixedAttention, layers_of
 
 
 class ApproximateByAccuracy(Pass):

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from passes.pruning.hard_attention import HardAttention
-from passes.surgery import Zeros, put_at
-from passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.pruning.hard_attention import HardAttention
+from enginewright.passes.surgery import Zeros, put_at
+from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of
 
 Entry = dict[str, Any]
 """What happens to one layer: ``kind`` and ``of``, then ``whole``, ``removed`` (heads or hidden units) and ``hard``."""

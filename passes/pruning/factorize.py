@@ -20,11 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.pruning.probes import evaluating
-from passes.selection import check_patterns, excluded_by, other_matrices
-from passes.surgery import linear_like, put_at
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.pruning.probes import evaluating
+from enginewright.passes.selection import check_patterns, excluded_by, other_matrices
+from enginewright.passes.surgery import linear_like, put_at
 
 DAMPING = 1e-4
 """Of the mean of the diagonal of X^T X, added to the diagonal."""

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context
-from passes.pruning.probes import Call, evaluating, probe
-from passes.traits import FeedForward
+from enginewright.passes.contract import Context
+from enginewright.passes.pruning.probes import Call, evaluating, probe
+from enginewright.passes.traits import FeedForward
 
 Layers = Mapping[str, FeedForward]
 

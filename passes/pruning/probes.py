@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
 
 PROBES = 4
 """Random signs drawn for each calibration batch; each costs one backward pass."""

@@ -19,14 +19,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.contract import Context, Pass, Plan, Score
-from passes.pruning.probes import evaluating, tensors_in
-from passes.selection import check_patterns, excluded_by
-from passes.stacks import stacks_of
-from passes.surgery import share
-from passes.traits import BlockStack, layer_at
-from passes.walking import why_not_without
-from toolchain.errors import ToolchainError, unknown
+from enginewright.errors import ToolchainError, unknown
+from enginewright.passes.contract import Context, Pass, Plan, Score
+from enginewright.passes.pruning.probes import evaluating, tensors_in
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.stacks import stacks_of
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import BlockStack, layer_at
+from enginewright.passes.walking import why_not_without
 
 Stacks = Mapping[str, BlockStack]
 Gone = dict[str, list[int]]

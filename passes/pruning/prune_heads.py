@@ -18,12 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.audit import without_proof
-from passes.contract import Context, Pass, Plan
-from passes.pruning.probes import Call, probe
-from passes.selection import check_patterns, excluded_by
-from passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.audit import without_proof
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.pruning.probes import Call, probe
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
 
 Heads = Mapping[str, HeadedAttention]
 Scores = dict[str, list[float]]

@@ -21,12 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.audit import without_proof
-from passes.contract import Context, Pass, Plan
-from passes.pruning.hidden_units import activation_scores, random_scores, taylor_scores, weight_norms
-from passes.selection import check_patterns, excluded_by
-from passes.traits import FeedForward, layer_at, layers_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.audit import without_proof
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.pruning.hidden_units import activation_scores, random_scores, taylor_scores, weight_norms
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.traits import FeedForward, layer_at, layers_of
 
 Layers = Mapping[str, FeedForward]
 

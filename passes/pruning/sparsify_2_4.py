@@ -19,12 +19,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.patterns import PATTERN
-from passes.pruning.factorize import refuse_meta, squares_of_inputs
-from passes.selection import check_patterns, excluded_by, other_matrices
-from passes.surgery import linear_like, put_at
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.patterns import PATTERN
+from enginewright.passes.pruning.factorize import refuse_meta, squares_of_inputs
+from enginewright.passes.selection import check_patterns, excluded_by, other_matrices
+from enginewright.passes.surgery import linear_like, put_at
 
 DAMPING = 0.01
 """Of the mean of the diagonal of X^T X, added to the diagonal; the release's value."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from passes.quantization.blocks import Weights, in_blocks
+from enginewright.passes.quantization.blocks import Weights, in_blocks
 
 STEPS = 20
 

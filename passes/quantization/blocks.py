@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from passes.quantization.linear import ops
-from passes.quantization.pairs import FLOAT4, FP8_LARGEST, INT4, from_codes
+from enginewright.passes.quantization.linear import ops
+from enginewright.passes.quantization.pairs import FLOAT4, FP8_LARGEST, INT4, from_codes
 
 Weights = Literal["int4", "int8", "nvfp4", "mxfp8"]
 

@@ -25,11 +25,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from passes.contract import Context, Inputs, Pass, Plan
-from passes.selection import check_patterns, excluded_by
-from passes.surgery import share
-from passes.variants import ByTimestep
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.surgery import share
+from enginewright.passes.variants import ByTimestep
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

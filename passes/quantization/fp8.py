@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from passes.quantization.pairs import FP8_LARGEST, from_codes, to_fp8
+from enginewright.passes.quantization.pairs import FP8_LARGEST, from_codes, to_fp8
 
 
 def fp8_scales(weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from passes.quantization.blocks import Blocks, Weights, as_codes, block_scales, round_to
+from enginewright.passes.quantization.blocks import Blocks, Weights, as_codes, block_scales, round_to
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the Hessian's."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from passes.contract import Context, Plan
-from passes.quantization.reading import read
-from passes.quantization.scales import calibration_facts, unusable
-from passes.quantization.smoothing import divided, multiplied
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.quantization.reading import read
+from enginewright.passes.quantization.scales import calibration_facts, unusable
+from enginewright.passes.quantization.smoothing import divided, multiplied
 
 NEVER = "never called on the calibration inputs"
 

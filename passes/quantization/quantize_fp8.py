@@ -14,12 +14,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.quantization.fp8 import Fp8Linear
-from passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
-from passes.quantization.pairs import FP8_LARGEST
-from passes.quantization.reading import linear_layers
-from passes.quantization.scales import scale_of
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.quantization.fp8 import Fp8Linear
+from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from enginewright.passes.quantization.pairs import FP8_LARGEST
+from enginewright.passes.quantization.reading import linear_layers
+from enginewright.passes.quantization.scales import scale_of
 
 
 class QuantizeFp8(Pass):

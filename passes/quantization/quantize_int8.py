@@ -15,12 +15,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
-from passes.quantization.linear import QuantizedLinear
-from passes.quantization.reading import linear_layers
-from passes.quantization.scales import arithmetic, scale_of
-from passes.quantization.smoothing import multiplied, shared_factors
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from enginewright.passes.quantization.linear import QuantizedLinear
+from enginewright.passes.quantization.reading import linear_layers
+from enginewright.passes.quantization.scales import arithmetic, scale_of
+from enginewright.passes.quantization.smoothing import multiplied, shared_factors
 
 
 class QuantizeInt8(Pass):

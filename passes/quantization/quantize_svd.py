@@ -17,14 +17,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.quantization.blocks import BlockLinear, in_blocks
-from passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
-from passes.quantization.linear import QuantizedLinear
-from passes.quantization.reading import linear_layers
-from passes.quantization.scales import scale_of
-from passes.quantization.smoothing import multiplied, shared_factors
-from passes.surgery import linear_like
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.quantization.blocks import BlockLinear, in_blocks
+from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from enginewright.passes.quantization.linear import QuantizedLinear
+from enginewright.passes.quantization.reading import linear_layers
+from enginewright.passes.quantization.scales import scale_of
+from enginewright.passes.quantization.smoothing import multiplied, shared_factors
+from enginewright.passes.surgery import linear_like
 
 
 class QuantizeSvd(Pass):

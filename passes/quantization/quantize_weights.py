@@ -15,14 +15,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.quantization.awq import awq_factors
-from passes.quantization.blocks import FORMATS, BlockLinear, Blocks, Weights, in_blocks
-from passes.quantization.gptq import gptq
-from passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
-from passes.quantization.reading import linear_layers
-from passes.quantization.scales import scale_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.quantization.awq import awq_factors
+from enginewright.passes.quantization.blocks import FORMATS, BlockLinear, Blocks, Weights, in_blocks
+from enginewright.passes.quantization.gptq import gptq
+from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from enginewright.passes.quantization.reading import linear_layers
+from enginewright.passes.quantization.scales import scale_of
 
 
 class QuantizeWeights(Pass):

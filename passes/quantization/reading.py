@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from passes.contract import Context
-from passes.quantization.scales import some_rows
-from passes.quantization.smoothing import scales_with_weight
-from passes.selection import check_patterns, excluded_by, never_called, other_matrices
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.scales import some_rows
+from enginewright.passes.quantization.smoothing import scales_with_weight
+from enginewright.passes.selection import check_patterns, excluded_by, never_called, other_matrices
 
 TRAIL = "_enginewright_trail"
 """The attribute of a tensor under which its readers are noted, so that the note goes when the tensor does."""

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context
-from passes.quantization.linear import QMAX, QMIN, weight_scales
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.linear import QMAX, QMIN, weight_scales
 
 ROWS = 256
 """Rows of a layer's input kept from each calibration call, enough to choose a scale by."""

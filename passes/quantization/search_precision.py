@@ -22,13 +22,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from passes.contract import Context, Inputs, Json, Pass, Plan, cost, macs_by_module
-from passes.quantization.budget import Option, Trade, at_most, best_trades, within
-from passes.quantization.linear import QuantizedLinear, weight_scales
-from passes.quantization.scales import as_bytes
-from passes.quantization.smoothing import multiplied
-from passes.surgery import share
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan, cost, macs_by_module
+from enginewright.passes.quantization.budget import Option, Trade, at_most, best_trades, within
+from enginewright.passes.quantization.linear import QuantizedLinear, weight_scales
+from enginewright.passes.quantization.scales import as_bytes
+from enginewright.passes.quantization.smoothing import multiplied
+from enginewright.passes.surgery import share
 
 ROUNDS = 6
 """How often a bound on the error is tightened when the measured mix misses it."""
@@ -375,8 +375,8 @@ def made(table: Mapping[str, Any]) -> Pass:
         ToolchainError: it is no pass of this family, or its parameters are wrong.
     """
     name, classes = str(table.get("pass")), []
-    if importlib.util.find_spec(f"passes.quantization.{name}"):
-        module = importlib.import_module(f"passes.quantization.{name}")
+    if importlib.util.find_spec(f"enginewright.passes.quantization.{name}"):
+        module = importlib.import_module(f"enginewright.passes.quantization.{name}")
         own = [thing for thing in vars(module).values() if getattr(thing, "__module__", "") == module.__name__]
         classes = [thing for thing in own if isinstance(thing, type) and issubclass(thing, Pass)]
     if not classes or classes[0] is SearchPrecision:

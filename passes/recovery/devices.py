@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.contract import Inputs
-from toolchain.errors import UnavailableError, require
+from enginewright.errors import UnavailableError, require
+from enginewright.passes.contract import Inputs
 
 
 class Devices:

@@ -20,13 +20,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from passes.contract import Context, Inputs, Pass, Plan, digest_of
-from passes.recovery.devices import Accelerated, Devices
-from passes.recovery.feeding import Cycled, Generated
-from passes.recovery.guides import Guide, Teacher, gap, guide, named
-from passes.recovery.low_rank import adapt
-from passes.recovery.training import Training, recompute_blocks
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs, Pass, Plan, digest_of
+from enginewright.passes.recovery.devices import Accelerated, Devices
+from enginewright.passes.recovery.feeding import Cycled, Generated
+from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide, named
+from enginewright.passes.recovery.low_rank import adapt
+from enginewright.passes.recovery.training import Training, recompute_blocks
 
 KINDS = ("auto", "generated", "calibration")
 """What ``data`` may be beside a file."""

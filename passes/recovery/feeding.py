@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from passes.contract import Inputs, digest_of
-from passes.rows import one_call
+from enginewright.passes.contract import Inputs, digest_of
+from enginewright.passes.rows import one_call
 
 AT_ONCE = 16
 """Steps whose calls are drawn together, because a whole sampling run gives many."""

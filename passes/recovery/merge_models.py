@@ -22,11 +22,12 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from passes.contract import Context, Inputs, NewInput, Pass, Plan
-from passes.recovery.devices import Accelerated, Devices
-from passes.recovery.distill import KINDS, Distill, copy_of, decision, put_weights, six, still
-from passes.recovery.guides import Guide, Teacher, gap, guide
-from passes.recovery.styles import (
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs, NewInput, Pass, Plan
+from enginewright.passes.recovery.devices import Accelerated, Devices
+from enginewright.passes.recovery.distill import KINDS, Distill, copy_of, decision, put_weights, six, still
+from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide
+from enginewright.passes.recovery.styles import (
     STYLE,
     EveryStyle,
     Merging,
@@ -36,9 +37,8 @@ from passes.recovery.styles import (
     styles_of,
     time_embeddings,
 )
-from passes.surgery import share
-from toolchain.errors import ToolchainError
-from toolchain.reading import read_tensors
+from enginewright.passes.surgery import share
+from enginewright.reading import read_tensors
 
 APART = {"teachers", "style", "start"}
 """Parameters that do not mean what they mean in ``distill``."""

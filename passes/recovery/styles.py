@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passes.contract import Inputs
-from passes.recovery.feeding import joined
-from passes.recovery.guides import Guide
-from passes.recovery.training import Training
-from passes.traits import TimeEmbedding, layers_of
+from enginewright.passes.contract import Inputs
+from enginewright.passes.recovery.feeding import joined
+from enginewright.passes.recovery.guides import Guide
+from enginewright.passes.recovery.training import Training
+from enginewright.passes.traits import TimeEmbedding, layers_of
 
 STYLE = "style"
 """The input that holds the weights of the styles (B, K)."""

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from passes.contract import Context, Inputs
-from passes.patterns import mask_of
-from passes.recovery import checkpoints
-from passes.recovery.checkpoints import State
-from passes.recovery.devices import Devices
-from passes.recovery.feeding import joined
-from passes.recovery.guides import Guide
-from passes.recovery.watching import Watch, floating
-from passes.traits import BlockStack, layers_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs
+from enginewright.passes.patterns import mask_of
+from enginewright.passes.recovery import checkpoints
+from enginewright.passes.recovery.checkpoints import State
+from enginewright.passes.recovery.devices import Devices
+from enginewright.passes.recovery.feeding import joined
+from enginewright.passes.recovery.guides import Guide
+from enginewright.passes.recovery.watching import Watch, floating
+from enginewright.passes.traits import BlockStack, layers_of
 
 if TYPE_CHECKING:
-    from passes.recovery.distill import Distill
+    from enginewright.passes.recovery.distill import Distill
 
 LOOK_EVERY, LOOKS = 10, 3
 """Steps from one look at the gradients' angle to the next, and the looks whose mean decides."""

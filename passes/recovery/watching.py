@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from passes.recovery.losses import log_map
-from passes.traits import BlockStack, FixedAttention, HeadedAttention, layers_of
+from enginewright.passes.recovery.losses import log_map
+from enginewright.passes.traits import BlockStack, FixedAttention, HeadedAttention, layers_of
 
 Pairs = Mapping[str, str]
 """Student's module path -> teacher's."""

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from passes.contract import Context, Inputs, Json
-from toolchain.errors import ToolchainError, unknown
+from enginewright.errors import ToolchainError, unknown
+from enginewright.passes.contract import Context, Inputs, Json
 
 
 @dataclass(frozen=True, kw_only=True)

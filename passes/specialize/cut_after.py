@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from passes.contract import Context, Pass, Plan
-from passes.stacks import stacks_of
-from passes.surgery import share
-from passes.traits import BlockStack, layer_at
-from toolchain.errors import ToolchainError, unknown
+from enginewright.errors import ToolchainError, unknown
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.stacks import stacks_of
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import BlockStack, layer_at
 
 
 class CutAfter(Pass):

@@ -13,11 +13,19 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from passes.contract import Context, Inputs, Json, Pass, Plan
-from passes.specialize.binding import Bound, Constant, Seen, bind, call_with, call_without, constant_modules
-from passes.surgery import share
-from passes.variants import ByTimestep, each_network, guidance_rows
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan
+from enginewright.passes.specialize.binding import (
+    Bound,
+    Constant,
+    Seen,
+    bind,
+    call_with,
+    call_without,
+    constant_modules,
+)
+from enginewright.passes.surgery import share
+from enginewright.passes.variants import ByTimestep, each_network, guidance_rows
 
 
 class FixInputs(Pass):

@@ -13,10 +13,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
-from passes.contract import Context, Inputs, Pass, Plan, macs_by_module
-from passes.hoisting import Hoisted, hoist
-from passes.specialize.binding import call_with, constant_modules
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs_by_module
+from enginewright.passes.hoisting import Hoisted, hoist
+from enginewright.passes.specialize.binding import call_with, constant_modules
 
 
 class HoistConstants(Pass):

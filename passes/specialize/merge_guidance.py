@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
-from passes.roles import CONDITIONS, named
-from passes.rows import shared_inputs, two_of_each
-from passes.surgery import share
-from passes.variants import each_network
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
+from enginewright.passes.roles import CONDITIONS, named
+from enginewright.passes.rows import shared_inputs, two_of_each
+from enginewright.passes.surgery import share
+from enginewright.passes.variants import each_network
 
 SCALE = "guidance_scale"
 

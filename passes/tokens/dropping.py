@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Inputs
-from passes.tokens.interpreter import Interpreter
-from passes.tokens.matching import ascending
-from passes.tokens.running import Step, TokenRun, Tokens, joined
-from passes.traits import TokenBlock
+from enginewright.passes.contract import Inputs
+from enginewright.passes.tokens.interpreter import Interpreter
+from enginewright.passes.tokens.matching import ascending
+from enginewright.passes.tokens.running import Step, TokenRun, Tokens, joined
+from enginewright.passes.traits import TokenBlock
 
 Entry = Mapping[str, Any]
 """``{"keep": share}`` or ``{"count": tokens}``, leading ones apart."""

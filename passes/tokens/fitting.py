@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context
-from passes.tokens.dropping import probabilities, received
-from passes.tokens.interpreter import fit, interpreter
-from passes.tokens.running import Found, Step, TokenRun, Tokens, stack_at
-from passes.traits import TokenBlock
+from enginewright.passes.contract import Context
+from enginewright.passes.tokens.dropping import probabilities, received
+from enginewright.passes.tokens.interpreter import fit, interpreter
+from enginewright.passes.tokens.running import Found, Step, TokenRun, Tokens, stack_at
+from enginewright.passes.traits import TokenBlock
 
 
 class Watch(Step):

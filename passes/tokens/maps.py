@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from passes.contract import Context, Inputs
-from passes.tokens.dropping import keep_maps
+from enginewright.passes.contract import Context, Inputs
+from enginewright.passes.tokens.dropping import keep_maps
 
 SHOWN = 4
 """Inputs that are shown."""

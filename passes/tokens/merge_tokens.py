@@ -17,10 +17,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.selection import check_patterns, excluded_by
-from passes.tokens.matching import Form, clipped, match
-from passes.tokens.running import (
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.tokens.matching import Form, clipped, match
+from enginewright.passes.tokens.running import (
     SHORTENS,
     Found,
     Step,
@@ -30,7 +30,7 @@ from passes.tokens.running import (
     replace_stacks,
     token_stacks,
 )
-from passes.traits import TokenBlock, TokenStack
+from enginewright.passes.traits import TokenBlock, TokenStack
 
 
 class MergeStep(Step):

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.selection import check_patterns, excluded_by
-from passes.tokens.matching import Form, Matching, cell_corners, match, rows
-from passes.tokens.running import (
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.tokens.matching import Form, Matching, cell_corners, match, rows
+from enginewright.passes.tokens.running import (
     SHORTENS,
     Found,
     Step,
@@ -33,7 +33,7 @@ from passes.tokens.running import (
     replace_stacks,
     token_stacks,
 )
-from passes.traits import TokenBlock, TokenStack
+from enginewright.passes.traits import TokenBlock, TokenStack
 
 Over = Literal["attention", "feed_forward", "both"]
 

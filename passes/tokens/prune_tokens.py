@@ -15,15 +15,23 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Plan
-from passes.surgery import share
-from passes.tokens.dropping import DropStep, PolicyStep, whole
-from passes.tokens.fitting import fitted
-from passes.tokens.interpreter import interpreter
-from passes.tokens.maps import token_maps
-from passes.tokens.running import SHORTENS, Found, Step, blocks_of, refuse_lost_tokens, replace_stacks, token_stacks
-from passes.traits import TokenStack
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.surgery import share
+from enginewright.passes.tokens.dropping import DropStep, PolicyStep, whole
+from enginewright.passes.tokens.fitting import fitted
+from enginewright.passes.tokens.interpreter import interpreter
+from enginewright.passes.tokens.maps import token_maps
+from enginewright.passes.tokens.running import (
+    SHORTENS,
+    Found,
+    Step,
+    blocks_of,
+    refuse_lost_tokens,
+    replace_stacks,
+    token_stacks,
+)
+from enginewright.passes.traits import TokenStack
 
 
 class PruneTokens(Pass):

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passes.audit import Call, disagreement, first_call, quietly, repeats, see, signature
-from passes.contract import Context, Plan, macs
-from passes.surgery import share
-from passes.tokens.matching import rows
-from passes.traits import TokenBlock, TokenStack, layers_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.audit import Call, disagreement, first_call, quietly, repeats, see, signature
+from enginewright.passes.contract import Context, Plan, macs
+from enginewright.passes.surgery import share
+from enginewright.passes.tokens.matching import rows
+from enginewright.passes.traits import TokenBlock, TokenStack, layers_of
 
 SHORTENS = ("merge_tokens", "merge_unmerge_tokens", "prune_tokens", "skip_spatial_tokens")
 """Passes that put a run in the place of a stack; none can follow another."""

@@ -1,6 +1,6 @@
 """What dynamic networks save: whole sampling runs of a DiT-B/2, changed by a pass and not, in turns.
 
-    python -m reports.benchmarks.dynamic [--samples N] [--part NAME] [--output FILE]
+    python -m enginewright.reports.benchmarks.dynamic [--samples N] [--part NAME] [--output FILE]
 
 Parts: ``dit_b2`` (slice_width_by_timestep), ``dit_b2_reuse`` (reuse_blocks), ``dit_b2_skip`` (skip_spatial_tokens).
 Weights are random: time and multiply-accumulates do not depend on them, quality is not measured here. A run is one
@@ -21,20 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context, Pass, Result
-from passes.dynamic.reuse_blocks import ReuseBlocks
-from passes.dynamic.schedule import even
-from passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
-from passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
-from passes.surgery import share
-from passes.variants import REUSED
-from targets.contract import Arrays, Runner
-from targets.onnx_export import export_onnx
-from targets.onnxruntime_engine import OnnxRuntime
-from toolchain.environment import describe, versions
-from toolchain.models.diffusion.dit import PUBLISHED, DiT
-from toolchain.switching import parts_of, switching, table_of
-from validation.latency import summarise, time_interleaved
+from enginewright.environment import describe, versions
+from enginewright.models.diffusion.dit import PUBLISHED, DiT
+from enginewright.passes.contract import Context, Pass, Result
+from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
+from enginewright.passes.dynamic.schedule import even
+from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
+from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
+from enginewright.passes.surgery import share
+from enginewright.passes.variants import REUSED
+from enginewright.switching import parts_of, switching, table_of
+from enginewright.targets.contract import Arrays, Runner
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
+from enginewright.validation.latency import summarise, time_interleaved
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "dynamic.json"
 THREADS = 2

@@ -1,6 +1,6 @@
 """What routed experts save: a feed-forward as it is beside its mixture of experts, in ONNX Runtime.
 
-    python -m reports.benchmarks.experts [--threads 2] [--samples 60] [--tokens 256 1024]
+    python -m enginewright.reports.benchmarks.experts [--threads 2] [--samples 60] [--tokens 256 1024]
 
 One GELU feed-forward of 768 -> 3072 -> 768, as in DiT-B, ViT-B and BERT-base, cut by ``dense_to_moe`` into a shared
 expert and 12 others of which a token uses 2: 37.5 % of its weights are active. Random weights and tokens; the router's
@@ -26,19 +26,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context, Plan, macs
-from passes.moe.dense_to_moe import DenseToMoe
-from passes.moe.experts import Products
-from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
-from targets.onnxruntime_engine import OnnxRuntime
-from targets.tensorrt_rtx_engine import TensorRtRtx
-from toolchain import environment
-from toolchain.errors import ToolchainError
-from toolchain.models.blocks.transformer import Mlp
-from validation.contract import Runner
-from validation.inputs import Arrays
-from validation.latency import BLOCK, summarise, time_interleaved
+from enginewright import environment
+from enginewright.errors import ToolchainError
+from enginewright.models.blocks.transformer import Mlp
+from enginewright.passes.contract import Context, Plan, macs
+from enginewright.passes.moe.dense_to_moe import DenseToMoe
+from enginewright.passes.moe.experts import Products
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
+from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
+from enginewright.validation.contract import Runner
+from enginewright.validation.inputs import Arrays
+from enginewright.validation.latency import BLOCK, summarise, time_interleaved
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "experts.json"
 WIDTH, HIDDEN, CALLS = 768, 3072, 8

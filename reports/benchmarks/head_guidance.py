@@ -1,6 +1,6 @@
 """What head selection does for the digits that ``dit:digits`` draws, and for how well it stands the loss of heads.
 
-    python -m reports.benchmarks.head_guidance [--samples 200] [--search-samples 20] [--candidates 6]
+    python -m enginewright.reports.benchmarks.head_guidance [--samples 200] [--search-samples 20] [--candidates 6]
 
 Writes ``reports/results/head_guidance.json``. Two searches with scores that are built in, on one thread:
 
@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from passes.contract import Plan
-from targets.pytorch_engine import EagerRunner
-from toolchain import environment
-from toolchain.calibration import VALIDATION_SEED
-from toolchain.pipeline import Run
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.sources.contract import Model
-from validation.contract import Drawn, SampleMetric
-from validation.fidelity import compare
-from validation.metrics import load_metrics
+from enginewright import environment
+from enginewright.calibration import VALIDATION_SEED
+from enginewright.passes.contract import Plan
+from enginewright.pipeline import Run
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.sources.contract import Model
+from enginewright.targets.pytorch_engine import EagerRunner
+from enginewright.validation.contract import Drawn, SampleMetric
+from enginewright.validation.fidelity import compare
+from enginewright.validation.metrics import load_metrics
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "head_guidance.json"
 MODEL = "dit:digits"

@@ -1,6 +1,6 @@
 """Graphs of networks larger than memory: peak memory and time of exporting them from disk.
 
-    python -m reports.benchmarks.large_models [NAME…]
+    python -m enginewright.reports.benchmarks.large_models [NAME…]
 
 Writes each network's checkpoint as a sparse file (shapes and zeros, no space on the disk), exports it through the
 command line with weights left where they are, has ONNX's checker read the result, and adds the figures to
@@ -29,11 +29,11 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from targets.onnx_files import check_onnx, external_bytes
-from targets.stored import TYPES
-from toolchain.errors import require
-from toolchain.models.diffusion import dit
-from toolchain.sources.filling import without_memory
+from enginewright.errors import require
+from enginewright.models.diffusion import dit
+from enginewright.sources.filling import without_memory
+from enginewright.targets.onnx_files import check_onnx, external_bytes
+from enginewright.targets.stored import TYPES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "large_models.json"
 SDXL = {
@@ -144,7 +144,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     source = folder / "checkpoint"
     source.mkdir()
     parameters, weights, subject = checkpoint(name, source)
-    measured = "import resource, sys; from toolchain.cli import main; code = main(sys.argv[1:]); "
+    measured = "import resource, sys; from enginewright.cli import main; code = main(sys.argv[1:]); "
     measured += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
     out = folder / "out"
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """What each recipe costs and buys: size, multiply-accumulates, speed and fidelity, side by side.
 
-    python -m reports.benchmarks.pareto [MODEL…]
+    python -m enginewright.reports.benchmarks.pareto [MODEL…]
 
 Exports ViT-base (224 x 224) and BERT-base (128 tokens), both with random weights, and the trained ``dit:digits`` with
 each recipe for ONNX Runtime through the command line, and writes ``reports/results/pareto.json`` and ``pareto.md``.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from toolchain import environment
+from enginewright import environment
 
 FOLDER = Path(__file__).resolve().parent.parent / "results"
 RESULTS, TABLE = FOLDER / "pareto.json", FOLDER / "pareto.md"
@@ -77,7 +77,7 @@ def checkpoint(name: str, folder: Path) -> str:
 
 def measured(model: str, steps: list[str], folder: Path) -> dict[str, Any]:
     """Export with one recipe and pick what the table shows; or the error that it ended in."""
-    command = [sys.executable, "-m", "toolchain", "export", model, "--target", "onnxruntime", "--quiet", "--json"]
+    command = [sys.executable, "-m", "enginewright", "export", model, "--target", "onnxruntime", "--quiet", "--json"]
     options = [word for step in steps for word in ("--pass", step)]
     run = subprocess.run([*command, *options, "-o", str(folder)], capture_output=True, text=True, check=False)
     if run.returncode not in (0, 1):

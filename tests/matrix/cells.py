@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from passes.contract import Pass
-from toolchain import catalog
-from toolchain.sources.contract import Model
+from enginewright import catalog
+from enginewright.passes.contract import Pass
+from enginewright.sources.contract import Model
 
 CONDITIONS = ("y", "class_labels", "encoder_hidden_states", "attention_mask", "input_ids", "z", "x", "pixel_values")
 TIMES = ("t", "timestep")

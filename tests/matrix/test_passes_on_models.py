@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from targets.pytorch_engine import flat
+from enginewright import catalog, pipeline, sources
+from enginewright.errors import ToolchainError
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.switching import parts_of, table_of
+from enginewright.targets.pytorch_engine import flat
+from enginewright.validation.inputs import draw
 from tests.matrix.cells import settings_of, step_for
 from tests.matrix.models import NAMES, written
-from toolchain import catalog, pipeline, sources
-from toolchain.errors import ToolchainError
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.switching import parts_of, table_of
-from validation.inputs import draw
 
 pytestmark = pytest.mark.matrix
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from toolchain.models.diffusion.dit import TINY, DiT
+from enginewright.models.diffusion.dit import TINY, DiT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from passes import audit
-from passes.audit import difference, disagreement, see
-from passes.contract import Context
-from passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
-from passes.pruning.prune_heads import PruneHeads
-from passes.pruning.prune_width import PruneWidth
-from passes.tokens.prune_tokens import PruneTokens
+from enginewright.passes import audit
+from enginewright.passes.audit import difference, disagreement, see
+from enginewright.passes.contract import Context
+from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
+from enginewright.passes.pruning.prune_heads import PruneHeads
+from enginewright.passes.pruning.prune_width import PruneWidth
+from enginewright.passes.tokens.prune_tokens import PruneTokens
 from tests.passes.conftest import bert, randomise, vit
 from tests.passes.joint import JOINT
 

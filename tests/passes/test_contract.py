@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
-from passes.graph.module import GraphModule
-from passes.variants import ByTimestep
-from targets.pytorch_engine import flat
+from enginewright import catalog, sources
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
+from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.variants import ByTimestep
+from enginewright.targets.pytorch_engine import flat
+from enginewright.validation.inputs import draw
 from tests.graphs import mixed
-from toolchain import catalog, sources
-from toolchain.errors import ToolchainError
-from validation.inputs import draw
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "distill": {"steps": 2},

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from passes.traits import BlockStack, FeedForward, layers_of, trait_of
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.traits import BlockStack, FeedForward, layers_of, trait_of
 
 
 def test_every_family_finds_its_feed_forwards_and_its_stack(subject):

@@ -8,9 +8,9 @@ import resource
 import pytest
 import torch
 
-from passes.contract import Context
-from toolchain import catalog
-from toolchain.errors import ToolchainError
+from enginewright import catalog
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
 
 REASONS = "|".join(
     (

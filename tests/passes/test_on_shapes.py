@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.contract import macs
-from passes.on_shapes import on_shapes
+from enginewright.passes.contract import macs
+from enginewright.passes.on_shapes import on_shapes
 
 
 def cached_like_transformers(function: Any) -> Any:

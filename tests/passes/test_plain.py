@@ -7,17 +7,17 @@ import torch
 import transformers
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.plain import plain, without_fast_path
-from passes.pruning.factorize import Factorize
-from passes.pruning.prune_depth import PruneDepth
-from passes.pruning.prune_heads import PruneHeads
-from passes.pruning.prune_width import PruneWidth
-from passes.pruning.sparsify_2_4 import Sparsify24
-from passes.quantization.quantize_fp8 import QuantizeFp8
-from passes.quantization.quantize_int8 import QuantizeInt8
-from passes.quantization.quantize_svd import QuantizeSvd
-from passes.quantization.quantize_weights import QuantizeWeights
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.plain import plain, without_fast_path
+from enginewright.passes.pruning.factorize import Factorize
+from enginewright.passes.pruning.prune_depth import PruneDepth
+from enginewright.passes.pruning.prune_heads import PruneHeads
+from enginewright.passes.pruning.prune_width import PruneWidth
+from enginewright.passes.pruning.sparsify_2_4 import Sparsify24
+from enginewright.passes.quantization.quantize_fp8 import QuantizeFp8
+from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
+from enginewright.passes.quantization.quantize_svd import QuantizeSvd
+from enginewright.passes.quantization.quantize_weights import QuantizeWeights
 from tests.passes.conftest import randomise
 
 
@@ -156,9 +156,9 @@ def test_without_the_fast_path_the_encoder_computes_the_same():
 def test_gpt2_in_8_bits_is_exported(tmp_path):
     import onnxruntime
 
-    from toolchain import load_module, pipeline
-    from toolchain.progress import Progress
-    from toolchain.recipe import make
+    from enginewright import load_module, pipeline
+    from enginewright.progress import Progress
+    from enginewright.recipe import make
 
     model, inputs = gpt2()
     model.save_pretrained(tmp_path / "model", safe_serialization=True)

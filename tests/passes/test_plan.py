@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from passes.contract import Context, Plan
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan
 
 
 def test_a_plan_comes_back_from_disk_with_its_arrays(tmp_path: Path) -> None:

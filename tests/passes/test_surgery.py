@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.pruning.factorize import Factorize
-from passes.pruning.sparsify_2_4 import Sparsify24
-from passes.quantization.quantize_int8 import QuantizeInt8
-from passes.surgery import head_indices, keep_columns, keep_rows
+from enginewright.passes.contract import Context
+from enginewright.passes.pruning.factorize import Factorize
+from enginewright.passes.pruning.sparsify_2_4 import Sparsify24
+from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
+from enginewright.passes.surgery import head_indices, keep_columns, keep_rows
 
 
 @pytest.mark.parametrize("bias", [True, False])

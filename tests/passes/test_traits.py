@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of, only, trait_of
+from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of, only, trait_of
 
 
 def test_every_family_finds_its_layers_in_order(subject):

@@ -7,12 +7,12 @@ import torch
 import transformers
 from torch import nn
 
-from passes.contract import Context
-from passes.dynamic.reuse_blocks import ReuseBlocks
-from passes.heads.perturb_heads import PerturbHeads
-from passes.pruning.prune_depth import PruneDepth
-from passes.pruning.prune_heads import PruneHeads
-from passes.traits import BlockStack, layer_at
+from enginewright.passes.contract import Context
+from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
+from enginewright.passes.heads.perturb_heads import PerturbHeads
+from enginewright.passes.pruning.prune_depth import PruneDepth
+from enginewright.passes.pruning.prune_heads import PruneHeads
+from enginewright.passes.traits import BlockStack, layer_at
 from tests.passes.conftest import randomise
 
 WINDOWS = ["sliding_attention", "full_attention"] * 2
@@ -237,9 +237,9 @@ def test_a_shared_configuration_is_cut_for_the_stack_alone():
 def test_a_windowed_model_is_exported_as_it_was_cut(tmp_path):
     import onnxruntime
 
-    from toolchain import pipeline
-    from toolchain.progress import Progress
-    from toolchain.recipe import make
+    from enginewright import pipeline
+    from enginewright.progress import Progress
+    from enginewright.recipe import make
 
     model = causal("Gemma3")
     model.save_pretrained(tmp_path / "model", safe_serialization=True)

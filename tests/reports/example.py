@@ -6,7 +6,7 @@ import base64
 import struct
 import zlib
 
-from reports.record import (
+from enginewright.reports.record import (
     BeforeAfter,
     Curve,
     Fidelity,

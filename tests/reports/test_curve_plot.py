@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from reports.curve_plot import HEIGHT, MARGIN, plot
-from reports.record import Curve
+from enginewright.reports.curve_plot import HEIGHT, MARGIN, plot
+from enginewright.reports.record import Curve
 
 
 def test_marks_stand_where_their_values_are():

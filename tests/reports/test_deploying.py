@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reports import deploying, record
-from reports.deploying import Engine, Value
+from enginewright import artifact as artifacts
+from enginewright import pipeline
+from enginewright.opened import open_subject
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import deploying, record
+from enginewright.reports.deploying import Engine, Value
 from tests.reports.example import example_report
-from toolchain import artifact as artifacts
-from toolchain import pipeline
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
 
 
 def blocks(folder: Path, language: str) -> list[str]:
@@ -36,8 +36,8 @@ def followed(folder: Path, tmp_path: Path) -> dict[str, Any]:
     subprocess.run(["sh", "-ec", commands.replace("DEST", str(away))], cwd=tmp_path / "artifact", check=True)
     shutil.rmtree(tmp_path / "artifact")
     code = blocks(folder, "python")[0]
-    assert "toolchain" not in code
-    script = f"{code}\nimport sys\nassert 'toolchain' not in sys.modules\nnp.savez('found.npz', **outputs)\n"
+    assert "enginewright" not in code
+    script = f"{code}\nimport sys\nassert 'enginewright' not in sys.modules\nnp.savez('found.npz', **outputs)\n"
     run = subprocess.run([sys.executable, "-I", "-c", script], cwd=away, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     copied = sum(path.stat().st_size for path in away.rglob("*") if path.is_file() and path.name != "found.npz")

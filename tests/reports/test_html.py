@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from reports import html
-from reports.record import Report
+from enginewright.reports import html
+from enginewright.reports.record import Report
 from tests.reports.example import HOSTILE_PATH, example_report
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from reports import junit
+from enginewright.reports import junit
 from tests.reports.example import example_report
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from reports import markdown
+from enginewright.reports import markdown
 from tests.reports.example import HOSTILE_PATH, example_report
 
 

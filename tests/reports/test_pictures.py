@@ -7,8 +7,8 @@ import zlib
 import numpy as np
 import pytest
 
-from reports.pictures import png, png_grid, token_map_png
-from reports.record import TokenMap
+from enginewright.reports.pictures import png, png_grid, token_map_png
+from enginewright.reports.record import TokenMap
 
 
 def pixels_of(file: bytes) -> np.ndarray:

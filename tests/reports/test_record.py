@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from reports import record
+from enginewright.errors import FaultsError, ToolchainError
+from enginewright.reports import record
 from tests.reports.example import example_report
-from toolchain.errors import FaultsError, ToolchainError
 
 
 def test_a_report_comes_back_as_it_was_written(tmp_path: Path) -> None:

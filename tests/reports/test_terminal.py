@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 
-from reports.terminal import Line, Rows, blocks
+from enginewright.reports.terminal import Line, Rows, blocks
 from tests.reports.example import example_report
 
 

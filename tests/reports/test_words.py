@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from reports import words
+from enginewright.reports import words
 
 
 @pytest.mark.parametrize(

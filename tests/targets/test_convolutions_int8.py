@@ -12,14 +12,14 @@ import onnxruntime
 import pytest
 import torch
 
-from passes.contract import Context
-from passes.graph.module import graph_of
-from passes.graph.quantize_graph_int8 import QuantizeGraphInt8
-from targets.contract import Built, Graph
-from targets.onnx_export import save
-from targets.onnxruntime_engine import OnnxRuntime
+from enginewright import sources
+from enginewright.passes.contract import Context
+from enginewright.passes.graph.module import graph_of
+from enginewright.passes.graph.quantize_graph_int8 import QuantizeGraphInt8
+from enginewright.targets.contract import Built, Graph
+from enginewright.targets.onnx_export import save
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
 from tests.graphs import mixed, noise, tensor, write
-from toolchain import sources
 
 X = {"x": np.random.default_rng(1).standard_normal((2, 4, 8, 8)).astype(np.float32)}
 Hints = dict[str, dict[str, Any]]

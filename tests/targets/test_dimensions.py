@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from targets.onnx_export import export_onnx
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets.onnx_export import export_onnx
 
 
 class Calls(nn.Module):

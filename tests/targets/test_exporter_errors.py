@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from targets.exporter_errors import reasons, refusal
-from targets.onnx_export import export_onnx
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets.exporter_errors import reasons, refusal
+from enginewright.targets.onnx_export import export_onnx
 
 ROWS = {"x": {0: ("batch", 1, 8)}}
 

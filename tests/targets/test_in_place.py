@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from targets import simplify, stored, weights
-from targets.onnx_export import export_onnx
-from targets.onnx_files import check_onnx
+from enginewright.targets import simplify, stored, weights
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.onnx_files import check_onnx
 
 X = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
 

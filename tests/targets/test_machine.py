@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from targets import machine
+from enginewright.targets import machine
 
 
 @pytest.mark.parametrize(

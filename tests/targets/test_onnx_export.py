@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from targets.onnx_export import export_onnx
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets.onnx_export import export_onnx
 
 
 class Net(nn.Module):

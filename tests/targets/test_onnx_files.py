@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from targets.onnx_files import check_onnx
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets.onnx_files import check_onnx
 
 
 def write(path: Path, location: str = "", offset: int = 0, length: int = 16) -> Path:

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.quantization.linear import QuantizedLinear
-from passes.quantization.quantize_weights import QuantizeWeights
-from targets import machine
-from targets.contract import Graph, ShapeRange
-from targets.dynamic_int8 import reduce_range, to_float
-from targets.onnx_export import export_onnx, save
-from targets.onnxruntime_engine import OnnxRuntime
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.linear import QuantizedLinear
+from enginewright.passes.quantization.quantize_weights import QuantizeWeights
+from enginewright.targets import machine
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.dynamic_int8 import reduce_range, to_float
+from enginewright.targets.onnx_export import export_onnx, save
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
 from tests import graphs
-from toolchain.errors import ToolchainError
 
 
 class Net(nn.Module):

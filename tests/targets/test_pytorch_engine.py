@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from targets.pytorch_engine import EagerRunner, PyTorch, flat
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets.pytorch_engine import EagerRunner, PyTorch, flat
 
 
 class Two(nn.Module):

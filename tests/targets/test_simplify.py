@@ -14,8 +14,8 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
-from targets import simplify
-from targets.onnx_export import export_onnx
+from enginewright.targets import simplify
+from enginewright.targets.onnx_export import export_onnx
 
 TYPES = {
     "float32": (onnx.TensorProto.FLOAT, np.dtype(np.float32)),

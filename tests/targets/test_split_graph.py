@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from targets.split_graph import Halves, split_graph
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets.split_graph import Halves, split_graph
 
 
 def write(nodes: list[onnx.NodeProto], folder: Path) -> Path:

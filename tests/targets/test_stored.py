@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from targets import stored
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.targets import stored
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from targets.contract import Graph
-from targets.tensorrt_builder import refusal
-from targets.tensorrt_engine import TensorRt
+from enginewright.targets.contract import Graph
+from enginewright.targets.tensorrt_builder import refusal
+from enginewright.targets.tensorrt_engine import TensorRt
 
 
 def test_without_its_module_or_a_gpu_it_says_which_is_missing() -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from passes.quantization.linear import QuantizedLinear
-from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
-from targets.tensorrt_rtx_engine import TensorRtRtx
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.quantization.linear import QuantizedLinear
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -9,8 +9,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from targets import translations
-from targets.onnx_export import export_onnx
+from enginewright.targets import translations
+from enginewright.targets.onnx_export import export_onnx
 
 KINDS = ("boolean", "infinite", "lowest", "grouped", "scaled")
 

@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from passes.contract import Context
-from passes.quantization.quantize_int8 import QuantizeInt8
-from targets import stored, weights
-from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
-from targets.onnx_files import all_tensors
-from targets.onnxruntime_engine import OnnxRuntime
-from targets.weights import Range, settle_weights
-from toolchain import sources
-from toolchain.errors import ToolchainError
+from enginewright import sources
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
+from enginewright.targets import stored, weights
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.onnx_files import all_tensors
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
+from enginewright.targets.weights import Range, settle_weights
 
 X = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
 

@@ -11,21 +11,21 @@ import onnx
 import pytest
 import torch
 
-import toolchain
-from passes.contract import Context, NewInput
-from passes.heads.perturb_heads import PerturbHeads
-from reports import record
-from targets.onnx_export import export_onnx
+import enginewright
+from enginewright import pipeline, sources
+from enginewright.added import Completing, completing, with_inputs
+from enginewright.errors import ToolchainError
+from enginewright.opened import open_subject
+from enginewright.passes.contract import Context, NewInput
+from enginewright.passes.heads.perturb_heads import PerturbHeads
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import record
+from enginewright.sources.contract import Model
+from enginewright.sources.denoisers import DENOISERS
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.validation.inputs import Arrays, Dim, InputSpec, completed, draw
 from tests.toolchain.sources.tiny_diffusers import NETWORKS, shaken
-from toolchain import pipeline, sources
-from toolchain.added import Completing, completing, with_inputs
-from toolchain.errors import ToolchainError
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.sources.contract import Model
-from toolchain.sources.denoisers import DENOISERS
-from validation.inputs import Arrays, Dim, InputSpec, completed, draw
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,8 @@ def test_the_block_before_the_first_chosen_head_stands_in_the_graph_once(guided:
 
 
 def test_an_engine_takes_them_and_does_without(guided: Path) -> None:
-    engine = toolchain.load(guided, "onnxruntime")
-    eager = toolchain.load(guided, "pytorch")
+    engine = enginewright.load(guided, "onnxruntime")
+    eager = enginewright.load(guided, "pytorch")
     plain = sources.load("dit:tiny").module(**{k: torch.from_numpy(v) for k, v in call(3).items()}).detach().numpy()
 
     np.testing.assert_allclose(engine(**call(3)), plain, atol=1e-5)
@@ -99,11 +99,13 @@ def test_whoever_does_not_know_them_can_run_the_engines(guided: Path) -> None:
 
 
 def test_the_module_comes_back_with_them(guided: Path) -> None:
-    module = toolchain.load_module(guided)
+    module = enginewright.load_module(guided)
     given = {name: torch.from_numpy(array) for name, array in call(2, pag_u=0.5, pag_w=2).items()}
     with torch.no_grad():
         found = module(**given).numpy()
-    np.testing.assert_allclose(found, toolchain.load(guided, "onnxruntime")(**call(2, pag_u=0.5, pag_w=2)), atol=1e-5)
+    np.testing.assert_allclose(
+        found, enginewright.load(guided, "onnxruntime")(**call(2, pag_u=0.5, pag_w=2)), atol=1e-5
+    )
 
 
 def test_an_input_that_is_there_already_is_not_added() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from enginewright import artifact
+from enginewright.errors import ToolchainError
 from tests.conftest import ROOT
 from tests.disks import disk, may_mount
-from toolchain import artifact
-from toolchain.errors import ToolchainError
 
 
 def finish(out: Path, text: str, *, force: bool = False) -> None:
@@ -74,7 +74,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_really_fills_in_the_middle_of_an_export(small_disk: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "toolchain", "export", "dit:tiny", "-o", str(small_disk / "out")],
+        [sys.executable, "-m", "enginewright", "export", "dit:tiny", "-o", str(small_disk / "out")],
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
@@ -112,7 +112,7 @@ def test_what_a_killed_run_left_is_swept_up_and_what_a_living_one_has_is_not(tmp
 
 
 def test_kill_9_in_the_middle_leaves_no_half_artifact_and_the_next_run_works(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "toolchain", "export", "dit:tiny", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "enginewright", "export", "dit:tiny", "-o", str(tmp_path / "out")]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob(".out.partial-*")):

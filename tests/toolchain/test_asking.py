@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import cli
-from toolchain.arguments import check_names, named, recipe_from
-from toolchain.asking import Parser
-from toolchain.errors import ToolchainError
+from enginewright import cli
+from enginewright.arguments import check_names, named, recipe_from
+from enginewright.asking import Parser
+from enginewright.errors import ToolchainError
 
 Out = pytest.CaptureFixture[str]
 
@@ -76,7 +76,7 @@ def test_a_slip_ends_in_2_with_a_way_out(arguments: list[str], said: str, capsys
     ],
 )
 def test_settings_are_refused_in_plain_words(step: dict[str, object], said: str, tip: str) -> None:
-    from toolchain.recipe import make
+    from enginewright.recipe import make
 
     with pytest.raises(ToolchainError) as caught:
         make({"model": "dit:tiny", "steps": [step]})
@@ -87,7 +87,7 @@ def test_settings_are_refused_in_plain_words(step: dict[str, object], said: str,
 
 
 def test_nested_tables_of_a_recipe_are_known_by_name() -> None:
-    from toolchain.recipe import make
+    from enginewright.recipe import make
 
     with pytest.raises(ToolchainError, match="did you mean 'rounds'"):
         make({"model": "dit:tiny", "validation": {"ronds": 5}})
@@ -139,7 +139,7 @@ def test_what_a_recipe_says_can_be_said_on_the_command_line() -> None:
 
 
 def test_short_names_of_types_stand_in_recipes_too() -> None:
-    from toolchain.recipe import make
+    from enginewright.recipe import make
 
     assert make({"model": "dit:tiny", "export": {"dtype": "fp16"}}).head.export.dtype == "float16"
     with pytest.raises(ToolchainError, match="it is one of float32, float16, bfloat16"):
@@ -147,7 +147,7 @@ def test_short_names_of_types_stand_in_recipes_too() -> None:
 
 
 def test_passes_that_exclude_each_other_are_not_sent_in_a_circle() -> None:
-    from toolchain.recipe import make
+    from enginewright.recipe import make
 
     steps = [{"pass": "quantize_int8"}, {"pass": "search_precision"}]
     for order in (steps, steps[::-1]):
@@ -156,7 +156,7 @@ def test_passes_that_exclude_each_other_are_not_sent_in_a_circle() -> None:
 
 
 def test_lists_hold_sources_and_what_gates_want(capsys: Out) -> None:
-    from toolchain.recipe import gate_names
+    from enginewright.recipe import gate_names
 
     assert cli.main(["list", "metrics", "--json"]) == 0
     assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == gate_names()
@@ -201,7 +201,7 @@ def test_every_answer_is_one_document(artifact: Path, tmp_path: Path, capsys: Ou
 def test_a_baseline_that_is_not_there_and_a_folder_for_a_file_are_noticed(
     artifact: Path, tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolchain import artifact as artifacts
+    from enginewright import artifact as artifacts
 
     def too_late(folder: Path) -> Callable[[], None]:
         raise AssertionError("work began")

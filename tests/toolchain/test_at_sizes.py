@@ -13,23 +13,23 @@ import pytest
 import torch
 from torch import nn
 
-from reports import markdown, record
-from targets.contract import Arrays
-from toolchain import at_sizes, pipeline
-from toolchain.at_sizes import SizedCall
-from toolchain.errors import DONE, ToolchainError
-from toolchain.measure import measure
-from toolchain.progress import Progress
-from toolchain.recipe import Validation, make
-from toolchain.sources.contract import Model
-from validation.inputs import Dim, InputSpec
+from enginewright import at_sizes, pipeline
+from enginewright.at_sizes import SizedCall
+from enginewright.errors import DONE, ToolchainError
+from enginewright.measure import measure
+from enginewright.progress import Progress
+from enginewright.recipe import Validation, make
+from enginewright.reports import markdown, record
+from enginewright.sources.contract import Model
+from enginewright.targets.contract import Arrays
+from enginewright.validation.inputs import Dim, InputSpec
 
 QUIET = Progress(quiet=True)
 
 
 def export(path: Path, body: str, *, targets: list[str] | None = None, **more: Any) -> tuple[record.Report, int]:
     """Export ``build`` of a user's file; ``body`` is what the file holds after its imports."""
-    head = "import torch\nfrom torch import nn\nfrom toolchain import ModelSpec\ntorch.manual_seed(0)\n"
+    head = "import torch\nfrom torch import nn\nfrom enginewright import ModelSpec\ntorch.manual_seed(0)\n"
     (path / "net.py").write_text(head + textwrap.dedent(body))
     entries = [{"target": name} for name in (["onnxruntime"] if targets is None else targets)]
     settings = {"rounds": 3, "calls": 2, **more.pop("validation", {})}
@@ -99,7 +99,7 @@ def test_a_model_that_takes_multiples_says_how_to_declare_them(example: int, tmp
 
 
 def test_declared_multiples_are_run_and_other_sizes_refused_in_words(tmp_path: Path) -> None:
-    import toolchain
+    import enginewright
 
     body = PATCHES.replace("EXAMPLE", "4").replace("TIME", "('time', 4, 64, 4)")
     report, code = export(tmp_path, body)
@@ -112,7 +112,7 @@ def test_declared_multiples_are_run_and_other_sizes_refused_in_words(tmp_path: P
     assert "also run at" in (tmp_path / "out" / "report.html").read_text().lower()
     assert record.read(tmp_path / "out" / "report.json").targets[0].sizes == target.sizes
     assert "run in ONNX Runtime at" in report.validation["graph"]
-    engine = toolchain.load(tmp_path / "out")
+    engine = enginewright.load(tmp_path / "out")
     assert engine(frames=torch.randn(3, 20, 16)).shape == (3, 5, 5)
     with pytest.raises(ToolchainError, match=r"time is 10; the model takes multiples of 4 from 4 to 64"):
         engine(frames=torch.randn(3, 10, 16))
@@ -193,7 +193,7 @@ def test_a_single_choice_that_falls_otherwise_is_no_wrong_size() -> None:
 
 
 def test_what_is_too_large_is_said_not_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("validation.sizes.BYTES", 100)
+    monkeypatch.setattr("enginewright.validation.sizes.BYTES", 100)
     found = measured(lambda call: {"y": 2 * call["x"]})
     left = [check for check in found["sizes"] if check.verdict == "not_measured"]
     assert [check.sizes["batch"] for check in left] == [5, 9]

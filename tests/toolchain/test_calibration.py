@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from toolchain import sources
-from toolchain.calibration import from_file
-from toolchain.errors import FaultsError, ToolchainError
-from validation.inputs import Dim, InputSpec
+from enginewright import sources
+from enginewright.calibration import from_file
+from enginewright.errors import FaultsError, ToolchainError
+from enginewright.validation.inputs import Dim, InputSpec
 
 
 def rows(n: int) -> dict[str, np.ndarray]:

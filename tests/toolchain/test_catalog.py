@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from toolchain import catalog
-from toolchain.errors import ToolchainError
+from enginewright import catalog
+from enginewright.errors import ToolchainError
 
 
 @pytest.mark.parametrize("kind", catalog.KINDS)

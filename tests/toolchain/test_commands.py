@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toolchain import artifact as artifacts
-from toolchain import cli
-from toolchain.commands import named_alike
-from toolchain.errors import MISSED, WRONG_USE, ToolchainError
+from enginewright import artifact as artifacts
+from enginewright import cli
+from enginewright.commands import named_alike
+from enginewright.errors import MISSED, WRONG_USE, ToolchainError
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

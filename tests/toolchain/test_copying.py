@@ -11,13 +11,13 @@ import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
-import toolchain
-from reports import record
-from toolchain import artifact, pipeline, sources
-from toolchain.arguments import weights_from
-from toolchain.errors import ToolchainError
-from toolchain.progress import Progress
-from toolchain.recipe import make
+import enginewright
+from enginewright import artifact, pipeline, sources
+from enginewright.arguments import weights_from
+from enginewright.errors import ToolchainError
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import record
 
 
 def export(folder: Path, name: str = "out", **more: Any) -> Path:
@@ -49,7 +49,7 @@ def graphs(out: Path) -> list[Path]:
 def answer(out: Path) -> np.ndarray[Any, Any]:
     """What the artifact's engine gives, which needs no source."""
     x = sources.load("dit:tiny").batches(1, 0)[0]
-    (found,) = toolchain.load(out).runner(x).values()
+    (found,) = enginewright.load(out).runner(x).values()
     return found
 
 

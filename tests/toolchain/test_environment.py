@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from toolchain import cli, environment
+from enginewright import cli, environment
 
 
 def test_two_packages_of_onnxruntime_are_a_problem_that_doctor_names(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from toolchain import cli, commands
-from toolchain.errors import FaultsError, InternalError, ToolchainError, UnavailableError
-from toolchain.progress import Progress
+from enginewright import cli, commands
+from enginewright.errors import FaultsError, InternalError, ToolchainError, UnavailableError
+from enginewright.progress import Progress
 
 Out = pytest.CaptureFixture[str]
 
@@ -132,7 +132,7 @@ def test_a_reader_that_has_gone_does_not_change_how_it_ends(monkeypatch: pytest.
     from tests.conftest import ROOT
 
     code = (
-        "import sys, time; from argparse import Namespace; from toolchain.commands import answer; "
+        "import sys, time; from argparse import Namespace; from enginewright.commands import answer; "
         "answer(Namespace(json=False), {}, lambda: print('x' * 100000)); sys.exit(7)"
     )
     command = f'{sys.executable} -c "{code}" | true; exit ${{PIPESTATUS[0]}}'

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from targets.onnxruntime_engine import OnnxRuntime
-from toolchain import catalog
-from toolchain.errors import ToolchainError
-from toolchain.recipe import make
-from toolchain.show import describe
+from enginewright import catalog
+from enginewright.errors import ToolchainError
+from enginewright.recipe import make
+from enginewright.show import describe
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
 
 STEPS = [
     {"pass": "quantize_int8"},

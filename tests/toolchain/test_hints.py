@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from passes.patterns import is_two_in_four, keeps_pattern
-from targets import machine
-from toolchain import pipeline
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.switching import parts_of
+from enginewright import pipeline
+from enginewright.passes.patterns import is_two_in_four, keeps_pattern
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.switching import parts_of
+from enginewright.targets import machine
 
 INT8 = {"pass": "quantize_int8", "smallest": 0}
 

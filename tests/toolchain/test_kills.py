@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from enginewright import artifact
+from enginewright.cli import main
+from enginewright.errors import ToolchainError
 from tests.conftest import ROOT
 from tests.disks import disk, may_mount
-from toolchain import artifact
-from toolchain.cli import main
-from toolchain.errors import ToolchainError
 
 pytestmark = pytest.mark.slow
 
@@ -129,12 +129,12 @@ FORKER = """
 import json, os, signal, sys, time, traceback
 from pathlib import Path
 import onnxruntime, onnxscript, torch, torch.onnx
-import toolchain.sources.py_source
-from targets import onnxruntime_engine
-from toolchain import pipeline
-from toolchain.errors import ToolchainError
-from toolchain.progress import Progress
-from toolchain.recipe import make
+import enginewright.sources.py_source
+from enginewright.targets import onnxruntime_engine
+from enginewright import pipeline
+from enginewright.errors import ToolchainError
+from enginewright.progress import Progress
+from enginewright.recipe import make
 
 def export(folder, out, seed):
     content = {

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import toolchain
-from toolchain import pipeline, sources
-from toolchain.errors import ToolchainError, UnavailableError
-from toolchain.loaded import Engine
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.sources.contract import Interface
-from validation.inputs import Dim, InputSpec
+import enginewright
+from enginewright import pipeline, sources
+from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.loaded import Engine
+from enginewright.opened import open_subject
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.sources.contract import Interface
+from enginewright.validation.inputs import Dim, InputSpec
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
 
 def test_an_engine_answers_as_the_module_does(bert: tuple[Any, Path]) -> None:
     model, folder = bert
-    engine = toolchain.load(folder / "out")
+    engine = enginewright.load(folder / "out")
     with torch.no_grad():
         wanted = model(IDS, attention_mask=MASK)
     found = engine(IDS, attention_mask=MASK)
@@ -73,7 +73,7 @@ def test_an_engine_answers_as_the_module_does(bert: tuple[Any, Path]) -> None:
 
 def test_what_a_caller_leaves_out_is_what_the_module_makes_of_it(bert: tuple[Any, Path]) -> None:
     model, folder = bert
-    engine = toolchain.load(folder / "out")
+    engine = enginewright.load(folder / "out")
     with torch.no_grad():
         wanted = model(IDS).last_hidden_state
     torch.testing.assert_close(engine(IDS).last_hidden_state, wanted, atol=1e-5, rtol=1e-4)
@@ -81,14 +81,14 @@ def test_what_a_caller_leaves_out_is_what_the_module_makes_of_it(bert: tuple[Any
 
 
 def test_arrays_give_arrays(bert: tuple[Any, Path]) -> None:
-    engine = toolchain.load(bert[1] / "out")
+    engine = enginewright.load(bert[1] / "out")
     found = engine(input_ids=IDS.numpy(), attention_mask=MASK.numpy())[0]
     assert isinstance(found, np.ndarray)
     assert np.array_equal(found, engine(IDS, MASK)[0].numpy())
 
 
 def test_attributes_of_the_module_are_there_without_its_weights(bert: tuple[Any, Path]) -> None:
-    engine = toolchain.load(bert[1] / "out")
+    engine = enginewright.load(bert[1] / "out")
     assert engine.config.hidden_size == 32
     assert engine.embeddings.word_embeddings.weight.device.type == "meta"
     with pytest.raises(AttributeError, match="nonsense"):
@@ -109,13 +109,13 @@ def test_attributes_of_the_module_are_there_without_its_weights(bert: tuple[Any,
     ],
 )
 def test_a_wrong_call_says_what_is_wrong(bert: tuple[Any, Path], arguments: dict[str, Any], message: str) -> None:
-    engine = toolchain.load(bert[1] / "out")
+    engine = enginewright.load(bert[1] / "out")
     with pytest.raises(ToolchainError, match=message):
         engine(**arguments)
 
 
 def test_a_module_without_a_library_gives_plain_tensors(artifact: Path) -> None:
-    engine = toolchain.load(artifact)
+    engine = enginewright.load(artifact)
     call = open_subject(str(artifact)).model.batches(1, 5)[0]  # type: ignore[union-attr]
     found = engine(torch.from_numpy(call["x"]), torch.from_numpy(call["t"]), torch.from_numpy(call["y"]))
     assert isinstance(found, torch.Tensor)
@@ -128,18 +128,18 @@ def test_a_module_without_a_library_gives_plain_tensors(artifact: Path) -> None:
 
 
 def test_a_named_target_and_one_that_does_not_run(artifact: Path) -> None:
-    assert toolchain.load(artifact, "onnxruntime").outputs == ("prediction_and_variance",)
+    assert enginewright.load(artifact, "onnxruntime").outputs == ("prediction_and_variance",)
     with pytest.raises(UnavailableError, match="tensorrt: "):
-        toolchain.load(artifact, "tensorrt")
+        enginewright.load(artifact, "tensorrt")
     with pytest.raises(ToolchainError, match="has no engine 'nope'"):
-        toolchain.load(artifact, "nope")
+        enginewright.load(artifact, "nope")
 
 
 def test_a_loaded_module_is_the_optimized_one_and_can_be_trained(bert: tuple[Any, Path], tmp_path: Path) -> None:
     export(bert[1] / "checkpoint", tmp_path / "out", [{"pass": "prune_heads", "share": 0.5}])
-    module = toolchain.load_module(tmp_path / "out")
+    module = enginewright.load_module(tmp_path / "out")
     assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in bert[0].parameters())
-    engine = toolchain.load(tmp_path / "out")
+    engine = enginewright.load(tmp_path / "out")
     torch.testing.assert_close(module(IDS, MASK)[0], engine(IDS, MASK)[0], atol=1e-5, rtol=1e-4)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     before = module(IDS, MASK)[0].detach()
@@ -166,7 +166,9 @@ def test_networks_by_timestep_are_loaded_together(tmp_path: Path) -> None:
     [call] = sources.load(f"diffusers:{tmp_path / 'checkpoint'}").batches(1, 0)
     call["timestep"] = torch.full_like(torch.as_tensor(call["timestep"]), 600).numpy()
     wanted = open_subject(str(tmp_path / "out")).runners["onnxruntime"](call)
-    given = toolchain.load_module(tmp_path / "out")(**{name: torch.from_numpy(array) for name, array in call.items()})
+    given = enginewright.load_module(tmp_path / "out")(
+        **{name: torch.from_numpy(array) for name, array in call.items()}
+    )
     [got] = given if isinstance(given, tuple) else [given]
     torch.testing.assert_close(got.detach(), torch.from_numpy(next(iter(wanted.values()))), atol=1e-5, rtol=1e-4)
 
@@ -175,9 +177,9 @@ def test_an_engine_outlives_its_source_but_a_module_needs_it(bert: tuple[Any, Pa
     bert[0].save_pretrained(tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "out", [])
     (tmp_path / "checkpoint").rename(tmp_path / "moved")
-    torch.testing.assert_close(toolchain.load(tmp_path / "out")(IDS)[0], bert[0](IDS)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(enginewright.load(tmp_path / "out")(IDS)[0], bert[0](IDS)[0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ToolchainError, match="checkpoint"):
-        toolchain.load_module(tmp_path / "out")
+        enginewright.load_module(tmp_path / "out")
 
 
 def test_a_source_that_is_written_again_is_noticed(bert: tuple[Any, Path], tmp_path: Path) -> None:
@@ -189,14 +191,14 @@ def test_a_source_that_is_written_again_is_noticed(bert: tuple[Any, Path], tmp_p
         file.seek(-4, 2)
         file.write(b"\x00\x00\x80\x3f")
     with pytest.raises(ToolchainError, match=r"weights/model\.safetensors was changed"):
-        toolchain.load(tmp_path / "out")
-    torch.testing.assert_close(toolchain.load(tmp_path / "copied")(IDS)[0], bert[0](IDS)[0], atol=1e-5, rtol=1e-4)
+        enginewright.load(tmp_path / "out")
+    torch.testing.assert_close(enginewright.load(tmp_path / "copied")(IDS)[0], bert[0](IDS)[0], atol=1e-5, rtol=1e-4)
 
 
 def test_embedded_weights_stand_alone(bert: tuple[Any, Path], tmp_path: Path) -> None:
     export(bert[1] / "checkpoint", tmp_path / "out", [], export={"embed_weights": True})
     assert not (tmp_path / "out" / "weights").exists()
-    torch.testing.assert_close(toolchain.load(tmp_path / "out")(IDS)[0], bert[0](IDS)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(enginewright.load(tmp_path / "out")(IDS)[0], bert[0](IDS)[0], atol=1e-5, rtol=1e-4)
 
 
 def test_mappings_and_sequences_are_spread_and_what_always_comes_may_be_asked_for() -> None:

@@ -6,11 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reports import record as records
-from reports.record import Fidelity, Gate, Latency, Quality, TargetRecord
-from tests.reports.example import example_report
-from toolchain.errors import ToolchainError
-from toolchain.measure import (
+from enginewright.errors import ToolchainError
+from enginewright.measure import (
     answers_of,
     as_record,
     judge_gates,
@@ -21,13 +18,16 @@ from toolchain.measure import (
     slower,
     value_of,
 )
-from toolchain.pipeline import exit_code, unmeasured, verdict
-from toolchain.progress import Progress
-from toolchain.recipe import Validation
-from validation.contract import Drawn, SampleMetric, SamplingTask
-from validation.fidelity import OutputFidelity
-from validation.gates import parse
-from validation.latency import summarise
+from enginewright.pipeline import exit_code, unmeasured, verdict
+from enginewright.progress import Progress
+from enginewright.recipe import Validation
+from enginewright.reports import record as records
+from enginewright.reports.record import Fidelity, Gate, Latency, Quality, TargetRecord
+from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
+from enginewright.validation.fidelity import OutputFidelity
+from enginewright.validation.gates import parse
+from enginewright.validation.latency import summarise
+from tests.reports.example import example_report
 
 KNOWN = [
     "fidelity.relative_l2",
@@ -89,7 +89,7 @@ def test_quality_that_cannot_be_measured_keeps_its_reason() -> None:
         higher_is_better = True
 
         def measure(self, task: SamplingTask, original: Drawn, candidate: Drawn) -> float:
-            from toolchain.errors import ToolchainError
+            from enginewright.errors import ToolchainError
 
             raise ToolchainError("too few samples: 3 of 200")
 
@@ -151,7 +151,7 @@ def test_an_original_of_zeros_is_no_equal_output() -> None:
 
 
 def test_infinite_figures_are_written_read_and_said(tmp_path: Path) -> None:
-    from reports import html, markdown
+    from enginewright.reports import html, markdown
 
     report = example_report()
     worst = FIGURES | {"relative_l2": math.inf, "worst_column": math.inf, "snr_db": -math.inf}
@@ -196,7 +196,7 @@ def test_a_speed_gate_is_judged_by_its_interval_and_by_no_unsafe_figure(
 
 def test_the_stalled_original_of_a_busy_machine_meets_no_gate() -> None:
     """80 ms where it takes 0.02 ms, in every call: a tiny and steady ratio that the old judge called met."""
-    from validation.latency import Samples
+    from enginewright.validation.latency import Samples
 
     rng = np.random.default_rng(0)
     walls = [float(each) for each in rng.normal(0.08, 0.002, 30)]
@@ -240,7 +240,7 @@ def test_a_dead_column_is_a_fault() -> None:
 
 
 def test_figures_are_over_the_rows_that_a_mask_keeps_and_over_all_of_them() -> None:
-    from reports import markdown
+    from enginewright.reports import markdown
 
     original = np.random.default_rng(0).normal(size=(2, 4, 3))
     engine = original + 1e-6

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from targets.onnx_export import export_onnx
-from toolchain.errors import ToolchainError, UnavailableError
-from toolchain.opened import open_subject
-from validation.inputs import Dim, draw
+from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.opened import open_subject
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.validation.inputs import Dim, draw
 
 
 class Lookup(nn.Module):

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import toolchain
+import enginewright
+from enginewright import artifact, origin, pipeline, sources
+from enginewright.errors import ToolchainError
+from enginewright.opened import open_subject
+from enginewright.progress import Progress
+from enginewright.recipe import make
 from tests import graphs
-from toolchain import artifact, origin, pipeline, sources
-from toolchain.errors import ToolchainError
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
 
 NET = """
 from torch import nn
@@ -56,14 +56,14 @@ def record(out: Path) -> dict[str, Any]:
 
 def test_a_moved_source_is_named_with_its_digest_and_taken_where_it_is(user_file: tuple[Path, Path]) -> None:
     old, out = user_file
-    before = toolchain.load_module(out, trust_code=True)
+    before = enginewright.load_module(out, trust_code=True)
     moved = old.rename(old.parent / "new")
     with pytest.raises(ToolchainError, match="not where it was") as caught:
-        toolchain.load_module(out, trust_code=True)
+        enginewright.load_module(out, trust_code=True)
     assert caught.value.where == str(old / "net.py")
     assert record(out)["files"]["."]["sha256"] in str(caught.value.help)
     assert "--source PATH" in str(caught.value.help)
-    after = toolchain.load_module(out, source=moved / "net.py", trust_code=True)
+    after = enginewright.load_module(out, source=moved / "net.py", trust_code=True)
     assert all(map(torch.equal, before.parameters(), after.parameters()))
 
 
@@ -71,24 +71,24 @@ def test_a_source_that_is_another_is_refused_wherever_it_lies(user_file: tuple[P
     old, out = user_file
     moved = old.rename(old.parent / "new")
     with pytest.raises(ToolchainError, match=r"not what the artifact was made from: absent\.py is missing"):
-        toolchain.load_module(out, source=moved / "absent.py", trust_code=True)
+        enginewright.load_module(out, source=moved / "absent.py", trust_code=True)
     size = (moved / "part.py").stat().st_size
     (moved / "part.py").write_text("WIDTH = 160\n")
     with pytest.raises(ToolchainError, match=f"part.py has {size + 1} bytes, not {size}"):
-        toolchain.load_module(out, source=moved / "net.py", trust_code=True)
+        enginewright.load_module(out, source=moved / "net.py", trust_code=True)
     (moved / "part.py").write_text("WIDTH = 17\n")
     with pytest.raises(ToolchainError, match=r"part\.py has another SHA-256"):
-        toolchain.load_module(out, source=moved / "net.py", trust_code=True)
+        enginewright.load_module(out, source=moved / "net.py", trust_code=True)
     moved.rename(old)
     with pytest.raises(ToolchainError, match=r"part\.py has another SHA-256") as caught:
-        toolchain.load_module(out, trust_code=True)  # a file that was changed where it lies is no better
+        enginewright.load_module(out, trust_code=True)  # a file that was changed where it lies is no better
     assert record(out)["files"]["."]["sha256"] in str(caught.value.help)
 
 
 def test_engines_run_without_their_source(user_file: tuple[Path, Path]) -> None:
     old, out = user_file
     shutil.rmtree(old)
-    assert toolchain.load(out)(torch.zeros(3, 8)).shape == (3, 4)
+    assert enginewright.load(out)(torch.zeros(3, 8)).shape == (3, 4)
 
 
 def test_an_artifact_that_records_nothing_opens_as_before_but_takes_no_other_source(
@@ -98,9 +98,9 @@ def test_an_artifact_that_records_nothing_opens_as_before_but_takes_no_other_sou
     content = artifact.read_manifest(out)
     del content["source"]
     (out / "manifest.json").write_text(json.dumps(content))
-    assert toolchain.load_module(out, trust_code=True) is not None
+    assert enginewright.load_module(out, trust_code=True) is not None
     with pytest.raises(ToolchainError, match="records no files of its source"):
-        toolchain.load_module(out, source=old / "net.py", trust_code=True)
+        enginewright.load_module(out, source=old / "net.py", trust_code=True)
 
 
 def test_bench_and_compare_take_the_new_place(
@@ -179,8 +179,8 @@ def test_weights_of_a_reference_model_move(tmp_path: Path) -> None:
     export("dit:tiny", tmp_path / "out", weights=str(weights))
     moved = weights.rename(tmp_path / "elsewhere.safetensors")
     with pytest.raises(ToolchainError, match="not where it was"):
-        toolchain.load_module(tmp_path / "out")
-    assert toolchain.load_module(tmp_path / "out", source=moved) is not None
+        enginewright.load_module(tmp_path / "out")
+    assert enginewright.load_module(tmp_path / "out", source=moved) is not None
 
 
 def test_a_model_of_the_hub_is_checked_when_it_was_fetched(tmp_path: Path) -> None:

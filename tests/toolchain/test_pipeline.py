@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from passes.contract import Plan
-from passes.surgery import share
-from reports import record
-from targets.contract import Answer, Availability
-from targets.tensorrt_rtx_engine import TensorRtRtx
-from toolchain import artifact as artifacts
-from toolchain import pipeline, sources
-from toolchain.errors import ToolchainError, UnavailableError
-from toolchain.opened import open_subject, replay
-from toolchain.pipeline import Run, exit_code
-from toolchain.progress import Progress
-from toolchain.recipe import make, read
-from validation.inputs import draw
+from enginewright import artifact as artifacts
+from enginewright import pipeline, sources
+from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.opened import open_subject, replay
+from enginewright.passes.contract import Plan
+from enginewright.passes.surgery import share
+from enginewright.pipeline import Run, exit_code
+from enginewright.progress import Progress
+from enginewright.recipe import make, read
+from enginewright.reports import record
+from enginewright.targets.contract import Answer, Availability
+from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
+from enginewright.validation.inputs import draw
 
 QUIET = Progress(quiet=True)
 
@@ -201,7 +201,7 @@ def test_an_original_that_is_not_finite_is_refused_with_its_layer(
 def test_an_engine_that_is_not_finite_is_a_fault_with_its_layer_and_never_green(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from passes.quantization.quantize_int8 import QuantizeInt8
+    from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 
     real = QuantizeInt8.rewrite
 
@@ -244,7 +244,7 @@ def test_exit_code_of_a_report_without_gates_is_0(artifact: Path) -> None:
 
 
 def test_validation_inputs_are_not_the_calibration_inputs() -> None:
-    from toolchain import calibration
+    from enginewright import calibration
 
     recipe = make({"model": "dit:tiny", "calibration": {"calls": 4}})
     model = sources.load("dit:tiny")
@@ -255,9 +255,9 @@ def test_validation_inputs_are_not_the_calibration_inputs() -> None:
 
 
 def test_a_thousand_calibration_calls_and_more_do_not_reach_the_validation_inputs() -> None:
-    from toolchain import calibration
-    from toolchain.sources.contract import Model
-    from validation.inputs import InputSpec
+    from enginewright import calibration
+    from enginewright.sources.contract import Model
+    from enginewright.validation.inputs import InputSpec
 
     spec = InputSpec(name="x", shape=(2,))
     model = Model(name="m", module=torch.nn.Identity(), inputs=(spec,), outputs=("y",), weights="none")
@@ -269,7 +269,7 @@ def test_a_thousand_calibration_calls_and_more_do_not_reach_the_validation_input
 
 
 def test_the_plan_on_disk_is_the_plan_in_the_report(artifact: Path) -> None:
-    from passes.contract import Plan
+    from enginewright.passes.contract import Plan
 
     text = (artifact / "plans" / "01-quantize_int8.json").read_text()
     assert (
@@ -302,7 +302,7 @@ def test_steps_that_change_the_reference_are_named_in_the_report(artifact: Path)
 def test_a_step_that_rewrites_its_own_reference_does_not_pass_by_construction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from passes.pruning.prune_heads import PruneHeads
+    from enginewright.passes.pruning.prune_heads import PruneHeads
 
     monkeypatch.setattr(PruneHeads, "reference", lambda self, original, plan: self.rewrite(share(original), plan))
     recipe = make(

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from targets.contract import Answer, Availability
-from targets.tensorrt_engine import TensorRt
-from toolchain import pipeline, sources
-from toolchain.errors import ToolchainError
-from toolchain.progress import Progress
-from toolchain.recipe import make
+from enginewright import pipeline, sources
+from enginewright.errors import ToolchainError
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.targets.contract import Answer, Availability
+from enginewright.targets.tensorrt_engine import TensorRt
 
 QUIET = Progress(quiet=True)
 

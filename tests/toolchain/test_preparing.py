@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-import toolchain
-from passes.hoisting import hoisted
-from reports import record
-from targets.split_graph import Halves
-from toolchain import pipeline
-from toolchain.opened import open_subject
-from toolchain.preparing import Preparing, said_of
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from validation.inputs import Arrays, draw
+import enginewright
+from enginewright import pipeline
+from enginewright.opened import open_subject
+from enginewright.passes.hoisting import hoisted
+from enginewright.preparing import Preparing, said_of
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import record
+from enginewright.targets.split_graph import Halves
+from enginewright.validation.inputs import Arrays, draw
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def test_the_report_tells_steps_from_preparing(parted: Path) -> None:
 
 def test_engines_and_module_agree_at_any_batch(parted: Path) -> None:
     opened = open_subject(str(parted))
-    module = toolchain.load_module(parted)
+    module = enginewright.load_module(parted)
     assert hoisted(module) is not None
-    engine = toolchain.load(parted, "onnxruntime")
+    engine = enginewright.load(parted, "onnxruntime")
     for rows in (1, 4):
         call = draw(opened.inputs, seed=rows, sizes={"batch": rows})
         with torch.no_grad():
@@ -105,7 +105,7 @@ def test_preparing_runs_when_a_constant_changes_and_not_else() -> None:
 
 
 def test_a_recipe_says_that_networks_by_timestep_cannot_be_parted_after() -> None:
-    with pytest.raises(toolchain.errors.ToolchainError, match="hoist_constants"):
+    with pytest.raises(enginewright.errors.ToolchainError, match="hoist_constants"):
         make(
             {
                 "model": "dit:tiny",
@@ -134,7 +134,7 @@ def test_a_checkpoint_on_disk_is_parted_around_its_linked_weights(tmp_path: Path
     pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
     assert (out / "model-prepare.onnx").exists()
     assert list((out / "weights").iterdir()), "the weights lie where they lay"
-    engine, module = toolchain.load(out), toolchain.load_module(out)
+    engine, module = enginewright.load(out), enginewright.load_module(out)
     call = draw(engine.inputs, seed=3, sizes={"batch": 3})
     with torch.no_grad():
         wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()})[0].numpy()

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolchain.measure import telling
-from toolchain.progress import Pace, Progress, in_words
-from validation.contract import SamplingTask
+from enginewright.measure import telling
+from enginewright.progress import Pace, Progress, in_words
+from enginewright.validation.contract import SamplingTask
 
 
 class Clock:
@@ -134,7 +134,7 @@ def test_a_sampling_run_tells_of_its_calls() -> None:
 
 
 def test_the_shipped_task_knows_its_calls() -> None:
-    from toolchain.models.blocks import digits
+    from enginewright.models.blocks import digits
 
     calls = 0
 

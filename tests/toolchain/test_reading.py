@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import reading
-from toolchain.errors import ToolchainError
-from toolchain.reading import LARGEST_TEXT, parse_json, read_json, read_setting, read_tensors, read_text, read_toml
+from enginewright import reading
+from enginewright.errors import ToolchainError
+from enginewright.reading import LARGEST_TEXT, parse_json, read_json, read_setting, read_tensors, read_text, read_toml
 
 
 def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import catalog
-from toolchain.errors import FaultsError, ToolchainError
-from toolchain.recipe import make, read
+from enginewright import catalog
+from enginewright.errors import FaultsError, ToolchainError
+from enginewright.recipe import make, read
 
 
 def test_every_fault_is_found_at_once_with_file_and_key(tmp_path: Path) -> None:

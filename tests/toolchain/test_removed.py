@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-import toolchain
-from reports import record
-from toolchain import pipeline, sources
-from toolchain.errors import ToolchainError
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from validation.inputs import draw
+import enginewright
+from enginewright import pipeline, sources
+from enginewright.errors import ToolchainError
+from enginewright.opened import open_subject
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import record
+from enginewright.validation.inputs import draw
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_artifact_takes_what_is_left_and_was_compared_with_the_constant(fixe
     given = draw(sources.load("dit:tiny").inputs, seed=3)
     given["y"] = np.full_like(given["y"], 2)
     wanted = sources.load("dit:tiny").module(**{k: torch.from_numpy(v) for k, v in given.items()}).detach().numpy()
-    for engine in (toolchain.load(fixed, "onnxruntime"), toolchain.load(fixed, "pytorch")):
+    for engine in (enginewright.load(fixed, "onnxruntime"), enginewright.load(fixed, "pytorch")):
         np.testing.assert_allclose(engine(x=given["x"], t=given["t"]), wanted, atol=1e-5)
         with pytest.raises(ToolchainError, match="has no input 'y'"):
             engine(**given)

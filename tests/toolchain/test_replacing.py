@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import artifact, renaming, writing
-from toolchain.artifact import staging
-from toolchain.errors import ToolchainError
+from enginewright import artifact, renaming, writing
+from enginewright.artifact import staging
+from enginewright.errors import ToolchainError
 
 
 @pytest.fixture(params=["renameat2", "without renameat2"], autouse=True)

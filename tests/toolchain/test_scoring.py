@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from toolchain import sources
-from toolchain.errors import ToolchainError
-from toolchain.recipe import make
-from toolchain.scoring import losses_of, score_of
+from enginewright import sources
+from enginewright.errors import ToolchainError
+from enginewright.recipe import make
+from enginewright.scoring import losses_of, score_of
 
 
 def recipe(tmp_path: Path, model: str = "dit:tiny"):

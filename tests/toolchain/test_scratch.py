@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from targets import stored
-from toolchain import scratch
-from toolchain.scratch import Scratch
+from enginewright import scratch
+from enginewright.scratch import Scratch
+from enginewright.targets import stored
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import io
 
 import pytest
 
-from reports.terminal import blocks
+from enginewright import screen
+from enginewright.reports.terminal import blocks
 from tests.reports.example import example_report
-from toolchain import screen
 
 
 class Terminal(io.StringIO):

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from enginewright.errors import ToolchainError
+from enginewright.show import describe, tell
 from tests import graphs
 from tests.toolchain.sources import tiny_diffusers as tiny
-from toolchain.errors import ToolchainError
-from toolchain.show import describe, tell
 
 FIELDS = {"name", "kind", "source", "documentation", "parameter_count", "macs", "macs_reason", "weights", "inputs"}
 FIELDS |= {"outputs", "published", "left_out", "notes"}
@@ -134,8 +134,8 @@ def test_what_cannot_be_loaded_says_so(tmp_path: Path) -> None:
 def test_weights_stay_on_the_disk(tmp_path: Path) -> None:
     """A checkpoint of 2 GB in zeros that take no space is described in far less memory."""
     pytest.importorskip("diffusers")
-    from reports.benchmarks.large_models import write_sparse
-    from toolchain.sources.filling import without_memory
+    from enginewright.reports.benchmarks.large_models import write_sparse
+    from enginewright.sources.filling import without_memory
 
     with without_memory():
         network: Any = tiny.pixart(
@@ -145,7 +145,7 @@ def test_weights_stay_on_the_disk(tmp_path: Path) -> None:
     size = write_sparse(network.state_dict(), torch.float32, tmp_path / "diffusion_pytorch_model.safetensors")
     assert size > 2e9
     code = (
-        f"import json, resource; from toolchain.show import describe; found = describe('diffusers:{tmp_path}'); "
+        f"import json, resource; from enginewright.show import describe; found = describe('diffusers:{tmp_path}'); "
         "print(json.dumps([found['parameter_count'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

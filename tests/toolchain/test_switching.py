@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import toolchain
-from passes.variants import REUSED, ByTimestep
-from reports import record
-from toolchain import pipeline
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.switching import Switching, Table, switching, table_of
-from validation.inputs import Arrays, draw
+import enginewright
+from enginewright import pipeline
+from enginewright.opened import open_subject
+from enginewright.passes.variants import REUSED, ByTimestep
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import record
+from enginewright.switching import Switching, Table, switching, table_of
+from enginewright.validation.inputs import Arrays, draw
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +54,14 @@ def test_engines_and_module_agree_for_rows_of_any_timestep(sliced: Path) -> None
     opened = open_subject(str(sliced))
     call = draw(opened.inputs, seed=5, sizes={"batch": 4})
     call["t"] = np.asarray([0, 999, 250, 700], np.float32)
-    module = toolchain.load_module(sliced)
+    module = enginewright.load_module(sliced)
     assert isinstance(module, ByTimestep)
     with torch.no_grad():
         wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()}).numpy()
     for name in ("onnxruntime", "pytorch"):
         found = opened.runners[name](call)["prediction_and_variance"]
         np.testing.assert_allclose(found, wanted, atol=1e-5)
-    engine = toolchain.load(sliced, "onnxruntime")
+    engine = enginewright.load(sliced, "onnxruntime")
     np.testing.assert_allclose(engine(**call), wanted, atol=1e-5)
 
 
@@ -85,8 +85,8 @@ def reused(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_engines_that_reuse_keep_the_signature_and_walk_as_the_module_does(reused: Path) -> None:
     table = json.loads((reused / "engines.json").read_text())
     assert (table["table"], table["reused"]) == ([0, 1, 1, 0], [16, 32])
-    module = toolchain.load_module(reused)
-    engines = [toolchain.load(reused, name) for name in ("onnxruntime", "pytorch")]
+    module = enginewright.load_module(reused)
+    engines = [enginewright.load(reused, name) for name in ("onnxruntime", "pytorch")]
     assert [spec.name for spec in engines[0].inputs] == ["x", "t", "y"]
     call = {name: torch.from_numpy(array) for name, array in draw(engines[0].inputs, seed=5).items()}
     moved = []

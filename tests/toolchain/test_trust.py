@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import toolchain
-from toolchain import artifact, pipeline, trust
-from toolchain.cli import main
-from toolchain.errors import ToolchainError
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.teachers import teacher_of
+import enginewright
+from enginewright import artifact, pipeline, trust
+from enginewright.cli import main
+from enginewright.errors import ToolchainError
+from enginewright.opened import open_subject
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.teachers import teacher_of
 
 NET = """
 from pathlib import Path
@@ -82,9 +82,9 @@ def told(text: str, out: Path) -> bool:
     [
         lambda out: open_subject(str(out)),
         lambda out: open_subject(f"{out}#onnxruntime"),
-        lambda out: toolchain.load_module(out),
-        lambda out: toolchain.load_module(out, source=out / "evil.py"),
-        lambda out: toolchain.load(out, "pytorch"),
+        lambda out: enginewright.load_module(out),
+        lambda out: enginewright.load_module(out, source=out / "evil.py"),
+        lambda out: enginewright.load(out, "pytorch"),
         lambda out: teacher_of(out.name, make({"model": "dit:tiny"}, folder=out.parent)),
     ],
     ids=["bench", "one engine", "load_module", "load_module, source", "load pytorch", "teacher"],
@@ -109,14 +109,14 @@ def test_commands_ask_for_the_flag_and_name_what_would_run(evil: Path, capsys: p
 
 
 def test_trust_in_python(evil: Path) -> None:
-    assert isinstance(toolchain.load_module(evil, trust_code=True), torch.nn.Linear)
+    assert isinstance(enginewright.load_module(evil, trust_code=True), torch.nn.Linear)
     call = torch.ones(2, 8)
-    given = [toolchain.load(evil, target, trust_code=True)(call) for target in ("onnxruntime", "pytorch")]
+    given = [enginewright.load(evil, target, trust_code=True)(call) for target in ("onnxruntime", "pytorch")]
     torch.testing.assert_close(*given)
 
 
 def test_an_engine_needs_no_trust(evil: Path) -> None:
-    assert toolchain.load(evil)(torch.zeros(2, 8)).shape == (2, 4)
+    assert enginewright.load(evil)(torch.zeros(2, 8)).shape == (2, 4)
     assert not (evil / "ran").exists()
 
 
@@ -127,7 +127,7 @@ def test_a_recipe_may_not_give_itself_trust_in_remote_code(made: Path, tmp_path:
     changed = {"files": listed(tmp_path), "source": {"local": 0, "files": {}}}
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **changed}))
     with pytest.raises(ToolchainError, match=r"'hf:someone/model' brings along \(trust_remote_code = true\)"):
-        toolchain.load_module(tmp_path)
+        enginewright.load_module(tmp_path)
 
 
 def test_a_recipe_in_an_artifact_says_what_it_runs_and_runs_it(evil: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +155,7 @@ def test_a_teacher_whose_source_was_changed_is_refused(tmp_path: Path) -> None:
 
 
 def test_classes_that_an_interface_names_are_modules_and_outputs(made: Path) -> None:
-    engine = toolchain.load(made)
+    engine = enginewright.load(made)
     for returns in ("transformers.utils:logging", "transformers:set_seed"):
         object.__setattr__(engine.interface, "returns", returns)
         with pytest.raises(ToolchainError, match="refused"):

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import toolchain
-from passes.pruning.prune_heads import PruneHeads
-from passes.variants import ByTimestep
-from targets.pytorch_engine import flat
-from toolchain import pipeline
-from toolchain.errors import INTERNAL, InternalError, ToolchainError
-from toolchain.pipeline import Run
-from toolchain.progress import Progress
-from toolchain.recipe import Recipe, make, read
-from toolchain.switching import parts_of
+import enginewright
+from enginewright import pipeline
+from enginewright.errors import INTERNAL, InternalError, ToolchainError
+from enginewright.passes.pruning.prune_heads import PruneHeads
+from enginewright.passes.variants import ByTimestep
+from enginewright.pipeline import Run
+from enginewright.progress import Progress
+from enginewright.recipe import Recipe, make, read
+from enginewright.switching import parts_of
+from enginewright.targets.pytorch_engine import flat
 
 QUIET = Progress(quiet=True)
 Steps = list[dict[str, Any]]
@@ -107,7 +107,7 @@ def test_engines_do_what_the_module_does_after_a_step_on_the_whole(case: str, tm
     steps = WRAPPED[case]
     run, module = done(*steps)
     pipeline.export(recipe(*steps, targets=("onnxruntime",)), tmp_path / "out", force=False, progress=QUIET)
-    engine = toolchain.load(tmp_path / "out", threads=1)
+    engine = enginewright.load(tmp_path / "out", threads=1)
     call = call_of(run, t=700.0)
     found = engine(**call)
     found = found if isinstance(found, Tensor) else found[0]
@@ -201,7 +201,7 @@ def test_an_earlier_state_is_compared_with_the_originals_own_though_blocks_are_g
 
 
 def test_what_a_run_is_compared_with_is_made_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from passes.specialize.fold_adapters import FoldAdapters
+    from enginewright.passes.specialize.fold_adapters import FoldAdapters
 
     made: list[int] = []
     original = FoldAdapters.reference
@@ -327,7 +327,7 @@ def test_a_recipe_written_elsewhere_does_the_same_again(
 
 
 def test_every_parameter_that_holds_a_path_is_in_that_test() -> None:
-    from toolchain import catalog
+    from enginewright import catalog
 
     words = ("file", "folder", "model string", "log")
     found = {

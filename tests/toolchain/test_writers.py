@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from passes.heads.search_log import SearchLog
-from passes.recovery import checkpoints
+from enginewright.artifact import strange_in
+from enginewright.cli import main
+from enginewright.errors import ToolchainError
+from enginewright.passes.heads.search_log import SearchLog
+from enginewright.passes.recovery import checkpoints
 from tests.disks import disk, make_read_only, may_mount
-from toolchain.artifact import strange_in
-from toolchain.cli import main
-from toolchain.errors import ToolchainError
 
 RENDERED = ("report.html", "report.md", "junit.xml")
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from enginewright import writing
+from enginewright.errors import ToolchainError
+from enginewright.writing import WRITER, in_words, replacing, sweep, workplace, write_text, write_where_told
 from tests.disks import disk, may_mount
-from toolchain import writing
-from toolchain.errors import ToolchainError
-from toolchain.writing import WRITER, in_words, replacing, sweep, workplace, write_text, write_where_told
 
 
 def in_a_child(work: Callable[[], None]) -> int:

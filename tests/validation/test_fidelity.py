@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from toolchain.errors import ToolchainError
-from validation.fidelity import compare, dead_columns, empty, non_finite, worst
-from validation.metrics import load_metrics
+from enginewright.errors import ToolchainError
+from enginewright.validation.fidelity import compare, dead_columns, empty, non_finite, worst
+from enginewright.validation.metrics import load_metrics
 
 ONE = {"logits": np.array([[3.0, 4.0]], np.float32), "pooled": np.array([1.0], np.float32)}
 TWO = {"logits": np.array([[1.0, 0.0]], np.float32), "pooled": np.array([2.0], np.float32)}

@@ -1,8 +1,8 @@
 import pytest
 
-from toolchain.errors import ToolchainError
-from validation.gates import GateBound, gate_names, judge, parse
-from validation.metrics import load_metrics
+from enginewright.errors import ToolchainError
+from enginewright.validation.gates import GateBound, gate_names, judge, parse
+from enginewright.validation.metrics import load_metrics
 
 KNOWN = gate_names(load_metrics())
 

@@ -2,11 +2,13 @@ import subprocess
 import sys
 
 CODE = """
-import importlib, pkgutil, sys, validation
-names = [found.name for found in pkgutil.walk_packages(validation.__path__, "validation.")]
+import importlib, pkgutil, sys
+from enginewright import validation
+names = [found.name for found in pkgutil.walk_packages(validation.__path__, "enginewright.validation.")]
 for name in names:
     importlib.import_module(name)
-print(len(names), sorted(sys.modules.keys() & {"torch", "onnx", "onnxruntime", "passes", "targets", "reports"}))
+rooms = {f"enginewright.{room}" for room in ("passes", "targets", "reports")}
+print(len(names), sorted(sys.modules.keys() & {"torch", "onnx", "onnxruntime", *rooms}))
 """
 
 

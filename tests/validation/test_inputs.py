@@ -1,6 +1,6 @@
 import numpy as np
 
-from validation.inputs import Dim, InputSpec, draw
+from enginewright.validation.inputs import Dim, InputSpec, draw
 
 BATCH = Dim(name="batch", low=1, typical=2, high=8)
 LATENT = InputSpec(name="latent", shape=(BATCH, 4))

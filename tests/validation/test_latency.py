@@ -3,9 +3,9 @@ import gc
 import numpy as np
 import pytest
 
-from toolchain.errors import ToolchainError
-from validation import latency
-from validation.latency import Samples, count_outliers, summarise, time_in_turns, time_interleaved
+from enginewright.errors import ToolchainError
+from enginewright.validation import latency
+from enginewright.validation.latency import Samples, count_outliers, summarise, time_in_turns, time_interleaved
 
 INPUTS = {"x": np.ones(2, np.float32)}
 NAMES = ("original", "engine", "other")
@@ -67,7 +67,7 @@ class TestTimeInterleaved:
     def test_samples_are_whole_calls_and_uncounted_calls_are_left_out(self, monkeypatch):
         """A clock that moves only inside a call: 5 s in the engine, 2 s in the original, 100 s after a switch."""
         now, last = [0.0], [""]
-        monkeypatch.setattr("validation.latency.time.perf_counter", lambda: now[0])
+        monkeypatch.setattr("enginewright.validation.latency.time.perf_counter", lambda: now[0])
 
         def runner(name, seconds):
             def call(inputs):
@@ -84,7 +84,7 @@ class TestTimeInterleaved:
 
     def test_quick_runners_settle_for_the_asked_time(self, monkeypatch):
         now, calls = [0.0], []
-        monkeypatch.setattr("validation.latency.time.perf_counter", lambda: now[0])
+        monkeypatch.setattr("enginewright.validation.latency.time.perf_counter", lambda: now[0])
 
         def call(inputs):
             now[0] += 0.01

@@ -5,14 +5,23 @@ from functools import partial
 import numpy as np
 import pytest
 
-from reports import record as record_file
-from reports.record import Report
-from toolchain import writing
-from toolchain.errors import ToolchainError
-from validation import latency, regression
-from validation.latency import summarise
-from validation.regression import Tolerance, baseline_from, check, figures_from, left_out, read, render_table, write
-from validation.statistics import bootstrap_median, bootstrap_ratio
+from enginewright import writing
+from enginewright.errors import ToolchainError
+from enginewright.reports import record as record_file
+from enginewright.reports.record import Report
+from enginewright.validation import latency, regression
+from enginewright.validation.latency import summarise
+from enginewright.validation.regression import (
+    Tolerance,
+    baseline_from,
+    check,
+    figures_from,
+    left_out,
+    read,
+    render_table,
+    write,
+)
+from enginewright.validation.statistics import bootstrap_median, bootstrap_ratio
 
 LATENCY = {"ratio": 0.8, "ratio_low": 0.78, "ratio_high": 0.82, "threads": 2}
 RECORD = {

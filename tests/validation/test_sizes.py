@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from validation import sizes
-from validation.inputs import Dim, InputSpec, draw
+from enginewright.validation import sizes
+from enginewright.validation.inputs import Dim, InputSpec, draw
 
 BATCH = Dim(name="batch", low=1, typical=2, high=64)
 TIME = Dim(name="time", low=4, typical=12, high=64, multiple_of=4)

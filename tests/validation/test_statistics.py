@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from validation.latency import FEWEST_ROUNDS
-from validation.statistics import bootstrap_median, bootstrap_ratio, difference, frechet_distance
+from enginewright.validation.latency import FEWEST_ROUNDS
+from enginewright.validation.statistics import bootstrap_median, bootstrap_ratio, difference, frechet_distance
 
 
 def rotation(angle: float) -> np.ndarray:

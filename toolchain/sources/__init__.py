@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from toolchain.sources.contract import Model
+    from enginewright.sources.contract import Model
 
 FILES = ("onnx", "pt2", "py")
 """Sources whose strings hold a path; those of others hold one if it is there, and may else name a model on a hub."""
@@ -42,18 +42,18 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_
     """
     prefix = text.partition(":")[0]
     if prefix not in prefixes():
-        from toolchain.sources import reference
-        from toolchain.sources.mistaken import mistaken
+        from enginewright.sources import reference
+        from enginewright.sources.mistaken import mistaken
 
         if fault := mistaken(text):
             raise fault
 
         return reference.load(text, weights=weights, seed=seed)
     if weights is not None:
-        from toolchain.errors import ToolchainError
+        from enginewright.errors import ToolchainError
 
         raise ToolchainError(f"--weights is for reference models; {text!r} brings its own")
-    source = importlib.import_module(f"toolchain.sources.{prefix}_source")
+    source = importlib.import_module(f"enginewright.sources.{prefix}_source")
     model: Model = source.load(text, seed=seed, trust_remote_code=trust_remote_code)
     return model
 
@@ -63,7 +63,7 @@ def parts_of(text: str) -> list[str]:
     prefix = text.partition(":")[0]
     if prefix not in prefixes() or "#" in text:
         return []
-    source = importlib.import_module(f"toolchain.sources.{prefix}_source")
+    source = importlib.import_module(f"enginewright.sources.{prefix}_source")
     found = source.components(text) if hasattr(source, "components") else []
     return [part.partition("#")[2] for part in found] if len(found) > 1 else []
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 from torch import nn
 
-from toolchain.sources.contract import LeftOut
+from enginewright.sources.contract import LeftOut
 
 TRAINING = (
     r"labels?(_mask)?$|^(start|end)_positions$|^is_impossible$|^cls_index$|^p_mask$|^targets?$|^future_|^sampled_neg"

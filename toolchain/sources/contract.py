@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from passes.on_shapes import on_shapes
-from targets import stored
-from toolchain.errors import ToolchainError
-from toolchain.reading import first_line
-from validation.contract import SamplingTask
-from validation.inputs import Arrays, Dim, InputSpec, draw
-from validation.sizes import hiding_a_row, with_ends
+from enginewright.errors import ToolchainError
+from enginewright.passes.on_shapes import on_shapes
+from enginewright.reading import first_line
+from enginewright.targets import stored
+from enginewright.validation.contract import SamplingTask
+from enginewright.validation.inputs import Arrays, Dim, InputSpec, draw
+from enginewright.validation.sizes import hiding_a_row, with_ends
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes an interface may name: an engine builds no others."""

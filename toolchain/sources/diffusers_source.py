@@ -14,17 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from toolchain.errors import ToolchainError, require, unknown
-from toolchain.reading import read_json
-from toolchain.sources import short
-from toolchain.sources.autoencoders import DECODERS, ENCODERS
-from toolchain.sources.contract import Model, files_from
-from toolchain.sources.denoisers import DENOISERS
-from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
-from toolchain.sources.flat import Config, Family, example_of, interface
-from toolchain.sources.hub import folder_of
-from toolchain.sources.sentences import tokenizer_of
-from toolchain.sources.text_encoders import TEXT_ENCODERS, renamed
+from enginewright.errors import ToolchainError, require, unknown
+from enginewright.reading import read_json
+from enginewright.sources import short
+from enginewright.sources.autoencoders import DECODERS, ENCODERS
+from enginewright.sources.contract import Model, files_from
+from enginewright.sources.denoisers import DENOISERS
+from enginewright.sources.filling import fill, on_meta, read_all, shards, without_memory
+from enginewright.sources.flat import Config, Family, example_of, interface
+from enginewright.sources.hub import folder_of
+from enginewright.sources.sentences import tokenizer_of
+from enginewright.sources.text_encoders import TEXT_ENCODERS, renamed
 
 PREFIX = "diffusers:"
 INDEX, CONFIG = "model_index.json", "config.json"

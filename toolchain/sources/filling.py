@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from targets import stored
-from toolchain.errors import ToolchainError
-from toolchain.reading import read_json
+from enginewright.errors import ToolchainError
+from enginewright.reading import read_json
+from enginewright.targets import stored
 
 LONGEST_NAME = 255
 """Bytes of a file's name."""

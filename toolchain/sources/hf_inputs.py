@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import nn
 
-from toolchain.errors import FaultsError, ToolchainError, unknown
-from toolchain.reading import read_json
-from toolchain.sources.sizes import Limits, dim_of
-from validation.inputs import Dim, InputSpec
+from enginewright.errors import FaultsError, ToolchainError, unknown
+from enginewright.reading import read_json
+from enginewright.sources.sizes import Limits, dim_of
+from enginewright.validation.inputs import Dim, InputSpec
 
 LONGEST = 512
 """Tokens, where a model sets no limit or a larger one and nobody asks for more."""

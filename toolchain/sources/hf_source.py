@@ -30,18 +30,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolchain.errors import FaultsError, ToolchainError, require, unknown
-from toolchain.sources import short
-from toolchain.sources.arguments import left_out, reason_for
-from toolchain.sources.contract import BY_HAND, Interface, Model, answer, files_from, interface_from, reason_of
-from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
-from toolchain.sources.hf_inputs import Facts, Reading, contract, preprocessor_of, readings
-from toolchain.sources.hub import folder_of
-from toolchain.sources.plain_calls import plain_call
-from toolchain.sources.pooling import read_modules
-from toolchain.sources.sentences import tokenizer_of
-from toolchain.sources.sizes import Limits, limits_from
-from validation.inputs import Arrays, Dim, InputSpec, draw
+from enginewright.errors import FaultsError, ToolchainError, require, unknown
+from enginewright.sources import short
+from enginewright.sources.arguments import left_out, reason_for
+from enginewright.sources.contract import BY_HAND, Interface, Model, answer, files_from, interface_from, reason_of
+from enginewright.sources.filling import fill, on_meta, read_all, shards, without_memory
+from enginewright.sources.hf_inputs import Facts, Reading, contract, preprocessor_of, readings
+from enginewright.sources.hub import folder_of
+from enginewright.sources.plain_calls import plain_call
+from enginewright.sources.pooling import read_modules
+from enginewright.sources.sentences import tokenizer_of
+from enginewright.sources.sizes import Limits, limits_from
+from enginewright.validation.inputs import Arrays, Dim, InputSpec, draw
 
 CARRIED = (
     "config.json",

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from toolchain import catalog, sources
-from toolchain.errors import ToolchainError, nearest
+from enginewright import catalog, sources
+from enginewright.errors import ToolchainError, nearest
 
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """What a name on the model hub looks like."""

@@ -19,14 +19,14 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from passes.graph.module import GraphModule
-from targets.onnx_files import check_onnx, external_files
-from targets.weights import check, load_graph
-from toolchain.errors import FaultsError, ToolchainError, raise_faults, unknown
-from toolchain.sources import short
-from toolchain.sources.contract import Model, files_from
-from toolchain.sources.sizes import Limits, dim_of, limits_from
-from validation.inputs import Dim, InputSpec
+from enginewright.errors import FaultsError, ToolchainError, raise_faults, unknown
+from enginewright.passes.graph.module import GraphModule
+from enginewright.sources import short
+from enginewright.sources.contract import Model, files_from
+from enginewright.sources.sizes import Limits, dim_of, limits_from
+from enginewright.targets.onnx_files import check_onnx, external_files
+from enginewright.targets.weights import check, load_graph
+from enginewright.validation.inputs import Dim, InputSpec
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 """Whose operators ONNX Runtime knows."""

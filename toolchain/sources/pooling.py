@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.errors import ToolchainError
-from toolchain.reading import read_json
-from toolchain.sources.filling import fill, read_all, shards
+from enginewright.errors import ToolchainError
+from enginewright.reading import read_json
+from enginewright.sources.filling import fill, read_all, shards
 
 MODULES = "modules.json"
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")

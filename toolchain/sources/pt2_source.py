@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from toolchain.errors import ToolchainError
-from toolchain.reading import first_line
-from toolchain.sources import examples, pt2_archive
-from toolchain.sources.contract import Model, files_from
+from enginewright.errors import ToolchainError
+from enginewright.reading import first_line
+from enginewright.sources import examples, pt2_archive
+from enginewright.sources.contract import Model, files_from
 
 LINEAR = torch.ops.aten.linear.default
 HIGHEST = 64

@@ -1,7 +1,7 @@
 """A user's own model: ``py:FILE.py:FUNCTION``, where the function returns a module and example inputs.
 
 It returns ``(module, inputs)``, with ``inputs`` a dict of tensors by ``forward``'s argument names or a tuple in their
-order; or a ``toolchain.ModelSpec``; or a dict of that class's fields. The file runs as it would in Python: give only
+order; or a ``enginewright.ModelSpec``; or a dict of that class's fields. The file runs as it would in Python: give only
 files that you trust.
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolchain.errors import ToolchainError, unknown
-from toolchain.sources import examples, user_file
-from toolchain.sources.contract import Model, files_from
-from toolchain.spec import ModelSpec
+from enginewright.errors import ToolchainError, unknown
+from enginewright.sources import examples, user_file
+from enginewright.sources.contract import Model, files_from
+from enginewright.spec import ModelSpec
 
-WANTED = "return (module, inputs), a toolchain.ModelSpec, or a dict of its fields"
+WANTED = "return (module, inputs), a enginewright.ModelSpec, or a dict of its fields"
 
 
 def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from targets import stored
-from toolchain import catalog
-from toolchain.errors import unknown
-from toolchain.sources.contract import Model, files_from
-from toolchain.sources.filling import fill, without_memory
+from enginewright import catalog
+from enginewright.errors import unknown
+from enginewright.sources.contract import Model, files_from
+from enginewright.sources.filling import fill, without_memory
+from enginewright.targets import stored
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "weights"
 

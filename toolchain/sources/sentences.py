@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.errors import ToolchainError, require
-from validation.inputs import Arrays, Dim, InputSpec
+from enginewright.errors import ToolchainError, require
+from enginewright.validation.inputs import Arrays, Dim, InputSpec
 
 Tokenize = Callable[[Sequence[str]], Arrays]
 

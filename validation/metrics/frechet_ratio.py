@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from toolchain.errors import ToolchainError
-from validation.contract import Drawn, SampleMetric, SamplingTask
-from validation.metrics.frechet_distance import FrechetDistance
-from validation.statistics import frechet_distance
+from enginewright.errors import ToolchainError
+from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
+from enginewright.validation.metrics.frechet_distance import FrechetDistance
+from enginewright.validation.statistics import frechet_distance
 
 
 class FrechetRatio(SampleMetric):

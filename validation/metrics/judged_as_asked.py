@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from toolchain.errors import ToolchainError
-from validation.contract import Drawn, SampleMetric, SamplingTask
+from enginewright.errors import ToolchainError
+from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
 
 
 class JudgedAsAsked(SampleMetric):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from toolchain.errors import ToolchainError
-from validation.contract import Drawn, SampleMetric, SamplingTask
-from validation.statistics import difference
+from enginewright.errors import ToolchainError
+from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
+from enginewright.validation.statistics import difference
 
 RANGE = 2.0
 """Pictures live in [-1, 1]."""

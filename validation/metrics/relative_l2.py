@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from validation.contract import OutputMetric
-from validation.inputs import Array
-from validation.statistics import difference, flat
+from enginewright.validation.contract import OutputMetric
+from enginewright.validation.inputs import Array
+from enginewright.validation.statistics import difference, flat
 
 
 class RelativeL2(OutputMetric):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from validation.contract import OutputMetric
-from validation.inputs import Array
-from validation.statistics import Floats, columns
+from enginewright.validation.contract import OutputMetric
+from enginewright.validation.inputs import Array
+from enginewright.validation.statistics import Floats, columns
 
 SMALLEST = 1e-4
 """A column is measured against no less than this part of the largest one: below it float32 rounding is no error."""

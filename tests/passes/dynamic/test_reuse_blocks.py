@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan, macs
-from passes.dynamic.reuse_blocks import ReuseBlocks
-from passes.variants import Reusing, Walk
+from enginewright.errors import ToolchainError
+from enginewright.models.diffusion.dit import Config, DiT
+from enginewright.passes.contract import Context, Plan, macs
+from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
+from enginewright.passes.variants import Reusing, Walk
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS, Subject, randomise
-from toolchain.errors import ToolchainError
-from toolchain.models.diffusion.dit import Config, DiT
 
 TIMES = {"deep_dit": "t", "diffusers_dit_sdpa": "timestep"}
 

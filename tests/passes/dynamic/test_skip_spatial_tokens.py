@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from passes.contract import Context
-from passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
-from passes.dynamic.skipping import SkipStep, put_back
-from passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
-from passes.tokens.running import TokenRun
-from passes.traits import TokenStack, layers_of
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
+from enginewright.passes.dynamic.skipping import SkipStep, put_back
+from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
+from enginewright.passes.tokens.running import TokenRun
+from enginewright.passes.traits import TokenStack, layers_of
 from tests.passes.conftest import SUBJECTS
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
-from toolchain.errors import ToolchainError
 
 PICTURES = ("reference_dit", "diffusers_dit_sdpa", "vit_sdpa")
 

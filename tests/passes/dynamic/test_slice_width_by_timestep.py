@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.dynamic.buckets import masks_for, stretches
-from passes.dynamic.reuse_blocks import ReuseBlocks
-from passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.dynamic.buckets import masks_for, stretches
+from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
+from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
 from tests.passes.joint import flux
-from toolchain.errors import ToolchainError
 
 TIMES = {"reference_dit": "t", "diffusers_dit_sdpa": "timestep"}
 

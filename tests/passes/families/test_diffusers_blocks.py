@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from passes.families.diffusers_blocks import attention
-from passes.traits import FixedAttention, HeadedAttention
+from enginewright.passes.families.diffusers_blocks import attention
+from enginewright.passes.traits import FixedAttention, HeadedAttention
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from passes.contract import Context
-from passes.pruning.prune_heads import PruneHeads, taylor_scores
-from passes.traits import FeedForward, FixedAttention, HeadedAttention, layer_at, layers_of
+from enginewright.passes.contract import Context
+from enginewright.passes.pruning.prune_heads import PruneHeads, taylor_scores
+from enginewright.passes.traits import FeedForward, FixedAttention, HeadedAttention, layer_at, layers_of
 from tests.passes.joint import JOINT, flux, sd3
 
 

@@ -1,9 +1,9 @@
 import torch
 from torch import nn
 
-from passes.families.reference_blocks import attention
-from passes.traits import FixedAttention, HeadedAttention, layer_at
-from toolchain.models.blocks.transformer import SelfAttention
+from enginewright.models.blocks.transformer import SelfAttention
+from enginewright.passes.families.reference_blocks import attention
+from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at
 
 
 def test_counts_follow_the_heads_and_heads_can_go_twice(dit):

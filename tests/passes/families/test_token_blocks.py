@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.quantization.quantize_int8 import QuantizeInt8
-from passes.tokens.merge_tokens import MergeTokens
-from passes.tokens.running import Step, TokenRun
-from passes.traits import TokenStack, layers_of
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
+from enginewright.passes.tokens.merge_tokens import MergeTokens
+from enginewright.passes.tokens.running import Step, TokenRun
+from enginewright.passes.traits import TokenStack, layers_of
 
 
 def stack_of(model):

@@ -8,8 +8,8 @@ from transformers.models.bert.modeling_bert import BertAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.vit.modeling_vit import ViTAttention
 
-from passes.families.transformers_blocks import attention, attention_beside_output
-from passes.traits import FixedAttention
+from enginewright.passes.families.transformers_blocks import attention, attention_beside_output
+from enginewright.passes.traits import FixedAttention
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 SIZES = {"hidden_size": 32, "num_attention_heads": 4}

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from passes.contract import Context
-from passes.tokens.matching import cell_corners, match, rows
-from passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens
-from passes.tokens.running import Step, TokenRun
-from passes.traits import TokenStack, layers_of
+from enginewright.passes.contract import Context
+from enginewright.passes.tokens.matching import cell_corners, match, rows
+from enginewright.passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens
+from enginewright.passes.tokens.running import Step, TokenRun
+from enginewright.passes.traits import TokenStack, layers_of
 from tests.passes.conftest import Subject, randomise
 from tests.passes.tokens.engines import agrees, exported, tripled
 from tests.toolchain.sources import tiny_diffusers

@@ -8,10 +8,10 @@ import onnxruntime
 import pytest
 import torch
 
-from passes.graph.module import GraphModule
-from targets.pytorch_engine import EagerRunner
+from enginewright import sources
+from enginewright.passes.graph.module import GraphModule
+from enginewright.targets.pytorch_engine import EagerRunner
 from tests.graphs import mixed
-from toolchain import sources
 
 
 @pytest.fixture

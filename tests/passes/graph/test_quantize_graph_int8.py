@@ -8,13 +8,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from passes.contract import Context, Plan, Result
-from passes.graph.module import GraphModule, graph_of
-from passes.graph.products import Product, product_of, some_patches
-from passes.graph.quantize_graph_int8 import QuantizeGraphInt8
+from enginewright import sources
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan, Result
+from enginewright.passes.graph.module import GraphModule, graph_of
+from enginewright.passes.graph.products import Product, product_of, some_patches
+from enginewright.passes.graph.quantize_graph_int8 import QuantizeGraphInt8
 from tests.graphs import mixed, noise, tensor, write
-from toolchain import sources
-from toolchain.errors import ToolchainError
 
 CALLS = [{"x": torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(seed))} for seed in range(4)]
 FIRED = ("conv", "grouped", "gemm", "plain", "matmul")

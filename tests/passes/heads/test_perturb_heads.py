@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan, macs
-from passes.heads.perturb_heads import PerturbHeads
-from passes.quantization.quantize_int8 import QuantizeInt8
-from passes.traits import BlockStack, HeadedAttention, layers_of
+from enginewright.errors import ToolchainError
+from enginewright.models.blocks.transformer import SelfAttention
+from enginewright.passes.contract import Context, Plan, macs
+from enginewright.passes.heads.perturb_heads import PerturbHeads
+from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
+from enginewright.passes.traits import BlockStack, HeadedAttention, layers_of
 from tests.passes.conftest import diffusers_dit, reference_dit
 from tests.passes.joint import JOINT, flux, sd3
-from toolchain.errors import ToolchainError
-from toolchain.models.blocks.transformer import SelfAttention
 
 MODELS = {
     "reference_dit": reference_dit,

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.heads.perturb_heads import PerturbHeads
-from passes.heads.select_heads import SelectHeads
-from passes.heads.softpag import BlendedHeads
-from passes.pruning.prune_heads import PruneHeads
-from passes.traits import HeadedAttention, layers_of
+from enginewright.errors import ToolchainError
+from enginewright.models.blocks.transformer import SelfAttention
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.heads.perturb_heads import PerturbHeads
+from enginewright.passes.heads.select_heads import SelectHeads
+from enginewright.passes.heads.softpag import BlendedHeads
+from enginewright.passes.pruning.prune_heads import PruneHeads
+from enginewright.passes.traits import HeadedAttention, layers_of
 from tests.passes.conftest import reference_dit
 from tests.passes.joint import JOINT
-from toolchain.errors import ToolchainError
-from toolchain.models.blocks.transformer import SelfAttention
 
 MODES = ("perturb", "prune")
 

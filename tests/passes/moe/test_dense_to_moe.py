@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.moe import routers
-from passes.moe.dense_to_moe import DenseToMoe
-from passes.moe.experts import CapacityExperts, MixtureOfExperts, NonzeroExperts
-from passes.traits import FeedForward, layers_of
-from targets.onnx_export import export_onnx
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.moe import routers
+from enginewright.passes.moe.dense_to_moe import DenseToMoe
+from enginewright.passes.moe.experts import CapacityExperts, MixtureOfExperts, NonzeroExperts
+from enginewright.passes.traits import FeedForward, layers_of
+from enginewright.targets.onnx_export import export_onnx
 
 
 class Holder(nn.Module):
@@ -401,8 +401,8 @@ def test_it_runs_in_onnx_runtime_whatever_the_batch_and_the_tokens(dit, form, tm
 
 def test_the_form_of_fixed_shapes_builds_for_tensorrt_rtx(dit, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    from targets.contract import Graph, ShapeRange
-    from targets.tensorrt_rtx_engine import TensorRtRtx
+    from enginewright.targets.contract import Graph, ShapeRange
+    from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
 
     plan = DenseToMoe(importance="random").plan(dit.model, context(dit))
     layer = mixtures(converted(dit, plan, "capacity"))[0]

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.moe.mixture_of_blocks import MixtureOfBlocks, smaller
-from passes.traits import BlockStack, layer_at
-from passes.variants import ByTimestep
+from enginewright.errors import ToolchainError
+from enginewright.models.diffusion.dit import Config, DiT
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.moe.mixture_of_blocks import MixtureOfBlocks, smaller
+from enginewright.passes.traits import BlockStack, layer_at
+from enginewright.passes.variants import ByTimestep
 from tests.passes.conftest import randomise
 from tests.passes.joint import flux
-from toolchain.errors import ToolchainError
-from toolchain.models.diffusion.dit import Config, DiT
 
 
 @pytest.fixture

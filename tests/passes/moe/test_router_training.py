@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from passes.contract import Context
-from passes.moe.dense_to_moe import DenseToMoe
-from passes.moe.experts import MixtureOfExperts, imbalance
-from passes.recovery.distill import Distill
+from enginewright.passes.contract import Context
+from enginewright.passes.moe.dense_to_moe import DenseToMoe
+from enginewright.passes.moe.experts import MixtureOfExperts, imbalance
+from enginewright.passes.recovery.distill import Distill
 
 FORMS = ["masked", "capacity", "nonzero"]
 

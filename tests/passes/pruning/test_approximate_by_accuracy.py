@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.pruning.approximate_by_accuracy import ApproximateByAccuracy
-from passes.pruning.elements import carry_out, elements_of
-from passes.pruning.hard_attention import HardAttention
-from passes.surgery import share
-from passes.traits import FeedForward, HeadedAttention, layer_at
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.pruning.approximate_by_accuracy import ApproximateByAccuracy
+from enginewright.passes.pruning.elements import carry_out, elements_of
+from enginewright.passes.pruning.hard_attention import HardAttention
+from enginewright.passes.surgery import share
+from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
-from toolchain.errors import ToolchainError
 
 
 def scored(function):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.pruning.factorize import Factorize
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.pruning.factorize import Factorize
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
-from toolchain.errors import ToolchainError
 
 
 def low_rank(rank: int, inputs: int = 40, outputs: int = 32) -> nn.Sequential:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.pruning.prune_depth import PruneDepth
-from passes.traits import BlockStack, layers_of
+from enginewright.errors import ToolchainError
+from enginewright.models.diffusion.dit import TINY, DiT
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.pruning.prune_depth import PruneDepth
+from enginewright.passes.traits import BlockStack, layers_of
 from tests.engines import built, exported, in_onnxruntime
-from toolchain.errors import ToolchainError
-from toolchain.models.diffusion.dit import TINY, DiT
 
 
 class Block(nn.Module):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan, macs
-from passes.pruning.prune_heads import PruneHeads
-from passes.traits import HeadedAttention, layer_at, layers_of
-from toolchain.errors import ToolchainError
-from toolchain.models.blocks.transformer import SelfAttention
+from enginewright.errors import ToolchainError
+from enginewright.models.blocks.transformer import SelfAttention
+from enginewright.passes.contract import Context, Plan, macs
+from enginewright.passes.pruning.prune_heads import PruneHeads
+from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
 
 
 def masked(subject, plan):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.pruning.prune_width import PruneWidth
-from passes.traits import FeedForward, layer_at, layers_of, trait_of
+from enginewright.errors import ToolchainError
+from enginewright.models.blocks.transformer import Mlp
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.pruning.prune_width import PruneWidth
+from enginewright.passes.traits import FeedForward, layer_at, layers_of, trait_of
 from tests.engines import built, exported, in_onnxruntime
-from toolchain.errors import ToolchainError
-from toolchain.models.blocks.transformer import Mlp
 
 IMPORTANCES = ["weight_norm", "taylor", "activation", "random"]
 
@@ -320,7 +320,7 @@ def test_weights_on_disk_are_read_where_they_lie(dit, tmp_path):
     """One layer of weights is mapped read-only; scores and the smaller form come from there."""
     from safetensors.torch import save_file
 
-    from targets import stored
+    from enginewright.targets import stored
 
     save_file(dit.model.state_dict(), tmp_path / "w.safetensors")
     model = dit.copy()

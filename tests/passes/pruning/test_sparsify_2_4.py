@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.pruning.sparsify_2_4 import Sparsify24, largest_two, sparsegpt
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.pruning.sparsify_2_4 import Sparsify24, largest_two, sparsegpt
 from tests.engines import built, exported, in_onnxruntime
-from toolchain.errors import ToolchainError
 
 
 def is_sparse(weight):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
-from targets.onnxruntime_engine import OnnxRuntime
-from targets.pytorch_engine import flat
-from targets.tensorrt_rtx_engine import TensorRtRtx
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
+from enginewright.targets.pytorch_engine import flat
+from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
 from tests.passes.conftest import Subject
 
 KINDS = ["reference_dit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit_sdpa", "bert_sdpa"))]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from passes.quantization.awq import awq_factors, errors
+from enginewright.passes.quantization.awq import awq_factors, errors
 
 
 def test_an_outlying_input_is_served_better_than_by_rounding_alone() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import cost
-from passes.quantization.blocks import E2M1, FORMATS, BlockLinear, Weights, in_blocks, round_to
+from enginewright.passes.contract import cost
+from enginewright.passes.quantization.blocks import E2M1, FORMATS, BlockLinear, Weights, in_blocks, round_to
 
 
 def test_int4_is_as_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from passes.quantization.budget import Option, at_most, best_trades, within
+from enginewright.passes.quantization.budget import Option, at_most, best_trades, within
 
 
 def test_every_best_trade_is_found_and_no_other():

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.quantization.convert_dtype import ConvertDtype
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.quantization.convert_dtype import ConvertDtype
 from tests.engines import exported, in_onnxruntime
-from toolchain.errors import ToolchainError
 
 
 def context_for(inputs):
@@ -136,7 +136,7 @@ def test_a_plan_is_carried_out_again_from_its_text(dit):
 def test_it_exports_with_the_same_interface_and_onnx_runtime_agrees(dit, tmp_path):
     import onnxruntime
 
-    from targets.onnx_export import export_onnx
+    from enginewright.targets.onnx_export import export_onnx
 
     result = ConvertDtype().apply(dit.copy(), context_for(dit.inputs))
     path = tmp_path / "m.onnx"

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from passes.quantization.blocks import Weights, in_blocks
-from passes.quantization.gptq import gptq, inverse_factor
+from enginewright.passes.quantization.blocks import Weights, in_blocks
+from enginewright.passes.quantization.gptq import gptq, inverse_factor
 
 
 def correlated(rows: int = 512) -> torch.Tensor:

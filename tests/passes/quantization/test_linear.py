@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from passes.quantization.linear import QuantizedLinear, weight_scales
+from enginewright.passes.quantization.linear import QuantizedLinear, weight_scales
 
 
 def test_integers_times_scales_are_the_product() -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.quantization.fp8 import Fp8Linear
-from passes.quantization.quantize_fp8 import QuantizeFp8
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.fp8 import Fp8Linear
+from enginewright.passes.quantization.quantize_fp8 import QuantizeFp8
 from tests.passes.conftest import SUBJECTS, Subject
 from tests.passes.quantization.formats import (
     KINDS,
@@ -19,7 +20,6 @@ from tests.passes.quantization.formats import (
     relative,
     weight_types,
 )
-from toolchain.errors import ToolchainError
 
 
 def rounded(values: list[float]) -> list[float]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.quantization.quantize_svd import BranchedLinear, QuantizeSvd, largest_directions
-from passes.quantization.quantize_weights import QuantizeWeights
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.quantize_svd import BranchedLinear, QuantizeSvd, largest_directions
+from enginewright.passes.quantization.quantize_weights import QuantizeWeights
 from tests.passes.conftest import SUBJECTS
 from tests.passes.quantization.formats import (
     KINDS,

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.quantization.blocks import BlockLinear
-from passes.quantization.quantize_weights import QuantizeWeights
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.blocks import BlockLinear
+from enginewright.passes.quantization.quantize_weights import QuantizeWeights
 from tests.passes.conftest import SUBJECTS
 from tests.passes.quantization.formats import (
     KINDS,
@@ -19,7 +20,6 @@ from tests.passes.quantization.formats import (
     relative,
     weight_types,
 )
-from toolchain.errors import ToolchainError
 
 T = onnx.TensorProto
 CASES = [
@@ -129,7 +129,7 @@ def test_what_no_graph_can_hold_is_refused_with_the_reason(parameters: dict[str,
 
 
 def test_the_file_holds_two_weights_in_a_byte(tmp_path: Path) -> None:
-    from targets.onnx_export import export_onnx
+    from enginewright.targets.onnx_export import export_onnx
 
     size = {}
     for weights in ("int4", "int8"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from passes.quantization import scales
-from passes.quantization.scales import scale_of
+from enginewright.passes.quantization import scales
+from enginewright.passes.quantization.scales import scale_of
 
 
 def test_a_percentile_is_of_all_calls_and_not_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

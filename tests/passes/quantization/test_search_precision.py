@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.quantization.linear import QuantizedLinear
-from passes.quantization.quantize_int8 import QuantizeInt8
-from passes.quantization.search_precision import SearchPrecision, made
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.quantization.linear import QuantizedLinear
+from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
+from enginewright.passes.quantization.search_precision import SearchPrecision, made
 
 INT8 = {"pass": "quantize_int8", "smallest": 0}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.quantization.quantize_int8 import QuantizeInt8
-from passes.quantization.smoothing import divided, factors, scales_with_weight
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
+from enginewright.passes.quantization.smoothing import divided, factors, scales_with_weight
 from tests.passes.conftest import Subject
 
 
@@ -56,7 +56,7 @@ class Exact(nn.Module):
 
 def keep_unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each quantized layer remember the weight that it rounded."""
-    from passes.quantization import quantize_int8
+    from enginewright.passes.quantization import quantize_int8
 
     class Remembering(quantize_int8.QuantizedLinear):
         def __init__(self, linear: nn.Linear, *rest: object) -> None:

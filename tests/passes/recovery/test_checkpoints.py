@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from passes.contract import Context
-from passes.recovery import checkpoints
-from passes.recovery.distill import Distill
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.recovery import checkpoints
+from enginewright.passes.recovery.distill import Distill
 from tests.conftest import ROOT
-from toolchain.errors import ToolchainError
 
 SCRIPT = """
 import sys, torch
-from passes.contract import Context
-from passes.recovery.distill import Distill
-from toolchain.models.diffusion.dit import TINY, DiT
+from enginewright.passes.contract import Context
+from enginewright.passes.recovery.distill import Distill
+from enginewright.models.diffusion.dit import TINY, DiT
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

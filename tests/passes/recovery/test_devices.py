@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.recovery.devices import Accelerated, Devices
-from passes.recovery.distill import Distill
-from toolchain.errors import ToolchainError, UnavailableError
+from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.passes.contract import Context
+from enginewright.passes.recovery.devices import Accelerated, Devices
+from enginewright.passes.recovery.distill import Distill
 
 CALLS = [{"x": torch.tensor([float(i)])} for i in range(5)]
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.recovery.distill import Distill
-from passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of
+from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.recovery.distill import Distill
+from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of
 from tests.passes.conftest import SUBJECTS
-from toolchain.errors import ToolchainError, UnavailableError
 
 REFERENCE = pytest.mark.parametrize("subject", ["reference_dit", "vit_sdpa", "bert_sdpa"], indirect=True)
 EVERY = {"features": 1.0, "attention": 1.0, "relation": 1.0}
@@ -296,7 +296,7 @@ def test_what_cannot_be_done_is_refused(dit, settings, without, message):
 
 
 def test_features_of_another_width_and_unreadable_maps_are_refused_by_name(dit):
-    from toolchain.models.diffusion.dit import Config, DiT
+    from enginewright.models.diffusion.dit import Config, DiT
 
     wide = DiT(Config(depth=2, width=48, heads=4, side=8, classes=4)).eval()
     context = Context(calibration=[dit.inputs], original=wide)
@@ -338,10 +338,10 @@ def test_a_device_that_is_not_there_is_refused(dit):
 
 
 def test_the_pipeline_offers_calls_files_and_teachers(tmp_path):
-    from toolchain.calibration import CALIBRATION_SEED, TRAINING_SEED, VALIDATION_SEED
-    from toolchain.pipeline import Run
-    from toolchain.progress import Progress
-    from toolchain.recipe import make
+    from enginewright.calibration import CALIBRATION_SEED, TRAINING_SEED, VALIDATION_SEED
+    from enginewright.pipeline import Run
+    from enginewright.progress import Progress
+    from enginewright.recipe import make
 
     save_file(
         {"x": torch.randn(4, 4, 8, 8), "t": torch.rand(4), "y": torch.zeros(4, dtype=torch.long)},
@@ -367,9 +367,9 @@ def test_the_pipeline_offers_calls_files_and_teachers(tmp_path):
 
 
 def test_an_artifact_can_teach(artifact):
-    from passes.quantization.linear import QuantizedLinear
-    from toolchain.recipe import make
-    from toolchain.teachers import teacher_of
+    from enginewright.passes.quantization.linear import QuantizedLinear
+    from enginewright.recipe import make
+    from enginewright.teachers import teacher_of
 
     module = teacher_of(artifact.name, make({"model": "dit:tiny"}, folder=artifact.parent))
     assert any(isinstance(part, QuantizedLinear) for part in module.modules())

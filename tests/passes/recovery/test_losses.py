@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from passes.recovery.losses import attention_loss, feature_loss, log_map, output_loss, relation_loss, similarities
+from enginewright.passes.recovery.losses import (
+    attention_loss,
+    feature_loss,
+    log_map,
+    output_loss,
+    relation_loss,
+    similarities,
+)
 
 
 def test_output_loss_is_relative_to_each_output() -> None:

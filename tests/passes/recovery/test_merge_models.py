@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from passes.contract import Context, Plan
-from passes.recovery.merge_models import MergeModels, mean_of
-from passes.recovery.styles import add_styles, one_hot, time_embeddings
-from passes.traits import TimeEmbedding, layers_of
-from targets.onnx_export import export_onnx
+from enginewright.errors import ToolchainError
+from enginewright.models.diffusion.dit import TINY
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.recovery.merge_models import MergeModels, mean_of
+from enginewright.passes.recovery.styles import add_styles, one_hot, time_embeddings
+from enginewright.passes.traits import TimeEmbedding, layers_of
+from enginewright.targets.onnx_export import export_onnx
 from tests.passes.conftest import SUBJECTS, randomise
 from tests.passes.joint import JOINT
-from toolchain.errors import ToolchainError
-from toolchain.models.diffusion.dit import TINY
 
 TINY_ERROR = 1e-12
 """What a difference of exactly 0 is reported as."""

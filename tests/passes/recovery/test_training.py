@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.recovery.devices import Devices
-from passes.recovery.distill import Distill
-from passes.recovery.feeding import AT_ONCE, Cycled, Generated, joined
-from passes.recovery.guides import Teacher, guide
-from passes.recovery.training import Training, cosine, schedule
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.recovery.devices import Devices
+from enginewright.passes.recovery.distill import Distill
+from enginewright.passes.recovery.feeding import AT_ONCE, Cycled, Generated, joined
+from enginewright.passes.recovery.guides import Teacher, guide
+from enginewright.passes.recovery.training import Training, cosine, schedule
 from tests.passes.conftest import SUBJECTS
-from toolchain.errors import ToolchainError
 
 
 def training(subject, **settings):

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context
-from passes.specialize.cut_after import CutAfter
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.specialize.cut_after import CutAfter
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
-from toolchain.errors import ToolchainError
 
 
 def cut(subject, **parameters):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.contract import Context, Plan, without
-from passes.specialize.fix_inputs import FixInputs
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan, without
+from enginewright.passes.specialize.fix_inputs import FixInputs
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import Subject, bert, diffusers_dit, reference_dit
-from toolchain.errors import ToolchainError
 
 
 def outcome(subject: Subject, **values):

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from passes.contract import Context
-from passes.specialize import fold_adapters
-from passes.specialize.fold_adapters import FoldAdapters
-from toolchain.errors import ToolchainError
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.specialize import fold_adapters
+from enginewright.passes.specialize.fold_adapters import FoldAdapters
 
 PATHS = ("blocks.0.attn.qkv", "blocks.1.mlp.fc1", "x_embedder.proj")
 

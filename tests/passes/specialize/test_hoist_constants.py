@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, macs
-from passes.hoisting import hoisted
-from passes.specialize.hoist_constants import HoistConstants
-from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
-from targets.split_graph import split_graph
-from targets.tensorrt_rtx_engine import TensorRtRtx
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, macs
+from enginewright.passes.hoisting import hoisted
+from enginewright.passes.specialize.hoist_constants import HoistConstants
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.split_graph import split_graph
+from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
 from tests.passes.conftest import Subject, randomise, reference_dit
 from tests.passes.joint import flux, sd3
 from tests.toolchain.sources import tiny_diffusers
-from toolchain.errors import ToolchainError
 
 TEXT = ("encoder_hidden_states", "pooled_projections")
 IDS = ("img_ids", "txt_ids")

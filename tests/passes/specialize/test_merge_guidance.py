@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from passes.contract import Context
-from passes.specialize.merge_guidance import MergeGuidance
-from targets.onnx_export import export_onnx
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.specialize.merge_guidance import MergeGuidance
+from enginewright.targets.onnx_export import export_onnx
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
-from toolchain.errors import ToolchainError
 
 CONDITIONS = {"reference_dit": "y", "diffusers_dit_sdpa": "class_labels"}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
-from targets.onnxruntime_engine import OnnxRuntime
-from targets.pytorch_engine import flat
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
+from enginewright.targets.pytorch_engine import flat
 
 
 def exported(model, inputs, folder: Path, *, length: str | None = None) -> Path:
@@ -36,7 +36,7 @@ def agrees(model, calls, path: Path, *, tolerance: float = 1e-4) -> None:
 def builds(path: Path, inputs, folder: Path) -> None:
     """TensorRT-RTX takes the graph; raises what it says if not."""
     pytest.importorskip("tensorrt_rtx")
-    from targets.tensorrt_rtx_engine import TensorRtRtx
+    from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
 
     ranges = {name: ShapeRange(*((batch, *tensor.shape[1:]) for batch in (1, 2, 8))) for name, tensor in inputs.items()}
     (folder / "engine").mkdir()

@@ -5,16 +5,16 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from passes.contract import Context
-from passes.tokens.matching import cell_corners, match, rows
-from passes.tokens.merge_tokens import MergeTokens
-from passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens
-from passes.tokens.prune_tokens import PruneTokens
-from passes.tokens.running import Step, TokenRun
-from passes.traits import TokenStack, layers_of
-from targets.contract import Graph, ShapeRange
-from targets.onnx_export import export_onnx
-from targets.onnxruntime_engine import OnnxRuntime
+from enginewright.passes.contract import Context
+from enginewright.passes.tokens.matching import cell_corners, match, rows
+from enginewright.passes.tokens.merge_tokens import MergeTokens
+from enginewright.passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens
+from enginewright.passes.tokens.prune_tokens import PruneTokens
+from enginewright.passes.tokens.running import Step, TokenRun
+from enginewright.passes.traits import TokenStack, layers_of
+from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.onnxruntime_engine import OnnxRuntime
 from tests.passes.conftest import Subject, randomise
 from tests.passes.joint import HEADS, JOINT
 
@@ -331,7 +331,7 @@ def test_engines_agree_at_every_batch_and_text(name, step, tmp_path):
 @BOTH
 def test_tensorrt_rtx_takes_the_graphs(name, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    from targets.tensorrt_rtx_engine import TensorRtRtx
+    from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
 
     subject = JOINT[name]()
     model, path = MergeTokens(r=2).apply(subject.copy(), Context()).model.eval(), tmp_path / "model.onnx"

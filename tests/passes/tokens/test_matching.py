@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from passes.tokens.matching import ascending, cell_corners, clipped, inverse, match, rows
+from enginewright.passes.tokens.matching import ascending, cell_corners, clipped, inverse, match, rows
 
 
 def official(metric, r, *, class_token=False, distill_token=False):

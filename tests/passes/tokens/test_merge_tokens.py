@@ -3,15 +3,15 @@ import copy
 import pytest
 import torch
 
-from passes.contract import Context
-from passes.tokens.merge_tokens import MergeTokens
-from passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens
-from passes.tokens.prune_tokens import PruneTokens
-from passes.tokens.running import SHORTENS, Step, TokenRun, Tokens
-from passes.traits import TokenStack, layers_of
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.tokens.merge_tokens import MergeTokens
+from enginewright.passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens
+from enginewright.passes.tokens.prune_tokens import PruneTokens
+from enginewright.passes.tokens.running import SHORTENS, Step, TokenRun, Tokens
+from enginewright.passes.traits import TokenStack, layers_of
 from tests.passes.conftest import bert, vit
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
-from toolchain.errors import ToolchainError
 
 
 def sizes_along(model, inputs):

@@ -3,13 +3,13 @@ import copy
 import pytest
 import torch
 
-from passes.contract import Context
-from passes.tokens.matching import rows
-from passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens, ShrunkStep, number_merged
-from passes.traits import TokenStack, layers_of
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context
+from enginewright.passes.tokens.matching import rows
+from enginewright.passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens, ShrunkStep, number_merged
+from enginewright.passes.traits import TokenStack, layers_of
 from tests.passes.conftest import bert, vit
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
-from toolchain.errors import ToolchainError
 
 
 def authors(metric, ratio):

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from passes.contract import Context, Plan
-from passes.recovery.distill import Distill
-from passes.tokens.dropping import PolicyStep, keep_maps, probabilities, received, whole
-from passes.tokens.interpreter import Interpreter, fit, interpreter
-from passes.tokens.prune_tokens import PruneTokens
+from enginewright.errors import ToolchainError
+from enginewright.passes.contract import Context, Plan
+from enginewright.passes.recovery.distill import Distill
+from enginewright.passes.tokens.dropping import PolicyStep, keep_maps, probabilities, received, whole
+from enginewright.passes.tokens.interpreter import Interpreter, fit, interpreter
+from enginewright.passes.tokens.prune_tokens import PruneTokens
 from tests.passes.conftest import SUBJECTS, bert, vit
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
-from toolchain.errors import ToolchainError
 
 
 def evit_by_hand(subject, keep, *, fuse):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from toolchain import catalog, sources
-from toolchain.sources.reference import WEIGHTS, sizes_of
-from validation.inputs import Dim, draw
+from enginewright import catalog, sources
+from enginewright.sources.reference import WEIGHTS, sizes_of
+from enginewright.validation.inputs import Dim, draw
 
 
 @pytest.mark.parametrize("name", catalog.entries("models"))

@@ -13,8 +13,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from toolchain import sources
-from toolchain.errors import ToolchainError
+from enginewright import sources
+from enginewright.errors import ToolchainError
 
 
 def graph_of(path: Path, nodes: list[onnx.NodeProto], shape: list[int | str], kind: int = TensorProto.FLOAT) -> str:

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from targets import stored
-from targets.onnx_export import export_onnx
+from enginewright import sources
+from enginewright.errors import ToolchainError
+from enginewright.sources import autoencoders
+from enginewright.sources.contract import Model
+from enginewright.sources.diffusers_source import components, load
+from enginewright.sources.filling import on_meta
+from enginewright.targets import stored
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.validation.inputs import Arrays, Dim, draw
 from tests.toolchain.sources import tiny_diffusers as tiny
-from toolchain import sources
-from toolchain.errors import ToolchainError
-from toolchain.sources import autoencoders
-from toolchain.sources.contract import Model
-from toolchain.sources.diffusers_source import components, load
-from toolchain.sources.filling import on_meta
-from validation.inputs import Arrays, Dim, draw
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

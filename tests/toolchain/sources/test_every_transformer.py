@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from targets.onnx_export import export_onnx
+from enginewright import sources
+from enginewright.errors import ToolchainError
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.validation.inputs import Dim, draw
 from tests.toolchain.sources.tiny_transformers import shrink
-from toolchain import sources
-from toolchain.errors import ToolchainError
-from validation.inputs import Dim, draw
 
 T: Any = pytest.importorskip("transformers")
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from targets import stored
-from toolchain.errors import ToolchainError
-from toolchain.sources.filling import fill, on_meta, read_all, shards, without_memory
+from enginewright.errors import ToolchainError
+from enginewright.sources.filling import fill, on_meta, read_all, shards, without_memory
+from enginewright.targets import stored
 
 
 class Net(nn.Module):

@@ -12,16 +12,16 @@ import onnxruntime
 import pytest
 import torch
 
-from reports import html, markdown
-from targets.onnx_export import export_onnx
+from enginewright import pipeline, sources
+from enginewright.errors import ToolchainError
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import html, markdown
+from enginewright.show import describe, tell
+from enginewright.sources.contract import Model
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.validation.inputs import Dim, draw
 from tests.reports.example import example_report
-from toolchain import pipeline, sources
-from toolchain.errors import ToolchainError
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.show import describe, tell
-from toolchain.sources.contract import Model
-from validation.inputs import Dim, draw
 
 T: Any = pytest.importorskip("transformers")
 

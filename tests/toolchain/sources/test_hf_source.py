@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from targets import stored
-from targets.onnx_export import export_onnx
-from toolchain import sources
-from toolchain.errors import ToolchainError
-from validation.inputs import draw
+from enginewright import sources
+from enginewright.errors import ToolchainError
+from enginewright.targets import stored
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.validation.inputs import draw
 
 transformers: Any = pytest.importorskip("transformers")
 T = transformers

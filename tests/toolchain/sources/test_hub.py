@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+from enginewright.errors import ToolchainError
+from enginewright.sources.hub import folder_of
 from tests.conftest import ROOT
-from toolchain.errors import ToolchainError
-from toolchain.sources.hub import folder_of
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_a_repository_that_is_not_there_is_told_apart(monkeypatch: pytest.Monkey
 
 
 def test_offline_the_library_itself_gives_that_line(tmp_path: Path) -> None:
-    code = "from toolchain.sources.hub import folder_of; folder_of('owner/name', ['*.json'])"
+    code = "from enginewright.sources.hub import folder_of; folder_of('owner/name', ['*.json'])"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import sources
-from toolchain.errors import ToolchainError
-from toolchain.sources.mistaken import mistaken
+from enginewright import sources
+from enginewright.errors import ToolchainError
+from enginewright.sources.mistaken import mistaken
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_what_may_be_a_model_is_left_alone(text: str) -> None:
 
 
 def test_every_way_in_gives_the_same_answer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from toolchain.cli import main
+    from enginewright.cli import main
 
     for command in (["export", "my-model"], ["plan", "./my-model"], ["show", "./my-model"], ["bench", "my-model"]):
         assert main([*command, *(("--against", "dit:tiny") if command[0] == "bench" else ())]) == 2

@@ -9,17 +9,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from passes.contract import cost
-from passes.graph.module import GraphModule
-from reports import record
+from enginewright import pipeline, sources
+from enginewright.errors import ToolchainError
+from enginewright.opened import open_subject
+from enginewright.passes.contract import cost
+from enginewright.passes.graph.module import GraphModule
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import record
+from enginewright.sources.contract import Model
+from enginewright.validation.inputs import Dim, draw
 from tests.graphs import mixed, noise, tensor, write
-from toolchain import pipeline, sources
-from toolchain.errors import ToolchainError
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.sources.contract import Model
-from validation.inputs import Dim, draw
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 

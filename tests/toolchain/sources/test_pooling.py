@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from toolchain import sources
-from toolchain.errors import ToolchainError
-from toolchain.sources.pooling import POOLS, Pool, read_modules
+from enginewright import sources
+from enginewright.errors import ToolchainError
+from enginewright.sources.pooling import POOLS, Pool, read_modules
 
 SENTENCES = ["The weather is lovely today.", "It is sunny outside.", "He drove to the stadium, " * 60]
 SOURCE = "sentence_transformers.models."

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim as D
 
-from targets.onnx_export import export_onnx
-from toolchain import pipeline, sources
-from toolchain.errors import ToolchainError
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from validation.fidelity import compare
-from validation.inputs import Dim, draw
+from enginewright import pipeline, sources
+from enginewright.errors import ToolchainError
+from enginewright.opened import open_subject
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.validation.fidelity import compare
+from enginewright.validation.inputs import Dim, draw
 
 BATCH = D("b", min=1, max=16)
 

@@ -11,18 +11,17 @@ import onnxruntime
 import pytest
 import torch
 
-import toolchain
-from targets.onnx_export import export_onnx
+import enginewright
+from enginewright import pipeline, sources
+from enginewright.errors import ToolchainError
+from enginewright.opened import open_subject
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.sources.contract import Model
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.validation.fidelity import compare
+from enginewright.validation.inputs import Dim, draw
 from tests.conftest import ROOT
-from toolchain import pipeline, sources
-from toolchain.errors import ToolchainError
-from toolchain.opened import open_subject
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.sources import user_file
-from toolchain.sources.contract import Model
-from validation.fidelity import compare
-from validation.inputs import Dim, draw
 
 MLP = """
 import torch
@@ -103,7 +102,7 @@ FIELDS = dict(
 
 @pytest.mark.parametrize("form", ["ModelSpec(**FIELDS)", "FIELDS"])
 def test_a_spec_says_axes_outputs_ranges_and_realistic_inputs(tmp_path: Path, form: str) -> None:
-    text = f"from toolchain import ModelSpec\n{MLP}{SPEC}\ndef build():\n    return {form}\n"
+    text = f"from enginewright import ModelSpec\n{MLP}{SPEC}\ndef build():\n    return {form}\n"
     model = load(tmp_path, text)
     assert model.inputs[0].shape == (3, Dim(name="tokens", low=2, typical=6, high=9), 32)
     assert model.outputs == ("y",)
@@ -174,8 +173,8 @@ def test_a_neighbour_imported_absolutely_is_told_apart_from_a_missing_library(tm
     assert "write 'from" not in fault(tmp_path, "import not_there_at_all\n" + PLAIN)
 
 
-@pytest.mark.parametrize("ours", ["toolchain", "passes", "reports"])
-def test_a_neighbour_with_one_of_our_names_is_never_silently_ours(tmp_path: Path, ours: str) -> None:
+@pytest.mark.parametrize("ours", ["enginewright"])
+def test_a_neighbour_with_our_name_is_never_silently_ours(tmp_path: Path, ours: str) -> None:
     (tmp_path / f"{ours}.py").write_text("")
     said = fault(tmp_path, f"import torch\nfrom {ours} import thing\n" + PLAIN)
     assert f"imports {ours!r}" in said
@@ -185,17 +184,30 @@ def test_a_neighbour_with_one_of_our_names_is_never_silently_ours(tmp_path: Path
 
 
 def test_a_neighbour_of_a_neighbour_is_never_silently_ours(tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text("import targets\n")
-    (tmp_path / "targets").mkdir()
-    (tmp_path / "targets" / "mine.py").write_text("")
-    assert "helper.py imports 'targets'" in fault(tmp_path, "from .helper import x\n" + PLAIN)
+    (tmp_path / "helper.py").write_text("import enginewright\n")
+    (tmp_path / "enginewright").mkdir()
+    (tmp_path / "enginewright" / "mine.py").write_text("")
+    assert "helper.py imports 'enginewright'" in fault(tmp_path, "from .helper import x\n" + PLAIN)
 
 
-def test_our_packages_may_be_imported_where_no_neighbour_has_their_name(tmp_path: Path) -> None:
-    (tmp_path / "reports").mkdir()  # a folder of pictures, say: no Python in it
-    assert load(tmp_path, "import toolchain, reports\n" + PLAIN)
-    assert user_file.is_ours(ROOT / "toolchain")  # a user's file may lie in our repository
-    assert not user_file.is_ours(tmp_path / "toolchain")
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python as it is started outside this repository, whose folders are packages too."""
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if Path(each or ".").resolve() != ROOT])
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_folders_that_are_called_as_ours_are_are_the_users_own(tmp_path: Path) -> None:
+    for name in ("toolchain", "passes", "targets", "validation", "reports"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("ONE = 1\n")
+    assert load(tmp_path, "from .validation import ONE\nfrom . import passes, reports, targets, toolchain\n" + PLAIN)
+    assert "write 'from . import validation'" in fault(tmp_path, "import validation\n" + PLAIN)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_name_that_the_package_had_before_is_told(tmp_path: Path) -> None:
+    assert "write 'from enginewright import ModelSpec'" in fault(tmp_path, "from toolchain import ModelSpec\n" + PLAIN)
 
 
 def test_no_such_file_or_function(tmp_path: Path) -> None:
@@ -268,7 +280,7 @@ def test_a_function_that_needs_arguments_is_refused(tmp_path: Path) -> None:
 
 
 def test_importing_the_spec_loads_no_torch() -> None:
-    assert toolchain.ModelSpec.__module__ == "toolchain.spec"
+    assert enginewright.ModelSpec.__module__ == "enginewright.spec"
 
 
 def test_the_graph_agrees_at_two_batch_sizes(tmp_path: Path) -> None:
@@ -383,7 +395,7 @@ def build():
 
 
 def test_a_fourth_number_is_what_sizes_are_multiples_of(tmp_path: Path) -> None:
-    head = MLP.replace("import torch\n", "import torch\nfrom toolchain import ModelSpec\n", 1)
+    head = MLP.replace("import torch\n", "import torch\nfrom enginewright import ModelSpec\n", 1)
 
     def spec(entry: str) -> str:
         what = f"ModelSpec(module=Net(), inputs=dict(x=torch.randn(4, 32)), dynamic={entry})"

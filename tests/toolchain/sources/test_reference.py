@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from toolchain import sources
-from toolchain.errors import ToolchainError
+from enginewright import sources
+from enginewright.errors import ToolchainError
 
 
 def test_unknown_names_and_sizes_offer_the_nearest() -> None:

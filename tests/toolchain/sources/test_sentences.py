@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from toolchain import calibration, sources
-from toolchain.errors import ToolchainError
-from toolchain.pipeline import Run
-from toolchain.progress import Progress
-from toolchain.recipe import make
-from toolchain.sources.sentences import tokenizer_of
-from validation.inputs import Dim, InputSpec
+from enginewright import calibration, sources
+from enginewright.errors import ToolchainError
+from enginewright.pipeline import Run
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.sources.sentences import tokenizer_of
+from enginewright.validation.inputs import Dim, InputSpec
 
 transformers: Any = pytest.importorskip("transformers")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.sources import short, with_path
+from enginewright.sources import short, with_path
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_paths_are_found_in_model_strings(
 ) -> None:
     (tmp_path / "here").mkdir()
     known = ["diffusers", "hf", "onnx", "py"]
-    monkeypatch.setattr("toolchain.sources.prefixes", lambda: known)
+    monkeypatch.setattr("enginewright.sources.prefixes", lambda: known)
     assert with_path(text, tmp_path, lambda path: f"<{path}>") == wanted
 
 

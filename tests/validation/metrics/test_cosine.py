@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from validation.metrics.cosine import Cosine
+from enginewright.validation.metrics.cosine import Cosine
 
 
 @pytest.mark.parametrize(

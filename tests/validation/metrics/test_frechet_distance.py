@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from toolchain.errors import ToolchainError
-from validation.metrics.frechet_distance import FrechetDistance
+from enginewright.errors import ToolchainError
+from enginewright.validation.metrics.frechet_distance import FrechetDistance
 
 
 def test_a_shifted_cloud_is_as_far_as_its_shift_squared(task, drawn, cloud):

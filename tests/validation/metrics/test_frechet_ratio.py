@@ -3,9 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from toolchain.errors import ToolchainError
-from validation.metrics.frechet_ratio import FrechetRatio
-from validation.statistics import frechet_distance
+from enginewright.errors import ToolchainError
+from enginewright.validation.metrics.frechet_ratio import FrechetRatio
+from enginewright.validation.statistics import frechet_distance
 
 
 def test_as_many_other_real_pictures_score_1(task, drawn):

@@ -1,7 +1,7 @@
 import pytest
 
-from toolchain.errors import ToolchainError
-from validation.metrics.judged_as_asked import JudgedAsAsked
+from enginewright.errors import ToolchainError
+from enginewright.validation.metrics.judged_as_asked import JudgedAsAsked
 
 
 def test_the_share_of_classes_as_asked(task, drawn):

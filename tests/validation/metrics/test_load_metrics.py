@@ -5,17 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import validation.metrics
-from validation.contract import OutputMetric, SampleMetric
-from validation.metrics import load_metrics
-from validation.metrics.worst_column import WorstColumn
+import enginewright.validation.metrics
+from enginewright.validation.contract import OutputMetric, SampleMetric
+from enginewright.validation.metrics import load_metrics
+from enginewright.validation.metrics.worst_column import WorstColumn
 
 METRICS = load_metrics()
 OUTPUT = [metric for metric in METRICS.values() if isinstance(metric, OutputMetric)]
 
 
 def test_every_file_is_a_metric_under_its_own_name():
-    files = {file.stem for file in Path(validation.metrics.__file__).parent.glob("*.py")} - {"__init__"}
+    files = {file.stem for file in Path(enginewright.validation.metrics.__file__).parent.glob("*.py")} - {"__init__"}
     assert set(METRICS) == files
     assert {name for name, metric in METRICS.items() if isinstance(metric, SampleMetric)} == {
         "psnr_db",
@@ -75,7 +75,7 @@ class TestEveryOutputMetric:
 
 def test_listing_the_folder_needs_no_numpy():
     code = (
-        "import sys, validation.metrics; assert 'numpy' not in sys.modules;"
-        "validation.metrics.load_metrics(); assert 'numpy' in sys.modules"
+        "import sys, enginewright.validation.metrics; assert 'numpy' not in sys.modules;"
+        "enginewright.validation.metrics.load_metrics(); assert 'numpy' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from validation.metrics.max_abs import MaxAbs
+from enginewright.validation.metrics.max_abs import MaxAbs
 
 
 def test_the_largest_difference_counts_whatever_its_sign():

@@ -1,6 +1,6 @@
 import numpy as np
 
-from validation.metrics.mean_abs import MeanAbs
+from enginewright.validation.metrics.mean_abs import MeanAbs
 
 
 def test_differences_of_both_signs_add_up():

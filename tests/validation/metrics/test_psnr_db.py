@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from toolchain.errors import ToolchainError
-from validation.metrics.psnr_db import PsnrDb
+from enginewright.errors import ToolchainError
+from enginewright.validation.metrics.psnr_db import PsnrDb
 
 
 @pytest.fixture

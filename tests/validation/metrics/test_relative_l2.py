@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from validation.metrics.relative_l2 import RelativeL2
+from enginewright.validation.metrics.relative_l2 import RelativeL2
 
 
 def test_the_error_is_divided_by_the_original_not_by_the_candidate():

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from validation.metrics.relative_l2 import RelativeL2
-from validation.metrics.snr_db import SnrDb
+from enginewright.validation.metrics.relative_l2 import RelativeL2
+from enginewright.validation.metrics.snr_db import SnrDb
 
 
 def test_an_error_of_a_tenth_is_20_db():

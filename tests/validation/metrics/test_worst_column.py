@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from validation.metrics.cosine import Cosine
-from validation.metrics.relative_l2 import RelativeL2
-from validation.metrics.worst_column import WorstColumn
+from enginewright.validation.metrics.cosine import Cosine
+from enginewright.validation.metrics.relative_l2 import RelativeL2
+from enginewright.validation.metrics.worst_column import WorstColumn
 
 
 def worst(original, candidate):

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from toolchain.models.blocks.ddpm import Denoiser, Process
-from toolchain.models.vision import digit_judge
-from validation.contract import Runner, SamplingTask
-from validation.inputs import Array, Arrays
+from enginewright.models.blocks.ddpm import Denoiser, Process
+from enginewright.models.vision import digit_judge
+from enginewright.validation.contract import Runner, SamplingTask
+from enginewright.validation.inputs import Array, Arrays
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 GUIDANCE = 1.5

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from toolchain.models.blocks.transformer import Mlp, SelfAttention
-from toolchain.sources.contract import Published
-from validation.contract import SamplingTask
-from validation.inputs import Arrays, Dim, InputSpec
+from enginewright.models.blocks.transformer import Mlp, SelfAttention
+from enginewright.sources.contract import Published
+from enginewright.validation.contract import SamplingTask
+from enginewright.validation.inputs import Arrays, Dim, InputSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ def task(size: str, config: Config) -> SamplingTask | None:
     """Draw digits and have them judged; other sizes have no judge."""
     if size != "digits":
         return None
-    from toolchain.models.blocks.digits import digits_task
+    from enginewright.models.blocks.digits import digits_task
 
     return digits_task(none=config.classes)
 
@@ -224,6 +224,6 @@ def realistic(module: nn.Module, size: str, config: Config) -> Callable[[int, in
     """Inputs met on real sampling runs, where the network is trained."""
     if size != "digits":
         return None
-    from toolchain.models.blocks.digits import met_on_runs
+    from enginewright.models.blocks.digits import met_on_runs
 
     return lambda count, seed: met_on_runs(module, none=config.classes, count=count, seed=seed)

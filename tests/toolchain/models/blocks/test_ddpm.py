@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from toolchain.models.blocks.ddpm import Process
+from enginewright.models.blocks.ddpm import Process
 
 
 def test_image_and_noise_come_back_from_the_velocity() -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from toolchain import sources
-from toolchain.models.blocks import digits
-from validation.statistics import frechet_distance
+from enginewright import sources
+from enginewright.models.blocks import digits
+from enginewright.validation.statistics import frechet_distance
 
 
 def test_calibration_and_validation_inputs_come_from_runs_and_never_meet() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from toolchain.models.diffusion import dit
-from toolchain.show import describe
+from enginewright.models.diffusion import dit
+from enginewright.show import describe
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from toolchain import sources
-from toolchain.models.blocks.digits import WEIGHTS, read
+from enginewright import sources
+from enginewright.models.blocks.digits import WEIGHTS, read
 
 
 def test_the_judge_reads_real_digits_that_it_was_not_trained_on() -> None:
