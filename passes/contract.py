@@ -25,15 +25,15 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from enginewright.errors import ToolchainError, invalid, raise_faults
+from enginewright.ground.errors import ToolchainError, invalid, raise_faults
+from enginewright.ground.reading import parse_json, read_tensors, read_text
+from enginewright.ground.writing import write_text
 from enginewright.passes.graph.module import GraphModule, is_parameter, weights_of
 from enginewright.passes.hoisting import hoisted
 from enginewright.passes.on_shapes import on_shapes
 from enginewright.passes.plain import plain
 from enginewright.passes.surgery import follow, several_names
 from enginewright.passes.variants import ByTimestep
-from enginewright.reading import parse_json, read_tensors, read_text
-from enginewright.writing import write_text
 
 Inputs = dict[str, Tensor]
 Json = Any

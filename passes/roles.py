@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from enginewright.errors import ToolchainError, unknown
+from enginewright.ground.errors import ToolchainError, unknown
 
 TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "time")
 """Names of the timestep."""

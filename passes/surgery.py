@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.traits import FeedForward, FixedAttention, HeadedAttention, Place, Stream
 
 INERT = (nn.Dropout, nn.Identity)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes import families as families_folder
 
 Place = tuple[nn.Module, str]

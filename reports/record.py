@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
-from enginewright.errors import ToolchainError, invalid, raise_faults
-from enginewright.reading import read_json
-from enginewright.writing import write_text
+from enginewright.ground.errors import ToolchainError, invalid, raise_faults
+from enginewright.ground.reading import read_json
+from enginewright.ground.writing import write_text
 
 SCHEMA: Literal[1] = 1
 Verdict = Literal["met", "missed", "not_measured", "inconclusive"]

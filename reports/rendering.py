@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from enginewright.ground.writing import write_text
 from enginewright.reports import html, junit, markdown
 from enginewright.reports.record import Report
-from enginewright.writing import write_text
 
 
 def write_all(report: Report, folder: Path) -> None:

@@ -10,16 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from enginewright.errors import invalid, raise_faults
-
-Arrays = dict[str, npt.NDArray[np.generic]]
+from enginewright.ground.errors import invalid, raise_faults
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
 
 
 class Answer(NamedTuple):
@@ -98,14 +96,6 @@ class Built:
     fp32_ratio: float | None = None
     reads: tuple[Path, ...] = ()
     left_out: str = ""
-
-
-class Runner(Protocol):
-    """An engine, ready to run."""
-
-    def __call__(self, inputs: Arrays) -> Arrays:
-        """Named inputs -> named outputs."""
-        ...
 
 
 class Target(BaseModel, ABC):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError, raise_faults
+from enginewright.ground.errors import ToolchainError, raise_faults
 from enginewright.targets.pytorch_engine import flat
 
 Entry = tuple[str, int, int] | tuple[str, int, int, int]

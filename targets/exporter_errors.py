@@ -11,7 +11,7 @@ import onnx_ir
 import onnxscript
 import torch
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 LIBRARIES = tuple(str(Path(str(library.__file__)).parent) for library in (torch, onnxscript, onnx_ir))
 OURS = str(Path(__file__).parent)

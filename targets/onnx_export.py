@@ -24,7 +24,7 @@ import torch
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.targets import stored, translations
 from enginewright.targets.dimensions import Axes, called_plainly, conclusions_heard, declared, refuse_narrowed
 from enginewright.targets.element_types import hollow, in_type, keep_interface, restore

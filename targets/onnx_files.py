@@ -8,7 +8,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import uses_external_data
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 
 def check_onnx(path: Path) -> onnx.ModelProto:

@@ -24,10 +24,12 @@ import onnx_ir as ir
 from pydantic import Field
 from torch import nn
 
-from enginewright.errors import ToolchainError, require
-from enginewright.reading import read_setting
+from enginewright.ground.errors import ToolchainError, require
+from enginewright.ground.reading import read_setting
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
 from enginewright.targets import machine
-from enginewright.targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
+from enginewright.targets.contract import Answer, Availability, Built, Graph, Target
 from enginewright.targets.dynamic_int8 import add_output_pairs, reduce_range, static_products, to_dynamic, to_float
 from enginewright.targets.four_bits import multiply_out
 from enginewright.targets.onnx_export import module_path, save

@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
-from enginewright.reading import read_setting
-from enginewright.targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import read_setting
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
+from enginewright.targets.contract import Answer, Availability, Built, Graph, Target
 from enginewright.targets.onnx_files import check_onnx
 
 ENGINE = "engine.json"

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from enginewright.errors import ToolchainError
-from enginewright.reading import parse_json
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import parse_json
 
 TYPES = {
     "F64": torch.float64,

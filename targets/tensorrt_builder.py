@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.ground.errors import ToolchainError, UnavailableError
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
 from enginewright.targets import machine
-from enginewright.targets.contract import Answer, Arrays, Availability, Built, Graph, Runner, Target
+from enginewright.targets.contract import Answer, Availability, Built, Graph, Target
 
 ENGINE, LOG = "engine.plan", "build.log"
 

@@ -22,7 +22,7 @@ import onnx
 import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.targets import stored
 from enginewright.targets.onnx_files import all_tensors, external_files
 

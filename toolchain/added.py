@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays, InputSpec, rows_of
 from enginewright.passes.contract import NewInput, Pass, Plan
 from enginewright.sources.contract import Model
-from enginewright.validation.contract import Runner
-from enginewright.validation.inputs import Arrays, InputSpec, completed, rows_of
+from enginewright.validation.inputs import completed
 
 
 def with_inputs(model: Model, new: Iterable[NewInput]) -> Model:

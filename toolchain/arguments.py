@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from enginewright import catalog
-from enginewright.errors import FaultsError, ToolchainError, raise_faults
+from enginewright.ground.errors import FaultsError, ToolchainError, raise_faults
 from enginewright.sources.mistaken import mistaken
 
 if TYPE_CHECKING:
+    from enginewright.ground.signature import InputSpec
     from enginewright.recipe import Recipe
-    from enginewright.validation.inputs import InputSpec
 
 WEIGHT_MODES = ("auto", "copy", "link")
 """What may become of weights that are on disk."""

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from enginewright.errors import ToolchainError
-from enginewright.reading import read_json
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import read_json
+from enginewright.ground.writing import in_words, make_folder, sweep, synced, workplace
 from enginewright.renaming import exchange, rename_new, turn
-from enginewright.writing import in_words, make_folder, sweep, synced, workplace
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from enginewright.errors import ToolchainError, nearest
-from enginewright.writing import in_words, make_folder
+from enginewright.ground.errors import ToolchainError, nearest
+from enginewright.ground.writing import in_words, make_folder
 
 LARGEST_SEED = 2**63 - 1
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import onnx
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays, Dim
 from enginewright.sources.contract import Model
 from enginewright.targets.onnx_files import external_bytes
 from enginewright.targets.onnxruntime_engine import unoptimized
 from enginewright.targets.pytorch_engine import EagerRunner
 from enginewright.validation import sizes
-from enginewright.validation.contract import Runner
 from enginewright.validation.fidelity import real_rows
-from enginewright.validation.inputs import Arrays, Dim
 from enginewright.validation.sizes import SizeOutcome, Sizes, text_of
 
 LARGEST_GRAPH = 2 * 10**9

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from enginewright.errors import ToolchainError, raise_faults
+from enginewright.ground.errors import ToolchainError, raise_faults
+from enginewright.ground.reading import read_tensors, read_text
+from enginewright.ground.signature import Arrays, Dim, InputSpec, rows_of, shared_by_rows
 from enginewright.passes.contract import Inputs
-from enginewright.reading import read_tensors, read_text
 from enginewright.recipe import Recipe
 from enginewright.sources.contract import Model
-from enginewright.validation.inputs import Arrays, Dim, InputSpec, rows_of, shared_by_rows
 
 CALIBRATION_SEED, VALIDATION_SEED, TRAINING_SEED = 1_000, 2_000, 1_000_000
 SPARE_SEED = 1_000_000_000

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from enginewright.errors import unknown
+from enginewright.ground.errors import unknown
 
 if TYPE_CHECKING:
     from enginewright.passes.contract import Pass

@@ -11,8 +11,8 @@ from pathlib import Path
 from enginewright import __version__
 from enginewright.asking import LARGEST_SEED, Parser, dtype, listed, size, whole
 from enginewright.catalog import KINDS
-from enginewright.errors import DONE, WRONG_USE
 from enginewright.failing import check_text, ended
+from enginewright.ground.errors import DONE, WRONG_USE
 
 EXIT_CODES = """exit codes:
   0   done, and all gates met

@@ -12,7 +12,7 @@ from typing import Any
 
 from enginewright import catalog, sources
 from enginewright.arguments import recipe_from, sizes_from
-from enginewright.errors import CANNOT, DONE, MISSED, ToolchainError
+from enginewright.ground.errors import CANNOT, DONE, MISSED, ToolchainError
 from enginewright.progress import Progress
 from enginewright.screen import show, table
 
@@ -330,9 +330,9 @@ def check_command(chosen: Namespace) -> int:
     """Hold an artifact's figures against a baseline."""
     from enginewright import artifact
     from enginewright.asking import place_for
+    from enginewright.ground.writing import write_where_told
     from enginewright.reports import junit, record
     from enginewright.validation import regression
-    from enginewright.writing import write_where_told
 
     place_for(chosen.junit)
     given = dict(regression.figure_given(text) for text in chosen.figure)
@@ -370,8 +370,8 @@ def check_command(chosen: Namespace) -> int:
 
 def update_baseline(chosen: Namespace, content: dict[str, Any], given: dict[str, Any]) -> int:
     """Write a baseline of a run, and say which of its figures are none."""
+    from enginewright.ground.writing import in_words, make_folder
     from enginewright.validation import regression
-    from enginewright.writing import in_words, make_folder
 
     keep = regression.read(chosen.baseline) if chosen.baseline.exists() else None
     baseline = regression.baseline_from(content, keep=keep, given=given)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
+from enginewright.ground.runner import Runner
 from enginewright.preparing import PREPARE, STEP, Preparing, read_halves
 from enginewright.recipe import TargetStep
 from enginewright.switching import parts_of, read_table, switching
-from enginewright.validation.contract import Runner
 
 
 def parts_for(step: TargetStep, folder: Path) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from enginewright.errors import INTERNAL, FaultsError, InternalError, ToolchainError
+from enginewright.ground.errors import INTERNAL, FaultsError, InternalError, ToolchainError
 
 DEBUG = "ENGINEWRIGHT_DEBUG"
 """An environment variable; where it is set, whole tracebacks are shown."""

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.ground.errors import ToolchainError, UnavailableError
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.opened import engines_of, reopen, replay
 from enginewright.passes.variants import ByTimestep
 from enginewright.pipeline import Run
@@ -19,8 +21,6 @@ from enginewright.recipe import threads_here
 from enginewright.sources.contract import LIBRARIES, Interface, read_interface
 from enginewright.sources.filling import without_memory
 from enginewright.targets import stored
-from enginewright.targets.contract import Arrays, Runner
-from enginewright.validation.inputs import Dim, InputSpec
 
 ABSENT = {"attention_mask": 1, "token_type_ids": 0}
 """What an input is when a caller leaves it out, as transformers has it."""

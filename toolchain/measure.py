@@ -10,17 +10,19 @@ from typing import Any
 from enginewright.at_sizes import SEED as SIZES_SEED
 from enginewright.at_sizes import Again, SizedCall, again_with, answerable, at_one_size, faults_of
 from enginewright.calibration import VALIDATION_SEED
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Array, Arrays
 from enginewright.progress import Progress
 from enginewright.recipe import Validation
 from enginewright.reports import record
 from enginewright.reports.pictures import png_grid
 from enginewright.sources.contract import Model
 from enginewright.validation import latency
-from enginewright.validation.contract import Drawn, Runner, SampleMetric, SamplingTask
+from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
 from enginewright.validation.fidelity import OutputFidelity, compare, dead_columns, empty, non_finite, worst
 from enginewright.validation.gates import GateBound, judge
-from enginewright.validation.inputs import Array, Arrays, draw
+from enginewright.validation.inputs import draw
 from enginewright.validation.metrics import load_metrics
 from enginewright.validation.metrics.relative_l2 import RelativeL2
 

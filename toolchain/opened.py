@@ -14,7 +14,9 @@ from enginewright import artifact, catalog, origin, sources
 from enginewright.added import compared_with, completing
 from enginewright.at_sizes import eager
 from enginewright.engines import parts_for, runner_of
-from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.ground.errors import ToolchainError, UnavailableError
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import InputSpec
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.surgery import share
 from enginewright.pipeline import Run
@@ -23,10 +25,8 @@ from enginewright.recipe import read, threads_here
 from enginewright.sources.contract import Model, read_interface
 from enginewright.sources.mistaken import mistaken
 from enginewright.sources.onnx_source import inputs_of
-from enginewright.targets.contract import Runner
 from enginewright.targets.onnx_files import check_onnx
 from enginewright.trust import refuse_untrusted
-from enginewright.validation.inputs import InputSpec
 
 MODELS = ("config.json", "model_index.json", "modules.json", "adapter_config.json")
 """Files of folders that hold a model, and no artifact."""

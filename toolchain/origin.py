@@ -14,7 +14,7 @@ from typing import Any
 
 from enginewright import sources
 from enginewright.artifact import digest
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.recipe import Recipe
 from enginewright.sources.contract import Model
 

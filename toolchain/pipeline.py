@@ -29,7 +29,7 @@ from enginewright import (
 )
 from enginewright.added import compared_with, completing, with_inputs
 from enginewright.engines import parts_for, runner_of
-from enginewright.errors import (
+from enginewright.ground.errors import (
     CANNOT,
     DONE,
     MISSED,
@@ -39,6 +39,8 @@ from enginewright.errors import (
     raise_faults,
     unknown,
 )
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Dim, shared_by_rows
 from enginewright.hints import Hints
 from enginewright.measure import judge_gates, measure, refuse_unsteady
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
@@ -55,9 +57,8 @@ from enginewright.targets.contract import Built, Graph, ShapeRange
 from enginewright.targets.element_types import DTYPES
 from enginewright.targets.onnx_export import export_onnx, save
 from enginewright.targets.weights import settle_weights
-from enginewright.validation.contract import Runner
 from enginewright.validation.fidelity import non_finite
-from enginewright.validation.inputs import Dim, completed, draw, shared_by_rows
+from enginewright.validation.inputs import completed, draw
 
 
 @dataclass

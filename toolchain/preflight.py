@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from enginewright import sources
-from enginewright.errors import ToolchainError, UnavailableError, raise_faults, unknown
+from enginewright.ground.errors import ToolchainError, UnavailableError, raise_faults, unknown
 from enginewright.passes.contract import Pass
 from enginewright.recipe import Recipe
 from enginewright.sources.mistaken import HUB, mistaken

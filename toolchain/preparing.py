@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import first_line, read_json
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays, InputSpec
 from enginewright.passes.graph.module import GraphModule
 from enginewright.passes.hoisting import hoisted
-from enginewright.reading import first_line, read_json
 from enginewright.targets.contract import ShapeRange
 from enginewright.targets.split_graph import Halves, split_graph
 from enginewright.targets.weights import load_graph
-from enginewright.validation.contract import Runner
-from enginewright.validation.inputs import Arrays, InputSpec, draw
+from enginewright.validation.inputs import draw
 from enginewright.validation.sizes import at_limits
 
 TABLE = "prepared.json"

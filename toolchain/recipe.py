@@ -30,9 +30,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from enginewright import catalog, sources
 from enginewright.asking import DTYPES, LARGEST_SEED
-from enginewright.errors import FaultsError, ToolchainError, invalid, raise_faults
+from enginewright.ground.errors import FaultsError, ToolchainError, invalid, raise_faults
+from enginewright.ground.reading import read_toml
 from enginewright.passes.contract import WORDS, Pass
-from enginewright.reading import read_toml
 from enginewright.targets.contract import Target
 from enginewright.validation.gates import GateBound, parse
 from enginewright.validation.gates import gate_names as gates_of

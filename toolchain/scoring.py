@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from enginewright import calibration
-from enginewright.errors import ToolchainError, unknown
+from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Inputs
 from enginewright.recipe import Recipe, threads_here
 from enginewright.sources import user_file

@@ -9,8 +9,9 @@ from typing import Any
 import onnx
 from onnx import helper
 
+from enginewright.ground.reading import read_setting
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.preparing import STEP, read_halves
-from enginewright.reading import read_setting
 from enginewright.recipe import TargetStep
 from enginewright.reports.deploying import Engine, Value
 from enginewright.targets.contract import Target
@@ -26,7 +27,6 @@ from enginewright.targets.onnxruntime_engine import (
 )
 from enginewright.targets.tensorrt_builder import ENGINE as PLAN
 from enginewright.targets.weights import load_graph
-from enginewright.validation.inputs import Dim, InputSpec
 
 
 def engines_of(

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from enginewright import catalog, sources
-from enginewright.errors import unknown
+from enginewright.ground.errors import unknown
 from enginewright.sources.mistaken import READERS, mistaken
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from enginewright.validation.inputs import InputSpec
+    from enginewright.ground.signature import InputSpec
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -168,7 +168,7 @@ def countable_macs(module: nn.Module, specs: Sequence[InputSpec]) -> tuple[int |
 
 def inputs_as_json(specs: Sequence[InputSpec]) -> list[dict[str, Any]]:
     """An input contract."""
-    from enginewright.validation.inputs import Dim
+    from enginewright.ground.signature import Dim
 
     return [
         {

@@ -15,14 +15,14 @@ import numpy.typing as npt
 from torch import nn
 
 from enginewright.added import with_inputs
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import first_line, read_json
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
 from enginewright.passes.contract import NewInput
 from enginewright.passes.variants import REUSED, ByTimestep, Walk, some_rows
 from enginewright.passes.variants import Reusing as ReusingModule
-from enginewright.reading import first_line, read_json
 from enginewright.sources.contract import Model
-from enginewright.validation.contract import Runner
-from enginewright.validation.inputs import Arrays
 
 TABLE = "engines.json"
 

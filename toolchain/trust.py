@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 if TYPE_CHECKING:
     from enginewright.recipe import Recipe

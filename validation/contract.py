@@ -8,17 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
-from enginewright.validation.inputs import Array, Arrays
-
-
-class Runner(Protocol):
-    """The original or an engine, ready to run."""
-
-    def __call__(self, inputs: Arrays) -> Arrays:
-        """Named inputs -> named outputs; numpy arrays on both sides."""
-        ...
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Array
 
 
 @dataclass(frozen=True, kw_only=True)

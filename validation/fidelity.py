@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Array, Arrays
 from enginewright.validation.contract import Metric, OutputMetric
-from enginewright.validation.inputs import Array, Arrays
 from enginewright.validation.metrics import load_metrics
 from enginewright.validation.statistics import Floats, columns
 

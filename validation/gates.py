@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from enginewright.errors import ToolchainError, unknown
+from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.validation.contract import Metric
 
 Verdict = Literal["met", "missed", "not_measured", "inconclusive"]

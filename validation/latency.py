@@ -21,9 +21,9 @@ from statistics import median
 
 import numpy as np
 
-from enginewright.errors import ToolchainError
-from enginewright.validation.contract import Runner
-from enginewright.validation.inputs import Arrays
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
 from enginewright.validation.statistics import Floats, bootstrap_median, bootstrap_ratio
 
 BLOCK = 3

@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from enginewright.errors import ToolchainError, invalid, raise_faults
-from enginewright.reading import read_json
+from enginewright.ground.errors import ToolchainError, invalid, raise_faults
+from enginewright.ground.reading import read_json
+from enginewright.ground.writing import write_where_told
 from enginewright.validation.metrics import load_metrics
-from enginewright.writing import write_where_told
 
 SCHEMA: Literal[1] = 1
 Verdict = Literal["same", "improved", "regressed", "missing", "new", "not_comparable"]

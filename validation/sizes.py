@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from enginewright.validation.inputs import Array, Arrays, Dim, InputSpec
+from enginewright.ground.signature import Array, Arrays, Dim, InputSpec
 
 Sizes = dict[str, int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from enginewright.validation.inputs import Array
+from enginewright.ground.signature import Array
 
 Floats = npt.NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs
 from enginewright.passes.roles import TIMESTEPS, named
 from enginewright.passes.rows import one_call, shared_inputs, some_rows

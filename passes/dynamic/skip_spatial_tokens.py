@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.dynamic.skipping import SkipStep, fitted, watched
 from enginewright.passes.selection import check_patterns, excluded_by

@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.tokens.dropping import best
 from enginewright.passes.tokens.interpreter import Interpreter, fit

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError, require
+from enginewright.ground.errors import ToolchainError, require
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 LARGEST_INLINE = 1024

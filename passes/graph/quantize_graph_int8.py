@@ -24,7 +24,7 @@ from onnx_ir.passes import common
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.graph.module import GraphModule, graph_of
 from enginewright.passes.graph.pairs import PairWriter

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, NewInput, Pass, Plan
 from enginewright.passes.heads.softpag import Perturbation, blocks_before, entries, names_of
 from enginewright.passes.pruning.prune_heads import uncut

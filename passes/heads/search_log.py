@@ -7,9 +7,9 @@ import math
 import os
 from pathlib import Path
 
-from enginewright.errors import ToolchainError
-from enginewright.reading import parse_json, read_text
-from enginewright.writing import in_words, make_folder, refuse_link
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import parse_json, read_text
+from enginewright.ground.writing import in_words, make_folder, refuse_link
 
 
 class SearchLog:

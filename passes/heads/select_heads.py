@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import SCORE_HELP, Context, Json, NewInput, Pass, Plan, Score, digest_of
 from enginewright.passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
 from enginewright.passes.heads.search_log import SearchLog

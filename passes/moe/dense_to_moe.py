@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.moe.experts import (
     CapacityExperts,

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
 from enginewright.passes.dynamic.schedule import refuse_no_timestep, span_of
 from enginewright.passes.pruning.probes import evaluating, first_floating

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import SCORE_HELP, Context, Losses, Pass, Plan, Score
 from enginewright.passes.pruning.elements import Element, Entry, carry_out, elements_of
 from enginewright.passes.pruning.probes import evaluating

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.pruning.hard_attention import HardAttention
 from enginewright.passes.surgery import Zeros, put_at
 from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.pruning.probes import evaluating
 from enginewright.passes.selection import check_patterns, excluded_by, other_matrices

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from enginewright.errors import ToolchainError, unknown
+from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Context, Pass, Plan, Score
 from enginewright.passes.pruning.probes import evaluating, tensors_in
 from enginewright.passes.selection import check_patterns, excluded_by

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.pruning.probes import Call, probe

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.pruning.hidden_units import activation_scores, random_scores, taylor_scores, weight_norms

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.patterns import PATTERN
 from enginewright.passes.pruning.factorize import refuse_meta, squares_of_inputs

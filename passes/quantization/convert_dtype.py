@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
 from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.surgery import share

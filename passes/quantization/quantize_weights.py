@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.quantization.awq import awq_factors
 from enginewright.passes.quantization.blocks import FORMATS, BlockLinear, Blocks, Weights, in_blocks

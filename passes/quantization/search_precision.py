@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan, cost, macs_by_module
 from enginewright.passes.quantization.budget import Option, Trade, at_most, best_trades, within
 from enginewright.passes.quantization.linear import QuantizedLinear, weight_scales

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
-from enginewright.reading import first_line, parse_json
-from enginewright.writing import in_words, make_folder, replacing
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import first_line, parse_json
+from enginewright.ground.writing import in_words, make_folder, replacing
 
 FILE = "distill.safetensors"
 

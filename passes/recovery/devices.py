@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from enginewright.errors import UnavailableError, require
+from enginewright.ground.errors import UnavailableError, require
 from enginewright.passes.contract import Inputs
 
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, digest_of
 from enginewright.passes.recovery.devices import Accelerated, Devices
 from enginewright.passes.recovery.feeding import Cycled, Generated

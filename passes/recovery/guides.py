@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Inputs
 from enginewright.passes.recovery.losses import TINY, attention_loss, feature_loss, output_loss, relation_loss
 from enginewright.passes.recovery.watching import Pairs, Watch, attention_pairs, block_pairs, floating

@@ -22,7 +22,8 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import read_tensors
 from enginewright.passes.contract import Context, Inputs, NewInput, Pass, Plan
 from enginewright.passes.recovery.devices import Accelerated, Devices
 from enginewright.passes.recovery.distill import KINDS, Distill, copy_of, decision, put_weights, six, still
@@ -38,7 +39,6 @@ from enginewright.passes.recovery.styles import (
     time_embeddings,
 )
 from enginewright.passes.surgery import share
-from enginewright.reading import read_tensors
 
 APART = {"teachers", "style", "start"}
 """Parameters that do not mean what they mean in ``distill``."""

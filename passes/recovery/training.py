@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs
 from enginewright.passes.patterns import mask_of
 from enginewright.passes.recovery import checkpoints

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from enginewright.errors import ToolchainError, unknown
+from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.stacks import stacks_of
 from enginewright.passes.surgery import share

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan
 from enginewright.passes.specialize.binding import (
     Bound,

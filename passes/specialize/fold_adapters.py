@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import read_json, read_tensors
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.surgery import share
-from enginewright.reading import read_json, read_tensors
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "text_encoder.", "model.")
 """What files put before the path inside the network."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs_by_module
 from enginewright.passes.hoisting import Hoisted, hoist
 from enginewright.passes.specialize.binding import call_with, constant_modules

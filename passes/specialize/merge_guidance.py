@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
 from enginewright.passes.roles import CONDITIONS, named
 from enginewright.passes.rows import shared_inputs, two_of_each

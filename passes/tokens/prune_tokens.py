@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.surgery import share
 from enginewright.passes.tokens.dropping import DropStep, PolicyStep, whole

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.audit import Call, disagreement, first_call, quietly, repeats, see, signature
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.surgery import share

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.environment import describe, versions
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
 from enginewright.models.diffusion.dit import PUBLISHED, DiT
 from enginewright.passes.contract import Context, Pass, Result
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
@@ -31,7 +33,6 @@ from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTime
 from enginewright.passes.surgery import share
 from enginewright.passes.variants import REUSED
 from enginewright.switching import parts_of, switching, table_of
-from enginewright.targets.contract import Arrays, Runner
 from enginewright.targets.onnx_export import export_onnx
 from enginewright.targets.onnxruntime_engine import OnnxRuntime
 from enginewright.validation.latency import summarise, time_interleaved

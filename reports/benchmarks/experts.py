@@ -27,7 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from enginewright import environment
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
 from enginewright.models.blocks.transformer import Mlp
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.moe.dense_to_moe import DenseToMoe
@@ -36,8 +38,6 @@ from enginewright.targets.contract import Graph, ShapeRange
 from enginewright.targets.onnx_export import export_onnx
 from enginewright.targets.onnxruntime_engine import OnnxRuntime
 from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
-from enginewright.validation.contract import Runner
-from enginewright.validation.inputs import Arrays
 from enginewright.validation.latency import BLOCK, summarise, time_interleaved
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "experts.json"

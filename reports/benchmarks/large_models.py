@@ -29,7 +29,7 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from enginewright.errors import require
+from enginewright.ground.errors import require
 from enginewright.models.diffusion import dit
 from enginewright.sources.filling import without_memory
 from enginewright.targets.onnx_files import check_onnx, external_bytes

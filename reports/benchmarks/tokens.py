@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError, require
+from enginewright.ground.errors import ToolchainError, require
 from enginewright.passes.contract import Context, Pass, macs
 from enginewright.passes.surgery import share
 from enginewright.passes.tokens.merge_tokens import MergeTokens

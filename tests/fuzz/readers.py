@@ -143,12 +143,12 @@ def tensor_readers() -> dict[str, Reader]:
     from safetensors.torch import save
 
     from enginewright.calibration import calls_in
+    from enginewright.ground.signature import Dim, InputSpec
     from enginewright.passes.contract import Context
     from enginewright.passes.recovery import checkpoints
     from enginewright.passes.specialize.fold_adapters import FoldAdapters
     from enginewright.sources.filling import shards
     from enginewright.targets import stored
-    from enginewright.validation.inputs import Dim, InputSpec
 
     specs = (
         InputSpec(name="x", shape=(Dim(name="batch", low=1, typical=2, high=8), 3)),
@@ -245,9 +245,9 @@ def text_readers() -> dict[str, Reader]:
     """Readers of what stands on a command line."""
     from enginewright import sources
     from enginewright.arguments import named, sizes_from
+    from enginewright.ground.signature import Dim, InputSpec
     from enginewright.recipe import gate_names, make
     from enginewright.validation.gates import parse
-    from enginewright.validation.inputs import Dim, InputSpec
 
     known = gate_names()
     specs = [InputSpec(name="x", shape=(Dim(name="batch", low=1, typical=2, high=8), 3))]

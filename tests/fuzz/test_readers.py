@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from tests.fuzz.readers import Reader, readers
 
 TRIES, MANY = 2_000, 200_000

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from enginewright import catalog, pipeline, sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.switching import parts_of, table_of

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from enginewright import catalog, sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
 from enginewright.passes.graph.module import GraphModule
 from enginewright.passes.variants import ByTimestep

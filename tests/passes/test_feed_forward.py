@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.traits import BlockStack, FeedForward, layers_of, trait_of
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from enginewright import catalog
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 
 REASONS = "|".join(

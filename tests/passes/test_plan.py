@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 
 

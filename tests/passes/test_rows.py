@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from enginewright.ground.signature import Dim, InputSpec, rows_of, shared_by_rows
 from enginewright.passes.contract import Context
 from enginewright.passes.recovery.feeding import joined
 from enginewright.passes.rows import one_call, shared_inputs, some_rows, two_of_each
 from enginewright.passes.specialize.merge_guidance import MergeGuidance
 from enginewright.passes.variants import ByTimestep
 from enginewright.switching import Switching, Table
-from enginewright.validation.inputs import Dim, InputSpec, rows_of, shared_by_rows
 from tests.passes.joint import flux
 
 BATCH, TOKENS = Dim(name="batch", low=1, typical=2, high=8), Dim(name="tokens", low=1, typical=2, high=8)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from enginewright.errors import FaultsError, ToolchainError
+from enginewright.ground.errors import FaultsError, ToolchainError
 from enginewright.reports import record
 from tests.reports.example import example_report
 

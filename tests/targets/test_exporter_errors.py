@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.targets.exporter_errors import reasons, refusal
 from enginewright.targets.onnx_export import export_onnx
 

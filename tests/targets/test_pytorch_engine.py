@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.targets.pytorch_engine import EagerRunner, PyTorch, flat
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.targets.contract import Graph, ShapeRange
 from enginewright.targets.onnx_export import export_onnx

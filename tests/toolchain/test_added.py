@@ -14,7 +14,8 @@ import torch
 import enginewright
 from enginewright import pipeline, sources
 from enginewright.added import Completing, completing, with_inputs
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.opened import open_subject
 from enginewright.passes.contract import Context, NewInput
 from enginewright.passes.heads.perturb_heads import PerturbHeads
@@ -24,7 +25,7 @@ from enginewright.reports import record
 from enginewright.sources.contract import Model
 from enginewright.sources.denoisers import DENOISERS
 from enginewright.targets.onnx_export import export_onnx
-from enginewright.validation.inputs import Arrays, Dim, InputSpec, completed, draw
+from enginewright.validation.inputs import completed, draw
 from tests.toolchain.sources.tiny_diffusers import NETWORKS, shaken
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from enginewright import artifact
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from tests.conftest import ROOT
 from tests.disks import disk, may_mount
 

@@ -12,7 +12,7 @@ import pytest
 from enginewright import cli
 from enginewright.arguments import check_names, named, recipe_from
 from enginewright.asking import Parser
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 Out = pytest.CaptureFixture[str]
 

@@ -15,14 +15,13 @@ from torch import nn
 
 from enginewright import at_sizes, pipeline
 from enginewright.at_sizes import SizedCall
-from enginewright.errors import DONE, ToolchainError
+from enginewright.ground.errors import DONE, ToolchainError
+from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.measure import measure
 from enginewright.progress import Progress
 from enginewright.recipe import Validation, make
 from enginewright.reports import markdown, record
 from enginewright.sources.contract import Model
-from enginewright.targets.contract import Arrays
-from enginewright.validation.inputs import Dim, InputSpec
 
 QUIET = Progress(quiet=True)
 

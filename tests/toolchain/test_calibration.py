@@ -8,8 +8,8 @@ from safetensors.numpy import save_file
 
 from enginewright import sources
 from enginewright.calibration import from_file
-from enginewright.errors import FaultsError, ToolchainError
-from enginewright.validation.inputs import Dim, InputSpec
+from enginewright.ground.errors import FaultsError, ToolchainError
+from enginewright.ground.signature import Dim, InputSpec
 
 
 def rows(n: int) -> dict[str, np.ndarray]:

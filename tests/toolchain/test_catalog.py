@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from enginewright import catalog
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 
 @pytest.mark.parametrize("kind", catalog.KINDS)

@@ -12,7 +12,7 @@ import pytest
 from enginewright import artifact as artifacts
 from enginewright import cli
 from enginewright.commands import named_alike
-from enginewright.errors import MISSED, WRONG_USE, ToolchainError
+from enginewright.ground.errors import MISSED, WRONG_USE, ToolchainError
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

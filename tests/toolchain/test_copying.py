@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import enginewright
 from enginewright import artifact, pipeline, sources
 from enginewright.arguments import weights_from
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.reports import record

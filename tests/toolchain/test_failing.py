@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from enginewright import cli, commands
-from enginewright.errors import FaultsError, InternalError, ToolchainError, UnavailableError
+from enginewright.ground.errors import FaultsError, InternalError, ToolchainError, UnavailableError
 from enginewright.progress import Progress
 
 Out = pytest.CaptureFixture[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from enginewright import catalog
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.recipe import make
 from enginewright.show import describe
 from enginewright.targets.onnxruntime_engine import OnnxRuntime

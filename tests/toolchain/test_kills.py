@@ -20,7 +20,7 @@ import pytest
 
 from enginewright import artifact
 from enginewright.cli import main
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from tests.conftest import ROOT
 from tests.disks import disk, may_mount
 
@@ -132,7 +132,7 @@ import onnxruntime, onnxscript, torch, torch.onnx
 import enginewright.sources.py_source
 from enginewright.targets import onnxruntime_engine
 from enginewright import pipeline
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make
 

@@ -11,13 +11,13 @@ import torch
 
 import enginewright
 from enginewright import pipeline, sources
-from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.ground.errors import ToolchainError, UnavailableError
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.loaded import Engine
 from enginewright.opened import open_subject
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.sources.contract import Interface
-from enginewright.validation.inputs import Dim, InputSpec
 
 
 @pytest.fixture(scope="module")

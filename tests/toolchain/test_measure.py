@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.measure import (
     answers_of,
     as_record,
@@ -89,7 +89,7 @@ def test_quality_that_cannot_be_measured_keeps_its_reason() -> None:
         higher_is_better = True
 
         def measure(self, task: SamplingTask, original: Drawn, candidate: Drawn) -> float:
-            from enginewright.errors import ToolchainError
+            from enginewright.ground.errors import ToolchainError
 
             raise ToolchainError("too few samples: 3 of 200")
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.ground.errors import ToolchainError, UnavailableError
+from enginewright.ground.signature import Dim
 from enginewright.opened import open_subject
 from enginewright.targets.onnx_export import export_onnx
-from enginewright.validation.inputs import Dim, draw
+from enginewright.validation.inputs import draw
 
 
 class Lookup(nn.Module):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import enginewright
 from enginewright import artifact, origin, pipeline, sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.opened import open_subject
 from enginewright.progress import Progress
 from enginewright.recipe import make

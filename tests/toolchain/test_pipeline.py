@@ -9,7 +9,7 @@ import torch
 
 from enginewright import artifact as artifacts
 from enginewright import pipeline, sources
-from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.opened import open_subject, replay
 from enginewright.passes.contract import Plan
 from enginewright.passes.surgery import share
@@ -256,8 +256,8 @@ def test_validation_inputs_are_not_the_calibration_inputs() -> None:
 
 def test_a_thousand_calibration_calls_and_more_do_not_reach_the_validation_inputs() -> None:
     from enginewright import calibration
+    from enginewright.ground.signature import InputSpec
     from enginewright.sources.contract import Model
-    from enginewright.validation.inputs import InputSpec
 
     spec = InputSpec(name="x", shape=(2,))
     model = Model(name="m", module=torch.nn.Identity(), inputs=(spec,), outputs=("y",), weights="none")

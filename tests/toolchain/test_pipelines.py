@@ -14,7 +14,7 @@ import torch
 
 import enginewright
 from enginewright import pipeline
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from tests.toolchain.sources import tiny_diffusers as tiny

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from enginewright import pipeline, sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.targets.contract import Answer, Availability

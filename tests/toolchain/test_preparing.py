@@ -11,6 +11,8 @@ import torch
 
 import enginewright
 from enginewright import pipeline
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Arrays
 from enginewright.opened import open_subject
 from enginewright.passes.hoisting import hoisted
 from enginewright.preparing import Preparing, said_of
@@ -18,7 +20,7 @@ from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.reports import record
 from enginewright.targets.split_graph import Halves
-from enginewright.validation.inputs import Arrays, draw
+from enginewright.validation.inputs import draw
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_preparing_runs_when_a_constant_changes_and_not_else() -> None:
 
 
 def test_a_recipe_says_that_networks_by_timestep_cannot_be_parted_after() -> None:
-    with pytest.raises(enginewright.errors.ToolchainError, match="hoist_constants"):
+    with pytest.raises(ToolchainError, match="hoist_constants"):
         make(
             {
                 "model": "dit:tiny",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from enginewright import catalog
-from enginewright.errors import FaultsError, ToolchainError
+from enginewright.ground.errors import FaultsError, ToolchainError
 from enginewright.recipe import make, read
 
 

@@ -11,7 +11,7 @@ import torch
 
 import enginewright
 from enginewright import pipeline, sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.opened import open_subject
 from enginewright.progress import Progress
 from enginewright.recipe import make

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from enginewright import artifact, renaming, writing
+from enginewright import artifact, renaming
 from enginewright.artifact import staging
-from enginewright.errors import ToolchainError
+from enginewright.ground import writing
+from enginewright.ground.errors import ToolchainError
 
 
 @pytest.fixture(params=["renameat2", "without renameat2"], autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.recipe import make
 from enginewright.scoring import losses_of, score_of
 

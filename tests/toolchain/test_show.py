@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.show import describe, tell
 from tests import graphs
 from tests.toolchain.sources import tiny_diffusers as tiny

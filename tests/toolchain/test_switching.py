@@ -11,13 +11,14 @@ import torch
 
 import enginewright
 from enginewright import pipeline
+from enginewright.ground.signature import Arrays
 from enginewright.opened import open_subject
 from enginewright.passes.variants import REUSED, ByTimestep
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.reports import record
 from enginewright.switching import Switching, Table, switching, table_of
-from enginewright.validation.inputs import Arrays, draw
+from enginewright.validation.inputs import draw
 
 
 @pytest.fixture(scope="module")

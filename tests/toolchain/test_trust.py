@@ -14,7 +14,7 @@ import torch
 import enginewright
 from enginewright import artifact, pipeline, trust
 from enginewright.cli import main
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.opened import open_subject
 from enginewright.progress import Progress
 from enginewright.recipe import make

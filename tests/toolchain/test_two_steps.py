@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import enginewright
 from enginewright import pipeline
-from enginewright.errors import INTERNAL, InternalError, ToolchainError
+from enginewright.ground.errors import INTERNAL, InternalError, ToolchainError
 from enginewright.passes.pruning.prune_heads import PruneHeads
 from enginewright.passes.variants import ByTimestep
 from enginewright.pipeline import Run

@@ -17,7 +17,7 @@ from torch import nn
 
 from enginewright.artifact import strange_in
 from enginewright.cli import main
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.heads.search_log import SearchLog
 from enginewright.passes.recovery import checkpoints
 from tests.disks import disk, make_read_only, may_mount

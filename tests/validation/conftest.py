@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from enginewright.ground.signature import Array
 from enginewright.validation.contract import Drawn, SamplingTask
-from enginewright.validation.inputs import Array
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.validation.fidelity import compare, dead_columns, empty, non_finite, worst
 from enginewright.validation.metrics import load_metrics
 

@@ -1,6 +1,6 @@
 import pytest
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.validation.gates import GateBound, gate_names, judge, parse
 from enginewright.validation.metrics import load_metrics
 

@@ -1,6 +1,7 @@
 import numpy as np
 
-from enginewright.validation.inputs import Dim, InputSpec, draw
+from enginewright.ground.signature import Dim, InputSpec
+from enginewright.validation.inputs import draw
 
 BATCH = Dim(name="batch", low=1, typical=2, high=8)
 LATENT = InputSpec(name="latent", shape=(BATCH, 4))

@@ -3,7 +3,7 @@ import gc
 import numpy as np
 import pytest
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.validation import latency
 from enginewright.validation.latency import Samples, count_outliers, summarise, time_in_turns, time_interleaved
 

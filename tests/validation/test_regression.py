@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from enginewright import writing
-from enginewright.errors import ToolchainError
+from enginewright.ground import writing
+from enginewright.ground.errors import ToolchainError
 from enginewright.reports import record as record_file
 from enginewright.reports.record import Report
 from enginewright.validation import latency, regression

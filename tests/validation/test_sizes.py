@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.validation import sizes
-from enginewright.validation.inputs import Dim, InputSpec, draw
+from enginewright.validation.inputs import draw
 
 BATCH = Dim(name="batch", low=1, typical=2, high=64)
 TIME = Dim(name="time", low=4, typical=12, high=64, multiple_of=4)

@@ -50,7 +50,7 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_
 
         return reference.load(text, weights=weights, seed=seed)
     if weights is not None:
-        from enginewright.errors import ToolchainError
+        from enginewright.ground.errors import ToolchainError
 
         raise ToolchainError(f"--weights is for reference models; {text!r} brings its own")
     source = importlib.import_module(f"enginewright.sources.{prefix}_source")

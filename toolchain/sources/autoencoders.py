@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from enginewright.ground.signature import InputSpec
 from enginewright.sources.flat import BATCH, Config, Family, Flat, side, sides
-from enginewright.validation.inputs import InputSpec
 
 LATENT_FRAMES = 13
 """Of a clip of 49 frames, as CogVideoX draws them; the configuration of its autoencoder does not say."""

@@ -21,12 +21,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import first_line
+from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.passes.on_shapes import on_shapes
-from enginewright.reading import first_line
 from enginewright.targets import stored
 from enginewright.validation.contract import SamplingTask
-from enginewright.validation.inputs import Arrays, Dim, InputSpec, draw
+from enginewright.validation.inputs import draw
 from enginewright.validation.sizes import hiding_a_row, with_ends
 
 LIBRARIES = ("diffusers", "transformers")

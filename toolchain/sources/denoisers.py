@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.sources.flat import BATCH, Config, Family, Flat, side, sides
-from enginewright.validation.inputs import Dim, InputSpec
 
 STEPS = 1000
 """Timesteps of training."""

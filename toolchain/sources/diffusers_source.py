@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError, require, unknown
-from enginewright.reading import read_json
+from enginewright.ground.errors import ToolchainError, require, unknown
+from enginewright.ground.reading import read_json
 from enginewright.sources import short
 from enginewright.sources.autoencoders import DECODERS, ENCODERS
 from enginewright.sources.contract import Model, files_from

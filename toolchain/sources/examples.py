@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError, raise_faults
+from enginewright.ground.errors import ToolchainError, raise_faults
+from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.sources.contract import LIBRARIES, Interface
 from enginewright.targets.pytorch_engine import flat
-from enginewright.validation.inputs import Arrays, Dim, InputSpec
 
 HIGHEST_BATCH = 64
 """Largest batch where nobody says one, unless the example is larger."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
-from enginewright.reading import read_json
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import read_json
 from enginewright.targets import stored
 
 LONGEST_NAME = 255

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.sources.arguments import OTHERWISE, left_out
 from enginewright.sources.contract import Interface, LeftOut, interface_of
-from enginewright.validation.inputs import Dim, InputSpec
 
 Config = Mapping[str, Any]
 """A model's configuration, with the defaults of what its file leaves out."""

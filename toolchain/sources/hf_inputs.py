@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import nn
 
-from enginewright.errors import FaultsError, ToolchainError, unknown
-from enginewright.reading import read_json
+from enginewright.ground.errors import FaultsError, ToolchainError, unknown
+from enginewright.ground.reading import read_json
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.sources.sizes import Limits, dim_of
-from enginewright.validation.inputs import Dim, InputSpec
 
 LONGEST = 512
 """Tokens, where a model sets no limit or a larger one and nobody asks for more."""

@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import FaultsError, ToolchainError, require, unknown
+from enginewright.ground.errors import FaultsError, ToolchainError, require, unknown
+from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.sources import short
 from enginewright.sources.arguments import left_out, reason_for
 from enginewright.sources.contract import BY_HAND, Interface, Model, answer, files_from, interface_from, reason_of
@@ -41,7 +42,7 @@ from enginewright.sources.plain_calls import plain_call
 from enginewright.sources.pooling import read_modules
 from enginewright.sources.sentences import tokenizer_of
 from enginewright.sources.sizes import Limits, limits_from
-from enginewright.validation.inputs import Arrays, Dim, InputSpec, draw
+from enginewright.validation.inputs import draw
 
 CARRIED = (
     "config.json",

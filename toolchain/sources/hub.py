@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from enginewright.errors import ToolchainError, require
+from enginewright.ground.errors import ToolchainError, require
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """What can be the name of a repository on the hub: ``owner/name``."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from enginewright import catalog, sources
-from enginewright.errors import ToolchainError, nearest
+from enginewright.ground.errors import ToolchainError, nearest
 
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """What a name on the model hub looks like."""

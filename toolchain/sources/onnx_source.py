@@ -19,14 +19,14 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from enginewright.errors import FaultsError, ToolchainError, raise_faults, unknown
+from enginewright.ground.errors import FaultsError, ToolchainError, raise_faults, unknown
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.passes.graph.module import GraphModule
 from enginewright.sources import short
 from enginewright.sources.contract import Model, files_from
 from enginewright.sources.sizes import Limits, dim_of, limits_from
 from enginewright.targets.onnx_files import check_onnx, external_files
 from enginewright.targets.weights import check, load_graph
-from enginewright.validation.inputs import Dim, InputSpec
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 """Whose operators ONNX Runtime knows."""

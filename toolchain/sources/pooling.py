@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
-from enginewright.reading import read_json
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import read_json
 from enginewright.sources.filling import fill, read_all, shards
 
 MODULES = "modules.json"

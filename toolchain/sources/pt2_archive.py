@@ -25,8 +25,8 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 
-from enginewright.errors import ToolchainError
-from enginewright.reading import LARGEST_TEXT, parse_json
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import LARGEST_TEXT, parse_json
 
 MODEL = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"

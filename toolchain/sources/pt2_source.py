@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from enginewright.errors import ToolchainError
-from enginewright.reading import first_line
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import first_line
 from enginewright.sources import examples, pt2_archive
 from enginewright.sources.contract import Model, files_from
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError, unknown
+from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.sources import examples, user_file
 from enginewright.sources.contract import Model, files_from
 from enginewright.spec import ModelSpec

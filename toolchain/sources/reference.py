@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from enginewright import catalog
-from enginewright.errors import unknown
+from enginewright.ground.errors import unknown
 from enginewright.sources.contract import Model, files_from
 from enginewright.sources.filling import fill, without_memory
 from enginewright.targets import stored

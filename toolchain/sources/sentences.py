@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from enginewright.errors import ToolchainError, require
-from enginewright.validation.inputs import Arrays, Dim, InputSpec
+from enginewright.ground.errors import ToolchainError, require
+from enginewright.ground.signature import Arrays, Dim, InputSpec
 
 Tokenize = Callable[[Sequence[str]], Arrays]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from enginewright.errors import ToolchainError, raise_faults
-from enginewright.validation.inputs import Dim
+from enginewright.ground.errors import ToolchainError, raise_faults
+from enginewright.ground.signature import Dim
 
 LIMITS = re.compile(r"-?[0-9]{1,19}(\.\.-?[0-9]{1,19}){0,2}")
 """A size, or two or three of them; no longer than the numbers that a size can be."""

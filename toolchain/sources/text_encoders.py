@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.sources.flat import BATCH, Config, Family, Flat
-from enginewright.validation.inputs import Dim, InputSpec
 
 
 class FlatCLIP(Flat):

@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 OURS = "enginewright"
 """Our own package, which an absolute import finds before any neighbour."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
 from enginewright.validation.metrics.frechet_distance import FrechetDistance
 from enginewright.validation.statistics import frechet_distance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from enginewright.ground.signature import Array
 from enginewright.validation.contract import OutputMetric
-from enginewright.validation.inputs import Array
 from enginewright.validation.statistics import difference
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.models.diffusion.dit import Config, DiT
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
 from enginewright.passes.dynamic.skipping import SkipStep, put_back

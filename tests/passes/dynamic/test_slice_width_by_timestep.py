@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks

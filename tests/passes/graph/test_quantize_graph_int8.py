@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan, Result
 from enginewright.passes.graph.module import GraphModule, graph_of
 from enginewright.passes.graph.products import Product, product_of, some_patches

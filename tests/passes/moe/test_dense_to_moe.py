@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.moe import routers
 from enginewright.passes.moe.dense_to_moe import DenseToMoe

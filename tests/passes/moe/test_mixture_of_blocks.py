@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.models.diffusion.dit import Config, DiT
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.moe.mixture_of_blocks import MixtureOfBlocks, smaller

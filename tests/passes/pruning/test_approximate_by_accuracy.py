@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.pruning.approximate_by_accuracy import ApproximateByAccuracy
 from enginewright.passes.pruning.elements import carry_out, elements_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.pruning.factorize import Factorize
 from tests.engines import built, exported, in_onnxruntime

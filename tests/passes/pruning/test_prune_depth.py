@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.models.diffusion.dit import TINY, DiT
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.pruning.prune_depth import PruneDepth

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.models.blocks.transformer import SelfAttention
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.pruning.prune_heads import PruneHeads

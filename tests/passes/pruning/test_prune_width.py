@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.models.blocks.transformer import Mlp
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.pruning.prune_width import PruneWidth

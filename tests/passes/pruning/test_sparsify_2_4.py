@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.pruning.sparsify_2_4 import Sparsify24, largest_two, sparsegpt
 from tests.engines import built, exported, in_onnxruntime

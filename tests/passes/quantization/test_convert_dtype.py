@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.quantization.convert_dtype import ConvertDtype
 from tests.engines import exported, in_onnxruntime

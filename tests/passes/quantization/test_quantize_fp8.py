@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.quantization.fp8 import Fp8Linear
 from enginewright.passes.quantization.quantize_fp8 import QuantizeFp8

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8

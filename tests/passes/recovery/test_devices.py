@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.passes.contract import Context
 from enginewright.passes.recovery.devices import Accelerated, Devices
 from enginewright.passes.recovery.distill import Distill

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from enginewright.errors import ToolchainError, UnavailableError
+from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.recovery.distill import Distill
 from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of

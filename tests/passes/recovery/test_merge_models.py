@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.models.diffusion.dit import TINY
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.recovery.merge_models import MergeModels, mean_of

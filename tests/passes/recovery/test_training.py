@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.distill import Distill

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.specialize.cut_after import CutAfter
 from tests.engines import built, exported, in_onnxruntime

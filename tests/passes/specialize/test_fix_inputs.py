@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan, without
 from enginewright.passes.specialize.fix_inputs import FixInputs
 from tests.engines import built, exported, in_onnxruntime

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, macs
 from enginewright.passes.hoisting import hoisted
 from enginewright.passes.specialize.hoist_constants import HoistConstants

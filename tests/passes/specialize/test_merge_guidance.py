@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.specialize.merge_guidance import MergeGuidance
 from enginewright.targets.onnx_export import export_onnx

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.tokens.merge_tokens import MergeTokens
 from enginewright.passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens

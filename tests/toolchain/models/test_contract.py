@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from enginewright import catalog, sources
+from enginewright.ground.signature import Dim
 from enginewright.sources.reference import WEIGHTS, sizes_of
-from enginewright.validation.inputs import Dim, draw
+from enginewright.validation.inputs import draw
 
 
 @pytest.mark.parametrize("name", catalog.entries("models"))

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 
 def graph_of(path: Path, nodes: list[onnx.NodeProto], shape: list[int | str], kind: int = TensorProto.FLOAT) -> str:

@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Arrays, Dim
 from enginewright.sources import autoencoders
 from enginewright.sources.contract import Model
 from enginewright.sources.diffusers_source import components, load
 from enginewright.sources.filling import on_meta
 from enginewright.targets import stored
 from enginewright.targets.onnx_export import export_onnx
-from enginewright.validation.inputs import Arrays, Dim, draw
+from enginewright.validation.inputs import draw
 from tests.toolchain.sources import tiny_diffusers as tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Dim
 from enginewright.targets.onnx_export import export_onnx
-from enginewright.validation.inputs import Dim, draw
+from enginewright.validation.inputs import draw
 from tests.toolchain.sources.tiny_transformers import shrink
 
 T: Any = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.sources.filling import fill, on_meta, read_all, shards, without_memory
 from enginewright.targets import stored
 

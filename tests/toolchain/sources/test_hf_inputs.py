@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from enginewright import pipeline, sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Dim
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.reports import html, markdown
 from enginewright.show import describe, tell
 from enginewright.sources.contract import Model
 from enginewright.targets.onnx_export import export_onnx
-from enginewright.validation.inputs import Dim, draw
+from enginewright.validation.inputs import draw
 from tests.reports.example import example_report
 
 T: Any = pytest.importorskip("transformers")

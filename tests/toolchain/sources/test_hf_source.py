@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.targets import stored
 from enginewright.targets.onnx_export import export_onnx
 from enginewright.validation.inputs import draw

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.sources.hub import folder_of
 from tests.conftest import ROOT
 

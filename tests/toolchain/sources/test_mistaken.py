@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.sources.mistaken import mistaken
 
 

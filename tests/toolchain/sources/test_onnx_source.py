@@ -10,7 +10,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from enginewright import pipeline, sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Dim
 from enginewright.opened import open_subject
 from enginewright.passes.contract import cost
 from enginewright.passes.graph.module import GraphModule
@@ -18,7 +19,7 @@ from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.reports import record
 from enginewright.sources.contract import Model
-from enginewright.validation.inputs import Dim, draw
+from enginewright.validation.inputs import draw
 from tests.graphs import mixed, noise, tensor, write
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.sources.pooling import POOLS, Pool, read_modules
 
 SENTENCES = ["The weather is lovely today.", "It is sunny outside.", "He drove to the stadium, " * 60]

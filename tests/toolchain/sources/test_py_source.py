@@ -13,14 +13,15 @@ import torch
 
 import enginewright
 from enginewright import pipeline, sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Dim
 from enginewright.opened import open_subject
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.sources.contract import Model
 from enginewright.targets.onnx_export import export_onnx
 from enginewright.validation.fidelity import compare
-from enginewright.validation.inputs import Dim, draw
+from enginewright.validation.inputs import draw
 from tests.conftest import ROOT
 
 MLP = """

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from enginewright import sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 
 def test_unknown_names_and_sizes_offer_the_nearest() -> None:

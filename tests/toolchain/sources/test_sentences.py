@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from enginewright import calibration, sources
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.pipeline import Run
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.sources.sentences import tokenizer_of
-from enginewright.validation.inputs import Dim, InputSpec
 
 transformers: Any = pytest.importorskip("transformers")
 

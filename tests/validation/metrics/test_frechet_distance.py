@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.validation.metrics.frechet_distance import FrechetDistance
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.validation.metrics.frechet_ratio import FrechetRatio
 from enginewright.validation.statistics import frechet_distance
 

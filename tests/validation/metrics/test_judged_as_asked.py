@@ -1,6 +1,6 @@
 import pytest
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.validation.metrics.judged_as_asked import JudgedAsAsked
 
 

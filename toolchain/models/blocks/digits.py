@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Array, Arrays
 from enginewright.models.blocks.ddpm import Denoiser, Process
 from enginewright.models.vision import digit_judge
-from enginewright.validation.contract import Runner, SamplingTask
-from enginewright.validation.inputs import Array, Arrays
+from enginewright.validation.contract import SamplingTask
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 GUIDANCE = 1.5

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.models.blocks.transformer import Mlp, SelfAttention
 from enginewright.sources.contract import Published
 from enginewright.validation.contract import SamplingTask
-from enginewright.validation.inputs import Arrays, Dim, InputSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enginewright.validation.inputs import Dim, InputSpec
+from enginewright.ground.signature import Dim, InputSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from enginewright.errors import FaultsError, ToolchainError, UnavailableError, raise_faults, require, unknown
+from enginewright.ground.errors import FaultsError, ToolchainError, UnavailableError, raise_faults, require, unknown
 
 
 def test_an_unknown_name_offers_the_nearest() -> None:

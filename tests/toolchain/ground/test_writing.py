@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from enginewright import writing
-from enginewright.errors import ToolchainError
-from enginewright.writing import WRITER, in_words, replacing, sweep, workplace, write_text, write_where_told
+from enginewright.ground import writing
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.writing import WRITER, in_words, replacing, sweep, workplace, write_text, write_where_told
 from tests.disks import disk, may_mount
 
 

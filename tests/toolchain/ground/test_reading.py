@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from enginewright import reading
-from enginewright.errors import ToolchainError
-from enginewright.reading import LARGEST_TEXT, parse_json, read_json, read_setting, read_tensors, read_text, read_toml
+from enginewright.ground import reading
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import (
+    LARGEST_TEXT,
+    parse_json,
+    read_json,
+    read_setting,
+    read_tensors,
+    read_text,
+    read_toml,
+)
 
 
 def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:

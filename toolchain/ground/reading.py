@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 if TYPE_CHECKING:
     from torch import Tensor

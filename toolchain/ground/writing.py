@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from enginewright.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError
 
 try:
     import fcntl
