@@ -26,14 +26,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from enginewright.ground.errors import ToolchainError, invalid, raise_faults
+from enginewright.ground.program import Hoisted
 from enginewright.ground.reading import parse_json, read_tensors, read_text
 from enginewright.ground.writing import write_text
 from enginewright.passes.graph.module import GraphModule, is_parameter, weights_of
-from enginewright.passes.hoisting import hoisted
+from enginewright.passes.networks import networks_of, program_of
 from enginewright.passes.on_shapes import on_shapes
 from enginewright.passes.plain import plain
 from enginewright.passes.surgery import follow, several_names
-from enginewright.passes.variants import ByTimestep
 
 Inputs = dict[str, Tensor]
 Json = Any
@@ -457,13 +457,20 @@ def macs(model: nn.Module, example: Inputs) -> int:
     Counted on shapes alone where the model allows that, so that its weights are not read. Of networks by timestep, the
     mean over the schedule; of what a run does once, none.
     """
-    if isinstance(model, ByTimestep):
-        each = [macs(variant, example) for variant in model.variants]
-        return round(sum(each[number] for number in model.table) / len(model.table))
-    if found := hoisted(model):
-        by_module = macs_by_module(model, example)
-        return by_module.get("", 0) - sum(by_module.get(path, 0) for path in found.modules)
-    return counted(model, example).get_total_flops() // 2
+    program = program_of(model)
+    networks = networks_of(model)
+    each = {name: macs_in_step(network, example, program.hoisted.get(name)) for name, network in networks.items()}
+    ways = [sum(each[call.network] for call in way.calls) for way in program.ways]
+    table = program.table.ways if program.table else (0,)
+    return round(sum(ways[way] for way in table) / len(table))
+
+
+def macs_in_step(network: nn.Module, example: Inputs, once: Hoisted | None) -> int:
+    """The same of one network, without what of it is done once for a run."""
+    if once is None:
+        return counted(network, example).get_total_flops() // 2
+    by_module = macs_by_module(network, example)
+    return by_module.get("", 0) - sum(by_module.get(path, 0) for path in once.modules)
 
 
 def macs_of_shapes(model: nn.Module, example: Inputs) -> int | None:

@@ -14,8 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from enginewright.ground.driver import some_rows
 from enginewright.passes.contract import Context
-from enginewright.passes.variants import some_rows
 
 __all__ = ["one_call", "shared_inputs", "some_rows", "two_of_each"]
 

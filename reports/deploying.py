@@ -117,18 +117,20 @@ def lies_inside(engine: Engine) -> bool:
 
 def several(engines: Sequence[Engine]) -> str:
     """How several engines of a target work together."""
-    if any(engine.passed for engine in engines):
+    if len(engines) == 2 and engines[1].passed:
         return "Two engines: the first runs once for a sampling run, the second at each step, with what the first gave."
+    once = " Those called prepare run once for a sampling run, and pass what they give to the step after them."
     return (
-        "Several engines, one for each stretch of a sampler's timesteps: `engines.json` of this folder holds the "
-        "schedule (`timesteps`) and, for each of its entries, which engine runs (`table`)."
+        "Several engines for the steps of a sampler: in `program.json` of this folder the table holds the schedule "
+        "(`timesteps`) and, for each of its entries, the way that a call goes through the networks (`ways`)."
+        f"{once if any(engine.passed for engine in engines) else ''}"
     )
 
 
 def onnx_code(engines: Sequence[Engine]) -> list[str]:
     """Lines that run engines with ONNX Runtime."""
     lines = ["import numpy as np", "import onnxruntime", ""]
-    for engine in engines:
+    for engine, after in zip(engines, [*engines[1:], None], strict=True):
         lines += session_lines(engine)
         lines.append("inputs = {")
         lines += [f"    {call_of(value, 'np')}" for value in engine.inputs if value.name not in engine.passed]
@@ -140,8 +142,8 @@ def onnx_code(engines: Sequence[Engine]) -> list[str]:
             "for name, array in outputs.items():",
             "    print(name, array.dtype, array.shape)",
         ]
-        if following := next((each.passed for each in engines if each.passed and each is not engine), ()):
-            names = ", ".join(f'"{name}"' for name in following)
+        if after and after.passed:
+            names = ", ".join(f'"{name}"' for name in after.passed)
             lines.append(f"passed = dict(zip([{names}], outputs.values()))")
     return lines
 

@@ -59,6 +59,7 @@ class Graph:
 
     Args:
         path: the ONNX file, its weights beside it.
+        outputs: names of what the model gives.
         ranges: shapes that each input may take.
         examples: inputs like those it will see, for targets that choose by measuring.
         hints: what passes found out about layers, by module path.
@@ -71,6 +72,7 @@ class Graph:
 
     path: Path
     ranges: Mapping[str, ShapeRange]
+    outputs: Sequence[str] = ()
     examples: Sequence[Arrays] = ()
     hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     threads: int = 1

@@ -17,7 +17,6 @@ from enginewright.ground.reading import read_setting
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
 from enginewright.targets.contract import Answer, Availability, Built, Graph, Target
-from enginewright.targets.onnx_files import check_onnx
 
 ENGINE = "engine.json"
 
@@ -38,8 +37,7 @@ class PyTorch(Target):
 
     def build(self, graph: Graph, folder: Path) -> Built:
         """Write what the outputs are called."""
-        names = [output.name for output in check_onnx(graph.path).graph.output]
-        (folder / ENGINE).write_text(json.dumps({"outputs": names}) + "\n")
+        (folder / ENGINE).write_text(json.dumps({"outputs": list(graph.outputs)}) + "\n")
         return Built()
 
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:

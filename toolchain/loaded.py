@@ -15,7 +15,7 @@ from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.opened import engines_of, reopen, replay
-from enginewright.passes.variants import ByTimestep
+from enginewright.passes.networks import Networks
 from enginewright.pipeline import Run
 from enginewright.recipe import threads_here
 from enginewright.sources.contract import LIBRARIES, Interface, read_interface
@@ -214,6 +214,6 @@ def load_module(folder: str | Path, *, source: str | Path | None = None, trust_c
     for parameter in (*module.parameters(), *module.buffers()):
         if stored.place_of(parameter):
             parameter.data = parameter.data.clone()  # a mapped file is read-only
-    if run.model.interface is None or isinstance(module, ByTimestep):
+    if run.model.interface is None or isinstance(module, Networks):
         return module
     return module.get_submodule(run.model.interface.module)

@@ -13,13 +13,13 @@ from torch import nn
 from enginewright import artifact, catalog, origin, sources
 from enginewright.added import compared_with, completing
 from enginewright.at_sizes import eager
-from enginewright.engines import parts_for, runner_of
 from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import InputSpec
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.surgery import share
 from enginewright.pipeline import Run
+from enginewright.programs import parts_for, place_of, runner_of
 from enginewright.progress import Progress
 from enginewright.recipe import read, threads_here
 from enginewright.sources.contract import Model, read_interface
@@ -154,7 +154,7 @@ def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[
     absent: dict[str, str] = {}
     for step in run.recipe.targets:
         name = step.target.name()
-        places = [folder / "engines" / f"{name}{part}" for part in parts_for(step, folder)]
+        places = [place_of(step, folder, part) for part in parts_for(step, folder)]
         able = step.target.availability()
         if wanted and name != wanted:
             continue

@@ -28,7 +28,6 @@ from enginewright import (
     teachers,
 )
 from enginewright.added import compared_with, completing, with_inputs
-from enginewright.engines import parts_for, runner_of
 from enginewright.ground.errors import (
     CANNOT,
     DONE,
@@ -39,20 +38,31 @@ from enginewright.ground.errors import (
     raise_faults,
     unknown,
 )
+from enginewright.ground.program import PREPARE, SOLE, STEP, Program
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Dim, shared_by_rows
 from enginewright.hints import Hints
 from enginewright.measure import judge_gates, measure, refuse_unsteady
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
 from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.networks import networks_of, program_of
 from enginewright.passes.surgery import share
-from enginewright.preparing import fed, part_in_two, read_halves, said_of
+from enginewright.programs import (
+    called_as,
+    fed,
+    graph_of,
+    notes_of,
+    part_in_two,
+    parts_for,
+    place_of,
+    runner_of,
+    write_program,
+)
 from enginewright.progress import Progress
 from enginewright.recipe import Recipe, TargetStep, threads_here
 from enginewright.reports import deploying, record, rendering, summary, words
 from enginewright.scratch import Scratch
 from enginewright.sources.contract import Model, write_interface
-from enginewright.switching import parts_of, read_table, table_of, write_table
 from enginewright.targets.contract import Built, Graph, ShapeRange
 from enginewright.targets.element_types import DTYPES
 from enginewright.targets.onnx_export import export_onnx, save
@@ -82,8 +92,10 @@ class Run:
     """For each graph, at which sizes it was run before engines were built from it, in words."""
     hints: Hints = field(default_factory=Hints)
     """What the plans say about layers."""
+    program: Program = SOLE
+    """What was exported."""
     part_hints: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """Hints under the paths of each exported network, by what tells its files apart."""
+    """Hints under the paths of each exported network, by its name."""
     compared: Model | None = None
     """What the steps done so far are compared with; None before the first."""
 
@@ -235,13 +247,7 @@ def export(
             with progress.stage("run the original at other sizes"):
                 _ = run.sized  # a size that it refuses is a fault of the declaration, found before anything is built
         with progress.stage("export to ONNX"):
-            table = table_of(module)
-            for name, part in parts_of(module).items():
-                called = table.model_of(name, run.exported) if table else run.exported
-                run.part_hints[name] = run.hints.of(part, module)
-                write_graph(run, called, part, folder / f"model{name}.onnx")
-            write_table(module, folder)
-            part_in_two(module, folder)
+            write_networks(run, module, folder)
             run.links, linked = settle_weights(folder, recipe.head.export.weights)
             if linked:
                 run.notes.append(linked)
@@ -251,6 +257,18 @@ def export(
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
         write_artifact(run, report, folder, artifact.place_of(out))
     return report, exit_code(report)
+
+
+def write_networks(run: Run, module: nn.Module, folder: Path) -> None:
+    """The program of the optimized model, and a graph for each of its networks."""
+    program = program_of(module)
+    for name, network in networks_of(module).items():
+        hints = run.hints.of(network, module)
+        names = [program.part_of(name, part) for part in (PREPARE, STEP)] if name in program.hoisted else [name]
+        run.part_hints |= dict.fromkeys(names, hints)
+        write_graph(run, called_as(program, name, run.exported), network, graph_of(folder, name))
+    run.program = part_in_two(program, folder)
+    write_program(run.program, folder)
 
 
 def refuse_sizes(model: Model, sizes: Mapping[str, int]) -> None:
@@ -338,7 +356,7 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
         run.progress.line(f"{name} cannot be built here: {found.reason}")
         return found
     parts = parts_for(step, folder)
-    engines = [folder / "engines" / f"{name}{part}" for part in parts]
+    engines = [place_of(step, folder, part) for part in parts]
     with run.progress.stage(f"build {name}"):
         began = time.perf_counter()
         try:
@@ -350,7 +368,9 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
             run.progress.line(f"{name} was not built: {error.message}")
             return found
     run.resolved[name] = dict(built[0].resolved)
-    shipped = shipping.engines_of(step, parts, run.exported.inputs, folder, [each.left_out for each in built])
+    shipped = shipping.engines_of(
+        step, run.program, parts, run.exported.inputs, folder, [each.left_out for each in built]
+    )
     run.shipped[name] = shipped
     files = {path: size for engine in shipped for path, size in engine.files.items()}
     beside_fp32 = [each.fp32_ratio for each in built if each.fp32_ratio is not None]
@@ -370,19 +390,19 @@ def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
 
 def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
     """Build one engine from one graph into a new folder."""
-    engine = folder / "engines" / f"{step.target.name()}{part}"
+    engine = place_of(step, folder, part)
     engine.mkdir(parents=True)
-    table = read_table(folder)
-    model = table.model_of(part, run.exported) if table else run.exported
-    ranges = {spec.name: ShapeRange(*spec.limits()) for spec in model.inputs}
+    model = run.exported
+    ranges: dict[str, ShapeRange] = {}
     examples = [completed(call, model.inputs) for call in model.batches(1, run.recipe.head.seed + 1)]
-    if read_halves(folder):
-        ranges, examples = fed(folder, part, model.inputs, examples)
+    if not step.target.runs_module:
+        ranges, examples = fed(run.program, part, folder, model, examples)
     graph = Graph(
-        path=folder / f"model{part}.onnx",
+        path=graph_of(folder, part),
+        outputs=model.outputs,
         ranges=ranges,
         examples=examples,
-        hints=run.part_hints.get(part, run.part_hints.get("", {})),
+        hints=run.part_hints.get(part, {}),
         threads=run.threads,
         say=run.progress.say,
         links=run.links,
@@ -427,7 +447,7 @@ def validate(
         **({"graph": proven(run)} if run.proofs else {}),
     }
     for found in targets:
-        found.notes = [*found.notes, *(said_of(runners[found.name]) if found.name in runners else ())]
+        found.notes = [*found.notes, *(notes_of(runners[found.name]) if found.name in runners else ())]
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
 
 

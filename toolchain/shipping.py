@@ -9,9 +9,10 @@ from typing import Any
 import onnx
 from onnx import helper
 
+from enginewright.ground.program import Program
 from enginewright.ground.reading import read_setting
 from enginewright.ground.signature import Dim, InputSpec
-from enginewright.preparing import STEP, read_halves
+from enginewright.programs import graph_of, place_of
 from enginewright.recipe import TargetStep
 from enginewright.reports.deploying import Engine, Value
 from enginewright.targets.contract import Target
@@ -30,25 +31,36 @@ from enginewright.targets.weights import load_graph
 
 
 def engines_of(
-    step: TargetStep, parts: Sequence[str], specs: Sequence[InputSpec], folder: Path, left_out: Sequence[str]
+    step: TargetStep,
+    program: Program,
+    parts: Sequence[str],
+    specs: Sequence[InputSpec],
+    folder: Path,
+    left_out: Sequence[str],
 ) -> list[Engine]:
     """Every engine of a target that was built into an artifact's folder.
 
     Args:
         step: the target.
-        parts: what its engines are told apart by.
+        program: what was exported.
+        parts: the networks that it has an engine of.
         specs: the inputs that the exported model takes.
         folder: of the artifact.
         left_out: for each part, the optimizer of ONNX Runtime that fails on it, or nothing.
     """
     dims = {d.name: d for spec in specs for d in spec.shape if isinstance(d, Dim)}
-    halves = read_halves(folder)
     found = []
     for part, off in zip(parts, left_out, strict=True):
-        place = folder / "engines" / f"{step.target.name()}{part}"
-        passed = tuple(halves.passed) if halves and part == STEP else ()
-        found.append(one_engine(step.target, part, place, folder, dims, specs, passed, off))
+        passed = passed_to(program, part, specs)
+        found.append(one_engine(step.target, part, place_of(step, folder, part), folder, dims, specs, passed, off))
     return found
+
+
+def passed_to(program: Program, network: str, specs: Sequence[InputSpec]) -> tuple[str, ...]:
+    """Inputs of a network that another one gives."""
+    known = {*(spec.name for spec in specs), *(state.name for state in program.states)}
+    takes = program.networks[network].takes if network in program.networks else None
+    return tuple(name for name in takes or () if name not in known)
 
 
 def one_engine(
@@ -83,7 +95,7 @@ def one_engine(
             options=options_for(target, graph),
             passed=passed,
         )
-    model = onnx.load(folder / f"model{part}.onnx", load_external_data=False)
+    model = onnx.load(graph_of(folder, part), load_external_data=False)
     return Engine(
         kind=getattr(target, "module", target.name()),
         folder=place.name,

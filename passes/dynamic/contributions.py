@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.traits import BlockStack, layer_at
-from enginewright.passes.variants import REUSED
+
+REUSED = "reused"
+"""What the whole network gives beside its output, and the shortened one takes beside its inputs."""
 
 
 @dataclass

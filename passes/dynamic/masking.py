@@ -14,8 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from enginewright.passes.networks import guidance_rows
 from enginewright.passes.traits import FeedForward, HeadedAttention
-from enginewright.passes.variants import guidance_rows, nearest
+
+
+def nearest(t: Tensor, timesteps: Sequence[float]) -> Tensor:
+    """Index (B,) of the timestep nearest to each row's own (B,)."""
+    schedule = torch.tensor(timesteps, dtype=torch.float32, device=t.device)
+    return (t[:, None].float() - schedule).abs().argmin(dim=1)
 
 
 @dataclass

@@ -9,7 +9,7 @@ timestep moves, over the norm of the stream after it. Of a U-Net only blocks wit
 DeepCache's own cut, which keeps the input of the last up block, is not made.
 
 Two engines: the whole network gives the contribution beside its output, the short one takes it as an input. Whoever
-runs them keeps the tensor from call to call (``variants.Walk`` says when it may be reused).
+runs them keeps the tensor from call to call (``driver.Memory`` says when it may be reused).
 
 Shapes: B batch, N tokens, D width, L blocks, T timesteps.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -26,16 +27,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
-from enginewright.passes.dynamic.contributions import giving, stream, taking
+from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
 from enginewright.passes.dynamic.schedule import at, calls_at, even, span_of, timestep_of
+from enginewright.passes.networks import Networks, local, networks_of, place_of, program_of
 from enginewright.passes.pruning.probes import evaluating
 from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.stacks import stacks_of
 from enginewright.passes.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
-from enginewright.passes.variants import Reusing
 from enginewright.passes.walking import why_not_without
+
+WHOLE, SHORT = "whole", "short"
+"""Names of the two networks."""
 
 
 class ReuseBlocks(Pass):
@@ -122,9 +127,17 @@ class ReuseBlocks(Pass):
             count = len(layer_at(model, path, BlockStack).blocks)
             if count != entry["of"]:
                 raise ToolchainError(f"the plan is for a stack of {entry['of']} blocks; this has {count}", where=path)
-            facts = {name: plan.facts[name] for name in ("input", "timesteps", "table", "shape", "dtype")}
-            short = taking(share(model), path, entry["blocks"])
-            return Reusing(giving(model, path, entry["blocks"]), short, **facts).train(model.training)
+            [(name, network)] = networks_of(model).items()
+            [own] = local({path: None}, place_of(model, name))
+            short = taking(share(network), own, entry["blocks"])
+            whole = giving(network, own, entry["blocks"])
+            once = {
+                each: replace(found, modules=moved(found.modules, own, entry["blocks"], each))
+                for each in (WHOLE, SHORT)
+                for found in program_of(model).hoisted.values()
+            }
+            program = replace(reusing(plan.facts), hoisted=once)
+            return Networks({WHOLE: whole, SHORT: short}, program).train(model.training)
         return model
 
     def told(self, context: Context, example: Inputs) -> ReuseBlocks:
@@ -199,6 +212,34 @@ class ReuseBlocks(Pass):
         if any(value != value or value == float("inf") for value in found.values()):
             raise ToolchainError("the contribution of its blocks is not finite", where=path)
         return {a: float(f"{value:.6g}") for a, value in found.items()}
+
+
+def moved(modules: Sequence[str], path: str, blocks: Sequence[int], network: str) -> tuple[str, ...]:
+    """Paths of modules where they are in one of the two networks: blocks are wrapped in one, and gone in the other."""
+    found = []
+    for module in modules:
+        inside = next((block for block in blocks if within(module, f"{path}.{block}")), None)
+        if inside is None:
+            found.append(module)
+        elif network == WHOLE:
+            found.append(f"{path}.{inside}.block{module.removeprefix(f'{path}.{inside}')}")
+    return tuple(found)
+
+
+def within(module: str, path: str) -> bool:
+    """Whether a module is at a path or below it."""
+    return module == path or module.startswith(f"{path}.")
+
+
+def reusing(facts: Mapping[str, Any]) -> Program:
+    """The program of a network that also gives what its blocks add, and of one that takes that in their place."""
+    table = Table(input=facts["input"], timesteps=tuple(facts["timesteps"]), ways=tuple(facts["table"]))
+    return Program(
+        networks={WHOLE: Network(gives=(REUSED,)), SHORT: Network()},
+        ways=(Way(calls=(Call(network=WHOLE),)), Way(calls=(Call(network=SHORT),), reads=(REUSED,), otherwise=0)),
+        table=table,
+        states=(StateTensor(name=REUSED, shape=tuple(facts["shape"]), dtype=facts["dtype"]),),
+    )
 
 
 def longest(count: int, fixed: Mapping[int, str]) -> int:

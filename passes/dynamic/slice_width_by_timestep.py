@@ -24,16 +24,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.masking import columns_of, mask_units
 from enginewright.passes.dynamic.schedule import calls_at, even, span_of, timestep_of
+from enginewright.passes.networks import local, networks_of, place_of, switched
 from enginewright.passes.pruning.probes import Call, calls_of, evaluating, probe
 from enginewright.passes.rows import shared_inputs
 from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.surgery import share
 from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
-from enginewright.passes.variants import ByTimestep
 
 Layer = HeadedAttention | FeedForward
 
@@ -106,15 +107,17 @@ class SliceWidthByTimestep(Pass):
         """One copy of the model for each stretch, cut and masked. Raises ``ToolchainError`` for another model."""
         if not plan.choice:
             return model
-        times, table = plan.facts["timesteps"], torch.tensor(plan.facts["table"])
-        variants = []
-        for number in range(int(table.max()) + 1):
-            own = table == number
+        times, numbers = plan.facts["timesteps"], torch.tensor(plan.facts["table"])
+        [(name, whole)] = networks_of(model).items()
+        place = place_of(model, name)
+        own_plan = replace(plan, choice=local(plan.choice, place), arrays=local(plan.arrays, place))
+        networks = {}
+        for number in range(int(numbers.max()) + 1):
+            own = numbers == number
             at = [time for time, chosen in zip(times, own.tolist(), strict=True) if chosen]
-            variants.append(self.narrowed(share(model), plan, number, own, at))
-        facts = {"input": plan.facts["input"], "table": plan.facts["table"], "shared": plan.facts.get("shared", ())}
-        whole = ByTimestep(variants, timesteps=times, **facts)
-        return whole.train(model.training)
+            networks[str(number)] = self.narrowed(share(whole), own_plan, number, own, at)
+        table = Table(input=plan.facts["input"], timesteps=tuple(times), ways=tuple(plan.facts["table"]))
+        return switched(model, networks, table, shared=plan.facts["shared"])
 
     def narrowed(self, model: nn.Module, plan: Plan, number: int, own: Tensor, at: list[float]) -> nn.Module:
         """Cut a model, in place, to what one stretch needs; ``own`` (T,) says which timesteps are its."""

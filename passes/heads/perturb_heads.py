@@ -20,11 +20,11 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, NewInput, Pass, Plan
 from enginewright.passes.heads.softpag import Perturbation, blocks_before, entries, names_of
+from enginewright.passes.networks import each_network, local
 from enginewright.passes.pruning.prune_heads import uncut
 from enginewright.passes.selection import check_patterns
 from enginewright.passes.surgery import share
 from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
-from enginewright.passes.variants import each_network, local
 
 
 class PerturbHeads(Pass):

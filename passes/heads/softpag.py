@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from enginewright.passes.contract import Json, NewInput
+from enginewright.passes.networks import guidance_rows
 from enginewright.passes.surgery import linear_at
 from enginewright.passes.traits import BlockStack, HeadedAttention, Stream, layer_at, layers_of
-from enginewright.passes.variants import guidance_rows
 
 STRENGTH, WEIGHT = "pag_u", "pag_w"
 """Names of the inputs: how strongly each chosen head is perturbed, and how far the output moves away from that."""

@@ -20,8 +20,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
 from enginewright.passes.dynamic.schedule import refuse_no_timestep, span_of
+from enginewright.passes.networks import local, networks_of, place_of, switched
 from enginewright.passes.pruning.probes import evaluating, first_floating
 from enginewright.passes.roles import TIMESTEPS, named
 from enginewright.passes.rows import shared_inputs
@@ -29,7 +31,6 @@ from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.stacks import stacks_of
 from enginewright.passes.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
-from enginewright.passes.variants import ByTimestep
 
 Stacks = Mapping[str, BlockStack]
 
@@ -139,10 +140,12 @@ class MixtureOfBlocks(Pass):
             return model
         # What lies in a range is nearest to its middle; from the last range down, so that a border is the upper's.
         middles = [(row["from"] + row["to"]) / 2 for row in reversed(rows)]
-        table = [networks.index(kept) for kept in reversed(choices)]
-        facts = {"input": plan.facts["input"], "shared": plan.facts["shared"]}
-        whole = ByTimestep([without(model, kept) for kept in networks], timesteps=middles, table=table, **facts)
-        return whole.train(model.training)
+        ways = tuple(networks.index(kept) for kept in reversed(choices))
+        [(name, whole)] = networks_of(model).items()
+        place = place_of(model, name)
+        each = {str(number): without(whole, local(kept, place)) for number, kept in enumerate(networks)}
+        table = Table(input=plan.facts["input"], timesteps=tuple(middles), ways=ways)
+        return switched(model, each, table, shared=plan.facts["shared"])
 
     def told(self, context: Context) -> MixtureOfBlocks:
         """The same with the input that holds the timestep, and with its limits.

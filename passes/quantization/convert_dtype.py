@@ -27,9 +27,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.networks import networks_of
 from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.surgery import share
-from enginewright.passes.variants import ByTimestep
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -181,7 +181,7 @@ class ConvertDtype(Pass):
             if not entry["wide"]:
                 give(module, dtype)
         if not plan.facts.get("alone"):
-            for network in model.variants if isinstance(model, ByTimestep) else [model]:
+            for network in networks_of(model).values():
                 give(network, torch.float32)
         return model
 

@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan
+from enginewright.passes.networks import (
+    at_its_time,
+    each_network,
+    guidance_rows,
+    networks_of,
+    place_of,
+    program_of,
+    without_inputs,
+)
 from enginewright.passes.specialize.binding import (
     Bound,
     Constant,
@@ -25,7 +33,6 @@ from enginewright.passes.specialize.binding import (
     constant_modules,
 )
 from enginewright.passes.surgery import share
-from enginewright.passes.variants import ByTimestep, each_network, guidance_rows
 
 
 class FixInputs(Pass):
@@ -60,19 +67,16 @@ class FixInputs(Pass):
 
     def found(self, model: nn.Module, call: Inputs, bound: Mapping[str, Bound]) -> dict[str, Seen]:
         """Modules that are constant now; of networks by timestep, those of each, called at a timestep of its own."""
-        if not isinstance(model, ByTimestep):
-            return constants_of(model, call, list(bound))
-        if model.input in bound:
+        networks, table = networks_of(model), program_of(model).table
+        if table is not None and table.input in bound:
             raise ToolchainError(
-                f"{model.input} chooses the network, of which there are {len(model.variants)}; it cannot be bound now",
+                f"{table.input} chooses the network, of which there are {len(networks)}; it cannot be bound now",
                 help="bind it in a recipe without networks by timestep: one timestep needs one network",
             )
         found = {}
-        for number, network in enumerate(model.variants):
-            time = model.timesteps[model.table.index(number)]
-            own = {**call, model.input: torch.full_like(call[model.input], time)}
-            for path, seen in constants_of(network, own, list(bound)).items():
-                found[f"variants.{number}.{path}"] = seen
+        for name, network in networks.items():
+            for path, seen in constants_of(network, at_its_time(model, name, call), list(bound)).items():
+                found[f"{place_of(model, name)}.{path}".removeprefix(".")] = seen
         return found
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -83,7 +87,7 @@ class FixInputs(Pass):
             training = model.get_submodule(path).training
             model.set_submodule(path, Constant(plan.arrays[path], entry["follows"]).train(training))
         bound = bound_in(plan)
-        return each_network(model, lambda network, _: call_without(network, bound))
+        return without_inputs(each_network(model, lambda network, _: call_without(network, bound)), tuple(bound))
 
     def removed_inputs(self, plan: Plan) -> tuple[str, ...]:
         """The bound ones."""

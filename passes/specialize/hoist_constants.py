@@ -14,13 +14,14 @@ from pydantic import Field
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs_by_module
-from enginewright.passes.hoisting import Hoisted, hoist
+from enginewright.ground.program import Hoisted
+from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs, macs_by_module
+from enginewright.passes.networks import at_its_time, hoist, local, networks_of, place_of, program_of
 from enginewright.passes.specialize.binding import call_with, constant_modules
 
 
 class HoistConstants(Pass):
-    """Two engines: one prepares what hangs on the run's constant inputs alone, the other does the steps."""
+    """Two engines of each network: one prepares what hangs on a run's constant inputs alone, one does the steps."""
 
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = (
@@ -41,16 +42,22 @@ class HoistConstants(Pass):
         Raises ``ToolchainError`` for an unknown input, when no input changes, or when there is no call to follow.
         """
         example = self.example(context)
-        found = list(constant_modules(model, example, self.constant))
-        if not found:
-            names = ", ".join(self.constant)
+        costs: dict[str, int] = {}
+        for name, network in networks_of(model).items():
+            place = place_of(model, name)
+            own = at_its_time(model, name, example)
+            by_module = macs_by_module(network, at_its_time(model, name, context.example or example))
+            for path in constant_modules(network, own, self.constant):
+                costs[f"{place}.{path}".removeprefix(".")] = by_module.get(path, 0)
+        names = ", ".join(self.constant)
+        if not costs:
             return Plan(choice={}, skipped={"": f"no module of it depends on {names} alone"})
-        costs = macs_by_module(model, context.example or example)
-        once, whole = sum(costs.get(path, 0) for path in found), costs.get("", 0)
-        saved = bytes_of(model, found)
+        whole = macs(model, context.example or example)
+        once = round(sum(cost * time_share(model, path) for path, cost in costs.items()))
+        saved = bytes_of(model, list(costs))
         share = 100 * once / max(whole, 1)
         return Plan(
-            choice={path: {"macs": costs.get(path, 0)} for path in found},
+            choice={path: {"macs": cost} for path, cost in costs.items()},
             facts={
                 "constant": list(self.constant),
                 "macs_once": once,
@@ -58,7 +65,7 @@ class HoistConstants(Pass):
                 "bytes_once": saved,
                 "notes": [
                     f"{once:,} of {whole:,} multiply-accumulates ({share:.3g} %) and {saved:,} bytes of weights are "
-                    f"needed once for a run of constant {', '.join(self.constant)}"
+                    f"needed once for a run of constant {names}"
                 ],
             },
         )
@@ -67,7 +74,11 @@ class HoistConstants(Pass):
         """Mark the model for the export; in PyTorch it stays whole."""
         if not plan.choice:
             return model
-        return hoist(model, Hoisted(constant=tuple(plan.facts["constant"]), modules=tuple(plan.choice)))
+        found = {}
+        for name in networks_of(model):
+            if modules := tuple(local(plan.choice, place_of(model, name))):
+                found[name] = Hoisted(constant=tuple(plan.facts["constant"]), modules=modules)
+        return hoist(model, found)
 
     def example(self, context: Context) -> Inputs:
         """A call of the model."""
@@ -77,6 +88,16 @@ class HoistConstants(Pass):
         if set(self.constant) >= example.keys():
             raise ToolchainError("every input is constant; a step needs one that changes")
         return example
+
+
+def time_share(model: nn.Module, path: str) -> float:
+    """The share of the steps of a run in which the network runs that a module lies in."""
+    program = program_of(model)
+    if program.table is None:
+        return 1.0
+    name = next(name for name in networks_of(model) if local({path: None}, place_of(model, name)))
+    on = [any(call.network == name for call in program.ways[way].calls) for way in program.table.ways]
+    return sum(on) / len(on)
 
 
 def bytes_of(model: nn.Module, paths: list[str]) -> int:

@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
+from enginewright.passes.networks import each_network
 from enginewright.passes.roles import CONDITIONS, named
 from enginewright.passes.rows import shared_inputs, two_of_each
 from enginewright.passes.surgery import share
-from enginewright.passes.variants import each_network
 
 SCALE = "guidance_scale"
 

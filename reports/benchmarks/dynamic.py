@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.environment import describe, versions
+from enginewright.ground.driver import Driver
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
 from enginewright.models.diffusion.dit import PUBLISHED, DiT
@@ -30,9 +31,8 @@ from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
 from enginewright.passes.dynamic.schedule import even
 from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
 from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
+from enginewright.passes.networks import networks_of, program_of
 from enginewright.passes.surgery import share
-from enginewright.passes.variants import REUSED
-from enginewright.switching import parts_of, switching, table_of
 from enginewright.targets.onnx_export import export_onnx
 from enginewright.targets.onnxruntime_engine import OnnxRuntime
 from enginewright.validation.latency import summarise, time_interleaved
@@ -63,17 +63,14 @@ def call(t: float, seed: int) -> dict[str, Tensor]:
 def engine(model: nn.Module, folder: Path) -> Runner:
     """The model in ONNX Runtime, switching where it is several networks."""
     folder.mkdir()
-    runners = []
-    table = table_of(model)
-    for name, part in parts_of(model).items():
-        path, inputs, outputs = folder / f"model{name}.onnx", call(999.0, 0), ["out"]
-        if table and table.reused and name == table.names[0]:
-            outputs.append(REUSED)
-        elif table and table.reused:
-            inputs[REUSED] = torch.zeros(1, *table.reused)
-        export_onnx(part, inputs, dynamic={}, outputs=outputs, path=path)
-        runners.append(OnnxRuntime().open(path, THREADS))
-    return switching(runners, table) if table else runners[0]
+    runners = {}
+    program = program_of(model)
+    for name, network in networks_of(model).items():
+        path, inputs = folder / f"model{name}.onnx", call(999.0, 0)
+        inputs |= {state.name: torch.zeros(1, *state.shape) for state in program.read_by(name)}
+        export_onnx(network, inputs, dynamic={}, outputs=["out", *program.networks[name].gives], path=path)
+        runners[name] = OnnxRuntime().open(path, THREADS)
+    return Driver(program=program, networks=runners)
 
 
 def whole_run(runner: Runner, timesteps: Sequence[float]) -> Runner:

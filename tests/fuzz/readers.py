@@ -67,12 +67,10 @@ def json_readers(artifact: Path) -> dict[str, Reader]:
     from enginewright import artifact as folders
     from enginewright.passes.contract import Plan
     from enginewright.passes.heads.search_log import SearchLog
-    from enginewright.preparing import TABLE as PREPARED
-    from enginewright.preparing import read_halves
+    from enginewright.programs import FILE, read_program
     from enginewright.recipe import read as read_recipe
     from enginewright.reports import html, junit, markdown, record
     from enginewright.sources.contract import read_interface
-    from enginewright.switching import TABLE, read_table
     from enginewright.validation import regression
 
     def parsed(name: str) -> Any:
@@ -83,8 +81,26 @@ def json_readers(artifact: Path) -> dict[str, Reader]:
     baseline_json = baseline.model_dump(mode="json", by_alias=True, exclude_none=True)
     plan = parsed(next(path.relative_to(artifact).as_posix() for path in (artifact / "plans").glob("*.json")))
     plan["arrays"] = {}
-    table = {"input": "t", "timesteps": [999.0, 0.0], "table": [0, 1], "reused": [4, 8], "dtype": "float32"}
-    halves = {"constant": ["y"], "prepare": ["y"], "step": ["x", "t"], "passed": ["p"]}
+    program = {
+        "schema": 1,
+        "networks": {
+            "prepare": {"takes": ["y"], "gives": []},
+            "whole": {"takes": None, "gives": ["r"]},
+            "short": {"takes": ["x", "t", "p", "r"], "gives": []},
+        },
+        "ways": [
+            {"calls": [{"network": "whole", "once": []}], "reads": [], "otherwise": 0},
+            {
+                "calls": [{"network": "prepare", "once": ["y"]}, {"network": "short", "once": []}],
+                "reads": ["r"],
+                "otherwise": 0,
+            },
+        ],
+        "table": {"input": "t", "timesteps": [999.0, 0.0], "ways": [0, 1]},
+        "states": [{"name": "r", "shape": [4, 8], "dtype": "float32"}],
+        "shared": [],
+        "hoisted": {},
+    }
 
     def read_report(path: Path) -> None:
         found = record.read(path)
@@ -125,11 +141,8 @@ def json_readers(artifact: Path) -> dict[str, Reader]:
         "checked report": Reader(files=mutations.changed_json(report), read=at("report.json", check_report)),
         "baseline": Reader(files=mutations.changed_json(baseline_json), read=at("baseline.json", check_baseline)),
         "plan": Reader(files=mutations.changed_json(plan), read=at("plan.json", Plan.read), weight=2),
-        "engines.json": Reader(
-            files=mutations.changed_json(table), read=at(TABLE, lambda path: read_table(path.parent)), weight=2
-        ),
-        "prepared.json": Reader(
-            files=mutations.changed_json(halves), read=at(PREPARED, lambda path: read_halves(path.parent)), weight=2
+        "program": Reader(
+            files=mutations.changed_json(program), read=at(FILE, lambda path: read_program(path.parent)), weight=4
         ),
         "search log": Reader(
             files=mutations.changed_json({"search": "search"}).map(lambda b: b + b'\n{"of": "a", "score": 1}\n'),

@@ -17,9 +17,10 @@ from torch import nn
 
 from enginewright import catalog, pipeline, sources
 from enginewright.ground.errors import ToolchainError
+from enginewright.passes.networks import networks_of, program_of
+from enginewright.programs import called_as, graph_of
 from enginewright.progress import Progress
 from enginewright.recipe import make
-from enginewright.switching import parts_of, table_of
 from enginewright.targets.pytorch_engine import flat
 from enginewright.validation.inputs import draw
 from tests.matrix.cells import settings_of, step_for
@@ -111,15 +112,13 @@ def test_a_changed_model_is_exported_equal_at_two_sizes(name: str, model: str, s
         if not run.results[0][1].changed:
             return
         out.mkdir()
-        table = table_of(module)
-        for part, network in parts_of(module).items():
-            called = table.model_of(part, run.exported) if table else run.exported
-            pipeline.write_graph(run, called, network, out / f"model{part}.onnx")
+        program = program_of(module)
+        for name, network in networks_of(module).items():
+            pipeline.write_graph(run, called_as(program, name, run.exported), network, graph_of(out, name))
     except ToolchainError:
         return  # said in words; the other test asks that nothing else is raised
-    for part, network in parts_of(module).items():
-        called = table.model_of(part, run.exported) if table else run.exported
-        path = out / f"model{part}.onnx"
+    for part, network in networks_of(module).items():
+        called, path = called_as(program, part, run.exported), graph_of(out, part)
         for number, sizes in enumerate(two_sizes(called)):
             arrays = draw(called.inputs, seed=11 + number, sizes=sizes)
             wanted = call(network, arrays)

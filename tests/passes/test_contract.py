@@ -17,7 +17,7 @@ from enginewright import catalog, sources
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
 from enginewright.passes.graph.module import GraphModule
-from enginewright.passes.variants import ByTimestep
+from enginewright.passes.networks import networks_of
 from enginewright.targets.pytorch_engine import flat
 from enginewright.validation.inputs import draw
 from tests.graphs import mixed
@@ -81,7 +81,7 @@ def places(module: torch.nn.Module) -> set[str]:
 
 def last_of(module: torch.nn.Module) -> torch.nn.Module:
     """Of networks by timestep the last: the first may be the whole one."""
-    return module.variants[-1] if isinstance(module, ByTimestep) else module
+    return list(networks_of(module).values())[-1]
 
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))

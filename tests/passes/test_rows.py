@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from enginewright.ground.driver import Driver
+from enginewright.ground.program import Table, by_timestep
 from enginewright.ground.signature import Dim, InputSpec, rows_of, shared_by_rows
 from enginewright.passes.contract import Context
+from enginewright.passes.networks import Networks
 from enginewright.passes.recovery.feeding import joined
 from enginewright.passes.rows import one_call, shared_inputs, some_rows, two_of_each
 from enginewright.passes.specialize.merge_guidance import MergeGuidance
-from enginewright.passes.variants import ByTimestep
-from enginewright.switching import Switching, Table
 from tests.passes.joint import flux
 
 BATCH, TOKENS = Dim(name="batch", low=1, typical=2, high=8), Dim(name="tokens", low=1, typical=2, high=8)
@@ -64,14 +65,14 @@ class Positioned(nn.Module):
 
 def test_networks_by_timestep_get_the_whole_of_what_rows_share_as_modules_and_as_engines() -> None:
     call = {"x": torch.arange(2.0), "t": torch.tensor([0.0, 9.0]), "ids": torch.tensor([[1.0], [2.0]])}
-    whole = ByTimestep([Positioned(1), Positioned(-1)], input="t", timesteps=(0, 9), table=(0, 1), shared=("ids",))
-    assert whole(**call).tolist() == [3, 2]
+    program = by_timestep(["0", "1"], Table(input="t", timesteps=(0, 9), ways=(0, 1)), shared=("ids",))
+    assert Networks({"0": Positioned(1), "1": Positioned(-1)}, program)(**call).tolist() == [3, 2]
 
     def runner(sign: float):  # type: ignore[no-untyped-def]
         return lambda arrays: {"y": sign * arrays["x"] + arrays["ids"].sum()}
 
-    table = Table(input="t", timesteps=(0.0, 9.0), table=(0, 1), shared=("ids",))
-    found = Switching([runner(1), runner(-1)], table)({name: value.numpy() for name, value in call.items()})
+    both = Driver(program=program, networks={"0": runner(1), "1": runner(-1)})
+    found = both({name: value.numpy() for name, value in call.items()})
     assert np.array_equal(found["y"], [3, 2])
 
 

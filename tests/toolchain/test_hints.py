@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from enginewright import pipeline
+from enginewright.passes.networks import networks_of
 from enginewright.passes.patterns import is_two_in_four, keeps_pattern
 from enginewright.progress import Progress
 from enginewright.recipe import make
-from enginewright.switching import parts_of
 from enginewright.targets import machine
 
 INT8 = {"pass": "quantize_int8", "smallest": 0}
@@ -37,7 +37,7 @@ def layers_named(network: nn.Module, hints: dict[str, Any], key: str) -> set[str
 def test_eight_bit_layers_of_each_network_by_timestep_are_found_under_its_own_paths() -> None:
     run = run_of({"pass": "slice_width_by_timestep", "buckets": 2, "steps": 4}, INT8)
     module = run.optimize()
-    parts = parts_of(module)
+    parts = networks_of(module)
     assert len(parts) == 2
     for network in parts.values():
         quantized = {path for path, layer in network.named_modules() if type(layer).__name__ == "QuantizedLinear"}

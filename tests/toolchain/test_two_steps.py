@@ -13,12 +13,11 @@ from torch import Tensor, nn
 import enginewright
 from enginewright import pipeline
 from enginewright.ground.errors import INTERNAL, InternalError, ToolchainError
+from enginewright.passes.networks import Networks, networks_of
 from enginewright.passes.pruning.prune_heads import PruneHeads
-from enginewright.passes.variants import ByTimestep
 from enginewright.pipeline import Run
 from enginewright.progress import Progress
 from enginewright.recipe import Recipe, make, read
-from enginewright.switching import parts_of
 from enginewright.targets.pytorch_engine import flat
 
 QUIET = Progress(quiet=True)
@@ -74,7 +73,7 @@ WRAPPED: dict[str, Steps] = {
     "perturbed heads": [WHOLE_HEADS, step("perturb_heads", u=1.0)],
     "perturbed heads of one network": [
         WHOLE_HEADS,
-        step("perturb_heads", heads={"variants.0.*": [0]}, guidance=True),
+        step("perturb_heads", heads={"networks.0.*": [0]}, guidance=True),
     ],
     "perturbed heads, guided": [WHOLE_HEADS, step("perturb_heads", u=1.0, guidance=True, w=3.0)],
     "a class": [SLICE, step("fix_inputs", inputs={"y": 2})],
@@ -86,10 +85,9 @@ WRAPPED: dict[str, Steps] = {
 @pytest.mark.parametrize("case", WRAPPED)
 def test_what_a_step_does_to_the_whole_reaches_each_network_that_is_exported(case: str) -> None:
     run, module = done(*WRAPPED[case])
-    assert isinstance(module, ByTimestep)
-    for number, network in enumerate(parts_of(module).values()):
-        time = module.timesteps[module.table.index(number)]
-        call = call_of(run, t=time)
+    assert isinstance(module, Networks)
+    for name, network in networks_of(module).items():
+        call = call_of(run, t=module.program.time_of(name))
         wanted = first(module, call)
         own = flat(network(**call))
         assert all(tensor.dtype == torch.float32 for tensor in own), "as the interface says"

@@ -6,7 +6,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.models.diffusion.dit import Config, DiT
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
-from enginewright.passes.variants import Reusing, Walk
+from enginewright.passes.networks import Networks, networks_of
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS, Subject, randomise
 
@@ -159,21 +159,12 @@ def test_only_a_run_along_the_schedule_reuses(deep):
     assert [whole(times[k]) for k in (0, 1, 0, 1)] == [True, False, True, False]
 
 
-def test_a_walk_keeps_what_the_last_whole_step_gave():
-    walk = Walk((0, 1, 1))
-    assert walk.reusable([0], "s") is None
-    walk.keep("first")
-    assert [walk.reusable([1], "s"), walk.reusable([2], "s")] == ["first", "first"]
-    assert walk.reusable([0], "s") is None
-    assert walk.reusable([1], "s") is None, "what another run left"
-
-
 # Engines
 
 
 def test_both_forms_export_run_and_build(deep, tmp_path):
     _, result = reusing(deep)
-    whole, short = result.model.variants
+    whole, short = networks_of(result.model).values()
     inputs = {**deep.inputs, "t": torch.tensor([999.0, 999.0])}
     with torch.no_grad():
         output, given = whole(**inputs)
@@ -279,5 +270,5 @@ def test_a_plan_for_another_stack_is_refused(deep):
 
 def test_the_two_forms_are_one_module(deep):
     _, result = reusing(deep)
-    assert isinstance(result.model, Reusing)
+    assert isinstance(result.model, Networks)
     assert not result.model.training

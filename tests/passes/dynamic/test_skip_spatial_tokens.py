@@ -113,7 +113,7 @@ def test_it_follows_networks_by_timestep(dit):
     before = dit.output(sliced.model)
     step = SkipSpatialTokens()
     result = step.apply(sliced.model, context)
-    assert result.changed == tuple(f"variants.{v}.blocks.{b}" for v in range(2) for b in range(2))
+    assert result.changed == tuple(f"networks.{v}.blocks.{b}" for v in range(2) for b in range(2))
     assert result.after.macs < 0.9 * sliced.after.macs
     found = dit.output(result.model)
     reference = masked(step.rewrite(again.model, result.plan))
@@ -126,9 +126,9 @@ def test_a_network_that_no_calibration_input_reaches_is_left_alone(dit):
     context = Context(calibration=[dit.inputs], example=dit.inputs)
     sliced = SliceWidthByTimestep(steps=6, buckets=2, importance="activation").apply(dit.copy(), context)
     result = SkipSpatialTokens().apply(sliced.model, context)
-    assert result.changed == ("variants.1.blocks.0", "variants.1.blocks.1")
+    assert result.changed == ("networks.1.blocks.0", "networks.1.blocks.1")
     reason = "the calibration inputs never reach it"
-    assert result.plan.skipped == {"variants.0.blocks.0": reason, "variants.0.blocks.1": reason}
+    assert result.plan.skipped == {"networks.0.blocks.0": reason, "networks.0.blocks.1": reason}
 
 
 def test_rows_are_put_back_where_they_were():

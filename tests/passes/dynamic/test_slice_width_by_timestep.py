@@ -11,6 +11,7 @@ from enginewright.passes.contract import Context
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
 from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
+from enginewright.passes.networks import networks_of
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
 from tests.passes.joint import flux
@@ -88,7 +89,7 @@ def test_a_share_of_all_changes_nothing_and_says_so(dit):
 
 def test_a_cut_network_exports_runs_and_builds(dit, tmp_path):
     _, result = sliced(dit)
-    variant = result.model.variants[0]
+    variant = next(iter(networks_of(result.model).values()))
     inputs = {**dit.inputs, "t": torch.tensor([999.0, 990.0])}
     path = exported(variant, inputs, tmp_path)
     with torch.no_grad():
@@ -140,7 +141,7 @@ def test_an_input_that_is_no_timestep_is_quoted(dit):
 
 def test_a_plan_for_another_model_is_refused(dit):
     step, result = sliced(dit)
-    cut = result.model.variants[0]
+    cut = next(iter(networks_of(result.model).values()))
     with pytest.raises(ToolchainError, match="the plan is for a layer of"):
         step.rewrite(cut, result.plan)
 

@@ -9,8 +9,8 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.models.diffusion.dit import Config, DiT
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.moe.mixture_of_blocks import MixtureOfBlocks, smaller
+from enginewright.passes.networks import Networks, networks_of
 from enginewright.passes.traits import BlockStack, layer_at
-from enginewright.passes.variants import ByTimestep
 from tests.passes.conftest import randomise
 from tests.passes.joint import flux
 
@@ -215,8 +215,8 @@ def timed_calls():
 
 def test_every_timestep_runs_the_network_of_its_range():
     result = MixtureOfBlocks(buckets=2).apply(Timed(), Context(calibration=timed_calls()))
-    assert isinstance(result.model, ByTimestep)
-    assert len(result.model.variants) == 2
+    assert isinstance(result.model, Networks)
+    assert len(list(networks_of(result.model).values())) == 2
     assert result.plan.choice["blocks"]["kept"] == [[0], [1]]
     # Each range keeps the block that speaks there, so what comes out is what both blocks give: at the borders too.
     times = torch.tensor([0.0, 499.9, 500, 999, 1000, 1500])
@@ -226,7 +226,7 @@ def test_every_timestep_runs_the_network_of_its_range():
 
 def test_ranges_of_the_same_blocks_share_a_network():
     model = MixtureOfBlocks(buckets=4).apply(Timed(), Context(calibration=timed_calls())).model
-    assert len(model.variants) == 2
+    assert len(list(networks_of(model).values())) == 2
     assert model.table == (1, 1, 0, 0)
     assert model.timesteps == (875, 625, 375, 125)
 

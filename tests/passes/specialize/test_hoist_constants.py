@@ -8,7 +8,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, macs
-from enginewright.passes.hoisting import hoisted
+from enginewright.passes.networks import program_of
 from enginewright.passes.specialize.hoist_constants import HoistConstants
 from enginewright.targets.contract import Graph, ShapeRange
 from enginewright.targets.onnx_export import export_onnx
@@ -148,7 +148,7 @@ def test_the_plan_names_what_hangs_on_constants_alone(name):
     assert facts["bytes_once"] == sum(
         4 * p.numel() for path in changed for p in subject.model.get_submodule(path).parameters()
     )
-    assert hoisted(result.model).constant == constant
+    assert program_of(result.model).hoisted[""].constant == constant
 
 
 def test_no_weight_is_written_twice_or_read_by_both(tmp_path):
@@ -185,7 +185,7 @@ def test_where_nothing_hangs_on_the_constants_alone_the_model_stays():
     result = applied(subject, ("y",))
     assert result.changed == ()
     assert result.plan.skipped == {"": "no module of it depends on y alone"}
-    assert hoisted(result.model) is None
+    assert not program_of(result.model).hoisted
     assert result.after == result.before
 
 

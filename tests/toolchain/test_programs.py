@@ -1,0 +1,181 @@
+"""Artifacts of several networks, all the way into engines and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import enginewright
+from enginewright import pipeline
+from enginewright.opened import open_subject
+from enginewright.passes.networks import Networks, networks_of, program_of
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import record
+from enginewright.validation.inputs import draw
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sliced") / "out"
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "steps": [{"pass": "slice_width_by_timestep", "importance": "activation", "steps": 6, "buckets": 2}],
+            "targets": [{"target": "onnxruntime"}, {"target": "pytorch"}],
+            "validation": {"rounds": 3, "calls": 2},
+            "calibration": {"calls": 2},
+        }
+    )
+    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    assert code == 0
+    return out
+
+
+def test_the_artifact_holds_an_engine_for_each_stretch(sliced: Path) -> None:
+    program = json.loads((sliced / "program.json").read_text())
+    assert program["table"]["input"] == "t"
+    assert program["table"]["timesteps"] == [999, 799, 599, 400, 200, 0]
+    assert set(program["table"]["ways"]) == {0, 1}
+    files = json.loads((sliced / "manifest.json").read_text())["files"]
+    assert {"program.json", "model-0.onnx", "model-1.onnx"} <= files.keys()
+    names = {"onnxruntime-0", "onnxruntime-1", "pytorch"}
+    assert {path.name for path in (sliced / "engines").iterdir()} == names
+    step = record.read(sliced / "report.json").steps[0]
+    assert step.macs.after < 0.75 * step.macs.before
+
+
+def test_engines_and_module_agree_for_rows_of_any_timestep(sliced: Path) -> None:
+    opened = open_subject(str(sliced))
+    call = draw(opened.inputs, seed=5, sizes={"batch": 4})
+    call["t"] = np.asarray([0, 999, 250, 700], np.float32)
+    module = enginewright.load_module(sliced)
+    assert isinstance(module, Networks)
+    with torch.no_grad():
+        wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()}).numpy()
+    for name in ("onnxruntime", "pytorch"):
+        found = opened.runners[name](call)["prediction_and_variance"]
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    engine = enginewright.load(sliced, "onnxruntime")
+    np.testing.assert_allclose(engine(**call), wanted, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reused") / "out"
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "steps": [{"pass": "reuse_blocks", "interval": 3, "steps": 4}],
+            "targets": [{"target": "onnxruntime"}, {"target": "pytorch"}],
+            "validation": {"rounds": 3, "calls": 2},
+            "calibration": {"calls": 2},
+        }
+    )
+    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    assert code == 0
+    return out
+
+
+def test_engines_that_reuse_keep_the_signature_and_walk_as_the_module_does(reused: Path) -> None:
+    program = json.loads((reused / "program.json").read_text())
+    table = program["table"]
+    assert (table["ways"], program["states"][0]["shape"]) == ([0, 1, 1, 0], [16, 32])
+    module = enginewright.load_module(reused)
+    engines = [enginewright.load(reused, name) for name in ("onnxruntime", "pytorch")]
+    assert [spec.name for spec in engines[0].inputs] == ["x", "t", "y"]
+    call = {name: torch.from_numpy(array) for name, array in draw(engines[0].inputs, seed=5).items()}
+    moved = []
+    for t in table["timesteps"]:
+        call["t"] = torch.full_like(call["t"], t)
+        with torch.no_grad():
+            wanted = module(**call)
+            moved.append(not torch.equal(wanted, networks_of(module)["whole"](**call)[0]))
+        for engine in engines:
+            torch.testing.assert_close(engine(**call), wanted, atol=1e-5, rtol=0)
+    assert moved == [False, True, True, False]
+    assert "reuse" in record.read(reused / "report.json").steps[0].notes[0]
+
+
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("parted") / "out"
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "steps": [{"pass": "hoist_constants", "constant": ["t"]}],
+            "gates": ["fidelity.max_abs <= 1e-5"],
+            "targets": [{"target": "onnxruntime"}, {"target": "pytorch"}],
+            "validation": {"rounds": 3, "calls": 2},
+            "calibration": {"calls": 2},
+        }
+    )
+    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    assert code == 0
+    return out
+
+
+def test_the_artifact_holds_two_engines_and_says_how_they_are_called(parted: Path) -> None:
+    networks = json.loads((parted / "program.json").read_text())["networks"]
+    assert networks["prepare"]["takes"] == ["t"]
+    assert networks["step"]["takes"][:2] == ["x", "y"]
+    files = json.loads((parted / "manifest.json").read_text())["files"]
+    assert {"program.json", "model-prepare.onnx", "model-step.onnx", "model.safetensors"} <= files.keys()
+    assert "model.onnx" not in files
+    names = {"onnxruntime-prepare", "onnxruntime-step", "pytorch"}
+    assert {path.name for path in (parted / "engines").iterdir()} == names
+
+
+def test_the_report_tells_steps_from_preparing(parted: Path) -> None:
+    report = record.read(parted / "report.json")
+    (step,) = report.steps
+    assert step.macs.before - step.macs.after == 256 * 32 + 32 * 32  # the two layers of t_embedder, for one row
+    assert "needed once for a run of constant t" in step.notes[0]
+    notes = {target.name: target.notes for target in report.targets}
+    assert any("latency is of a step; preparing a run took" in note for note in notes["onnxruntime"])
+    assert not any("preparing" in note for note in notes["pytorch"])
+    assert all(target.latency for target in report.targets)
+
+
+def test_engines_and_module_agree_at_any_batch(parted: Path) -> None:
+    opened = open_subject(str(parted))
+    module = enginewright.load_module(parted)
+    assert program_of(module).hoisted
+    engine = enginewright.load(parted, "onnxruntime")
+    for rows in (1, 4):
+        call = draw(opened.inputs, seed=rows, sizes={"batch": rows})
+        with torch.no_grad():
+            wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()}).numpy()
+        for name in ("onnxruntime", "pytorch"):
+            np.testing.assert_allclose(opened.runners[name](call)["prediction_and_variance"], wanted, atol=1e-5)
+        np.testing.assert_allclose(engine(**call), wanted, atol=1e-5)
+
+
+def test_a_checkpoint_on_disk_is_parted_around_its_linked_weights(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=60, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "bert")
+    recipe = make(
+        {
+            "model": f"hf:{tmp_path / 'bert'}",
+            "steps": [{"pass": "hoist_constants", "constant": ["token_type_ids"]}],
+            "targets": [{"target": "onnxruntime"}],
+            "validation": {"skip": True},
+            "calibration": {"calls": 1},
+        }
+    )
+    out = tmp_path / "out"
+    pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    assert (out / "model-prepare.onnx").exists()
+    assert list((out / "weights").iterdir()), "the weights lie where they lay"
+    engine, module = enginewright.load(out), enginewright.load_module(out)
+    call = draw(engine.inputs, seed=3, sizes={"batch": 3})
+    with torch.no_grad():
+        wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()})[0].numpy()
+    np.testing.assert_allclose(engine(**call)[0], wanted, atol=1e-5)

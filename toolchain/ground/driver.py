@@ -1,0 +1,166 @@
+"""What runs a program: the one algorithm, over PyTorch modules and over engines, with arrays or with tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from enginewright.ground.program import Call, Program, Way
+
+Values = dict[str, Any]
+"""Arrays or tensors by name."""
+
+Run = Callable[[Values], Values]
+"""A network that is ready: named inputs -> named outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a driver does with values of one kind, beside what numpy and PyTorch write alike.
+
+    Args:
+        join: rows of several in one.
+        equal: whether two hold the same.
+        copy: one that later writes into the first do not change.
+    """
+
+    join: Callable[[Sequence[Any]], Any]
+    equal: Callable[[Any, Any], bool]
+    copy: Callable[[Any], Any]
+
+
+ARRAYS = Kind(join=np.concatenate, equal=np.array_equal, copy=np.copy)
+"""Of numpy."""
+
+
+@dataclass
+class Memory:
+    """What a program keeps from call to call; one sampling run at a time.
+
+    State tensors last from a call to the one after it, and only where that is of all rows at the next timestep of the
+    schedule and of the same shapes; any other starts anew. Two calls at one timestep (guidance in two calls) leave
+    nothing, because the next could be of either.
+
+    Args:
+        states: what the last call left, by name.
+        step: of the schedule, that the last call was at; None: of several, or there was none.
+        shapes: of its inputs.
+        again: whether it was at the same step as the call before.
+        once: for networks that run once, what they were run with, and what they gave.
+        seconds: for these, what each run took.
+    """
+
+    states: Values = field(default_factory=dict)
+    step: int | None = None
+    shapes: Any = None
+    again: bool = False
+    once: dict[str, tuple[Values, Values]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def move(self, steps: Collection[int], shapes: Any) -> None:
+        """Go on to a call at these steps and of these shapes; drop what it may not reuse."""
+        step = next(iter(steps)) if len(steps) == 1 else None
+        self.again = step is None or step == self.step
+        if step is None or self.step is None or step != self.step + 1 or shapes != self.shapes:
+            self.states = {}
+        self.step, self.shapes = step, shapes
+
+    def keep(self, given: Values) -> None:
+        """Note the state tensors that a call gave."""
+        if given:
+            self.states = {} if self.again else given
+
+
+def some_rows(call: Mapping[str, Any], rows: Any, shared: Collection[str]) -> Values:
+    """The same call, of tensors or arrays, for these rows only; what all rows share stays whole."""
+    return {name: value if name in shared else value[rows] for name, value in call.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Driver:
+    """A program with its networks ready to run.
+
+    Args:
+        program: as it says.
+        networks: ready, by name.
+        memory: what it keeps.
+        kind: of the values.
+    """
+
+    program: Program
+    networks: Mapping[str, Run]
+    memory: Memory = field(default_factory=Memory)
+    kind: Kind = ARRAYS
+
+    def __call__(self, inputs: Values) -> Values:
+        """Named inputs with as many rows each, but for shared ones -> named outputs, rows in the same order."""
+        program, table = self.program, self.program.table
+        if table is None:
+            return self.follow(program.ways[0], inputs)
+        steps = table.steps_of(inputs[table.input])
+        self.memory.move(set(steps), tuple(sorted((name, tuple(value.shape)) for name, value in inputs.items())))
+        chosen = [self.possible(table.ways[step]) for step in steps]
+        if len(set(chosen)) == 1:
+            return self.follow(program.ways[chosen[0]], inputs)
+        parts: list[Values] = []
+        order: list[int] = []
+        for place in sorted(set(chosen)):
+            own = [row for row, way in enumerate(chosen) if way == place]
+            parts.append(self.follow(program.ways[place], some_rows(inputs, own, program.shared)))
+            order += own
+        back = np.argsort(order, kind="stable").tolist()
+        return {name: self.kind.join([part[name] for part in parts])[back] for name in parts[0]}
+
+    def possible(self, place: int) -> int:
+        """The way at a place; or the one instead of it, where it reads a state tensor that is missing."""
+        way = self.program.ways[place]
+        return place if all(name in self.memory.states for name in way.reads) else way.otherwise
+
+    def follow(self, way: Way, inputs: Values) -> Values:
+        """Go one way."""
+        known = {**inputs, **{name: self.memory.states[name] for name in way.reads}}
+        kept: Values = {}
+        outputs: Values = {}
+        for call in way.calls:
+            takes, gives = self.program.networks[call.network].takes, self.program.networks[call.network].gives
+            given = dict(known) if takes is None else {name: known[name] for name in takes}
+            outputs = dict(self.once(call, given) if call.once else self.networks[call.network](given))
+            kept |= {name: outputs.pop(name) for name in gives}
+            known |= outputs
+        self.memory.keep(kept)
+        return outputs
+
+    def once(self, call: Call, given: Values) -> Values:
+        """What a network gives that runs only where its inputs are not what they were.
+
+        They are compared by content, with copies: a caller may write new values into the arrays it gave before.
+        """
+        before = self.memory.once.get(call.network)
+        if before and all(self.kind.equal(before[0][name], given[name]) for name in call.once):
+            return before[1]
+        began = time.perf_counter()
+        outputs = dict(self.networks[call.network](given))
+        self.memory.seconds.setdefault(call.network, []).append(time.perf_counter() - began)
+        self.memory.once[call.network] = {name: self.kind.copy(given[name]) for name in call.once}, outputs
+        return outputs
+
+    def first_non_finite(self, inputs: Values) -> str:
+        """What the first network says that can tell where its values stop being finite; empty where none can."""
+        found: list[str] = []
+
+        def asking(name: str, run: Run) -> Run:
+            def ask(given: Values) -> Values:
+                locate = getattr(run, "first_non_finite", None)
+                if not found and locate and (said := locate(given)):
+                    found.append(str(said))
+                return run(given)
+
+            return ask
+
+        asked = {name: asking(name, run) for name, run in self.networks.items()}
+        Driver(program=self.program, networks=asked, kind=self.kind)(inputs)
+        return found[0] if found else ""

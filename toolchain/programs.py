@@ -1,0 +1,166 @@
+"""A program on disk: ``program.json`` and a graph for each network; and the engines of one target as one runner.
+
+Graphs lie side by side, not in a folder each: networks by timestep share most of their weights, and ONNX reads no
+weights from outside a graph's folder. An artifact without ``program.json`` has one network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from enginewright.added import with_inputs
+from enginewright.ground.driver import Driver, Memory
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.program import PREPARE, SOLE, STEP, Network, Program, parted
+from enginewright.ground.reading import read_json
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
+from enginewright.passes.contract import NewInput
+from enginewright.passes.graph.module import GraphModule
+from enginewright.recipe import TargetStep
+from enginewright.sources.contract import Model
+from enginewright.targets.contract import ShapeRange
+from enginewright.targets.split_graph import split_graph
+from enginewright.targets.weights import load_graph
+from enginewright.validation.inputs import draw
+from enginewright.validation.sizes import at_limits
+
+FILE = "program.json"
+
+BEFORE = ("engines.json", "prepared.json")
+"""What said of several networks in artifacts of version 0.1.0."""
+
+
+def suffix(network: str) -> str:
+    """What the files and folders of a network are told apart by."""
+    return f"-{network}" if network else ""
+
+
+def graph_of(folder: Path, network: str) -> Path:
+    """The graph of a network in an artifact."""
+    return folder / f"model{suffix(network)}.onnx"
+
+
+def part_in_two(program: Program, folder: Path) -> Program:
+    """Write two graphs in the place of each network of which some work is to be done once; the program of all graphs.
+
+    Raises:
+        ToolchainError: nothing in a graph can be done once for a run.
+    """
+    halves: dict[str, tuple[Network, Network]] = {}
+    for name, hoisted in program.hoisted.items():
+        prepare, step = (graph_of(folder, program.part_of(name, part)) for part in (PREPARE, STEP))
+        split = split_graph(graph_of(folder, name), hoisted.constant, prepare, step)
+        halves[name] = Network(takes=split.prepare), Network(takes=(*split.step, *split.passed))
+    return parted(program, halves)
+
+
+def write_program(program: Program, folder: Path) -> None:
+    """Write ``program.json``."""
+    (folder / FILE).write_text(json.dumps(program.as_json(), indent=2) + "\n")
+
+
+def read_program(folder: Path) -> Program:
+    """An artifact's program.
+
+    Raises:
+        ToolchainError: it cannot be read, or is of a version that wrote several networks otherwise.
+    """
+    for name in BEFORE:
+        if (folder / name).exists():
+            raise ToolchainError(
+                f"{name} is of an earlier version, which this one does not read",
+                where=str(folder),
+                help=f"write the artifact anew: enginewright run {folder / 'recipe.toml'} -o NEW",
+            )
+    path = folder / FILE
+    return Program.from_json(read_json(path, what=FILE), where=str(path)) if path.exists() else SOLE
+
+
+def called_as(program: Program, network: str, model: Model) -> Model:
+    """A model as one of its networks is called before it is parted, given how all of them together are."""
+    states = [NewInput(name=s.name, shape=s.shape, dtype=s.dtype) for s in program.read_by(network)]
+    gives = program.networks[network].gives
+    return with_inputs(replace(model, outputs=(*model.outputs, *gives)), states)
+
+
+def fed(
+    program: Program, network: str, folder: Path, model: Model, calls: Sequence[Arrays]
+) -> tuple[dict[str, ShapeRange], list[Arrays]]:
+    """Shapes that the inputs of one network may take, and inputs like those it will see.
+
+    What another network passes to it is found by running that: at the smallest, typical and largest sizes, and on the
+    calls.
+
+    Args:
+        program: with the networks that there are graphs of.
+        network: the one that is asked for.
+        folder: has their graphs.
+        model: as the whole program is called.
+        calls: of the whole program.
+    """
+    specs = called_as(program, network, model).inputs
+    takes = program.networks[network].takes
+    own = {spec.name for spec in specs if takes is None or spec.name in takes}
+    ranges = {spec.name: ShapeRange(*spec.limits()) for spec in specs if spec.name in own}
+    states = draw([spec for spec in specs if spec.name not in {each.name for each in model.inputs}], seed=0)
+    mine = [{key: array for key, array in {**states, **call}.items() if key in own} for call in calls]
+    passed = tuple(name for name in takes or () if name not in own)
+    if not passed:
+        return ranges, mine
+    way, _ = next(program.calls_of(network))
+    before = way.calls[next(place for place, call in enumerate(way.calls) if call.network == network) - 1].network
+    loaded = load_graph(graph_of(folder, before))
+    graph, names = GraphModule(loaded, graph_of(folder, before)), [value.name for value in loaded.graph.outputs]
+    reads = program.networks[before].takes or ()
+
+    def run(call: Arrays) -> Arrays:
+        given = graph(**{key: torch.from_numpy(call[key]) for key in reads})
+        return {str(key): tensor.numpy() for key, tensor in zip(names, given, strict=True) if key in passed}
+
+    low, typical, high = (run(draw(specs, seed=0, sizes=sizes)) for sizes in at_limits(specs))
+    ranges |= {key: ShapeRange(low[key].shape, typical[key].shape, high[key].shape) for key in passed}
+    return ranges, [{**call, **run(whole)} for call, whole in zip(mine, calls, strict=True)]
+
+
+def parts_for(step: TargetStep, folder: Path) -> tuple[str, ...]:
+    """The networks that a target has an engine of; one that runs the module has the whole of them."""
+    return ("",) if step.target.runs_module else tuple(read_program(folder).networks)
+
+
+def place_of(step: TargetStep, folder: Path, network: str) -> Path:
+    """The folder of one engine."""
+    return folder / "engines" / f"{step.target.name()}{suffix(network)}"
+
+
+def runner_of(step: TargetStep, folder: Path, threads: int, module: Callable[[], nn.Module]) -> Runner:
+    """An artifact's engines for one target as one."""
+
+    def load(network: str) -> Any:
+        return step.target.load(place_of(step, folder, network), threads=threads, module=module)
+
+    if step.target.runs_module:
+        return load("")
+    program = read_program(folder)
+    if program == SOLE:
+        return load("")
+    return Driver(program=program, networks={name: load(name) for name in program.networks}, memory=Memory())
+
+
+def notes_of(runner: Any) -> list[str]:
+    """For the report: what work that is done once for a run takes, where there is some."""
+    while not isinstance(runner, Driver) and hasattr(runner, "runner"):
+        runner = runner.runner
+    if not isinstance(runner, Driver) or not any(runner.memory.seconds.values()):
+        return []
+    each = [median(seconds) for seconds in runner.memory.seconds.values()]
+    count = sum(len(seconds) for seconds in runner.memory.seconds.values())
+    return [f"latency is of a step; preparing a run took {sum(each) * 1e3:.3g} ms more, once (median of {count})"]
