@@ -53,7 +53,6 @@ class ReuseBlocks(Pass):
         "merge_guidance",
         "fix_inputs",
         "perturb_heads",
-        "hoist_constants",
         "mixture_of_blocks",
     )
     leaves: ClassVar[str] = "two networks, the whole one and one without some blocks, and a state between calls"

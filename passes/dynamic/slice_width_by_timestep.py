@@ -49,7 +49,6 @@ class SliceWidthByTimestep(Pass):
         "search_precision",
         "slice_width_by_timestep",
         "fix_inputs",
-        "hoist_constants",
         "perturb_heads",
         "mixture_of_blocks",
         "reuse_blocks",

@@ -44,7 +44,6 @@ class MixtureOfBlocks(Pass):
         "mixture_of_blocks",
         "slice_width_by_timestep",
         "reuse_blocks",
-        "hoist_constants",
     )
     leaves: ClassVar[str] = "several networks by timestep, each with blocks of its own"
 

@@ -24,12 +24,7 @@ class HoistConstants(Pass):
     """Two engines of each network: one prepares what hangs on a run's constant inputs alone, one does the steps."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = (
-        "hoist_constants",
-        "slice_width_by_timestep",
-        "mixture_of_blocks",
-        "reuse_blocks",
-    )
+    not_after: ClassVar[tuple[str, ...]] = ("hoist_constants",)
     leaves: ClassVar[str] = "a network that is exported as two graphs"
 
     constant: tuple[str, ...] = Field(

@@ -155,6 +155,58 @@ def test_engines_and_module_agree_at_any_batch(parted: Path) -> None:
         np.testing.assert_allclose(engine(**call), wanted, atol=1e-5)
 
 
+HOIST = {"pass": "hoist_constants", "constant": ["y"]}
+SLICE = {"pass": "slice_width_by_timestep", "importance": "activation", "steps": 6, "buckets": 2}
+REUSE = {"pass": "reuse_blocks", "interval": 3, "steps": 4}
+BLOCKS = {"pass": "mixture_of_blocks", "buckets": 2}
+INT8 = {"pass": "quantize_int8", "smallest": 0}
+TOGETHER = {
+    "hoisted, then sliced": (HOIST, SLICE),
+    "sliced, then hoisted": (SLICE, HOIST),
+    "hoisted, then reused": (HOIST, REUSE),
+    "reused, then hoisted": (REUSE, HOIST),
+    "hoisted, then fewer blocks": (HOIST, BLOCKS),
+    "fewer blocks, then hoisted": (BLOCKS, HOIST),
+    "hoisted, sliced, in 8 bits": (HOIST, SLICE, INT8),
+    "reused, hoisted, in 8 bits": (REUSE, HOIST, INT8),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_what_is_done_once_and_networks_by_timestep_go_together(case: str, tmp_path: Path) -> None:
+    steps = TOGETHER[case]
+    recipe = make(
+        {
+            "model": "dit:tiny",
+            "steps": list(steps),
+            "targets": [{"target": "onnxruntime", "int8": "static"}, {"target": "pytorch"}],
+            "validation": {"rounds": 3, "calls": 2},
+            "calibration": {"calls": 4},
+        }
+    )
+    out = tmp_path / "out"
+    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
+    assert code == 0
+    program = json.loads((out / "program.json").read_text())
+    parts = [name.rpartition("-")[2] for name in program["networks"]]
+    count = 1 if BLOCKS in steps else 2  # of the two blocks it has, both ranges of timesteps keep the same
+    assert parts == ["prepare", "step"] * count, "each network prepares for itself"
+    module = enginewright.load_module(out)
+    opened = open_subject(str(out))
+    timesteps = program["table"]["timesteps"] if program["table"] else [999, 0]
+    for rows in (1, 3):
+        call = draw(opened.inputs, seed=rows, sizes={"batch": rows})
+        for label in (0, 1):  # what is prepared changes between runs
+            call["y"] = np.full_like(call["y"], label)
+            for t in timesteps:
+                call["t"] = np.full_like(call["t"], t)
+                with torch.no_grad():
+                    wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()}).numpy()
+                for name in ("onnxruntime", "pytorch"):
+                    found = opened.runners[name](call)["prediction_and_variance"]
+                    np.testing.assert_allclose(found, wanted, atol=2e-2 if INT8 in steps else 1e-5)
+
+
 def test_a_checkpoint_on_disk_is_parted_around_its_linked_weights(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 

@@ -227,7 +227,7 @@ def test_every_timestep_runs_the_network_of_its_range():
 def test_ranges_of_the_same_blocks_share_a_network():
     model = MixtureOfBlocks(buckets=4).apply(Timed(), Context(calibration=timed_calls())).model
     assert len(list(networks_of(model).values())) == 2
-    assert model.table == (1, 1, 0, 0)
+    assert model.program.table.ways == (1, 1, 0, 0)
     assert model.timesteps == (875, 625, 375, 125)
 
 
