@@ -280,6 +280,10 @@ class Pass(BaseModel, ABC):
     """Passes that may not stand before this one in a recipe, as glob patterns of names."""
     leaves: ClassVar[str] = ""
     """What a model is after this pass, in words that finish "which leaves": why another cannot follow."""
+    intends: ClassVar[str] = ""
+    """What this pass means a model to compute that it did not compute before, in words that finish "it intends".
+
+    Empty for a pass that approximates: that is held against what was intended before it, and never against itself."""
     looks_for: ClassVar[str] = "layers that it could change"
     """What the pass looks for in a model, in the plural: said where a model has none of them."""
     functions: ClassVar[tuple[str, ...]] = ()
@@ -331,13 +335,12 @@ class Pass(BaseModel, ABC):
         """Inputs of the original that the rewritten model takes no more."""
         return ()
 
-    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
-        """What the rewritten model is compared with: the original, called without the inputs that were removed.
+    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
+        """What is meant to be computed after this pass, in exact form, given what was meant before it.
 
-        A pass that means to compute something else than the original gives the exact form of that. ``original`` is not
-        changed.
+        Asked only of a pass that says what it ``intends``. ``model`` is not changed.
         """
-        return original
+        return model
 
     def apply(self, model: nn.Module, context: Context) -> Result:
         """Plan, rewrite and account for it."""

@@ -194,6 +194,8 @@ class TargetRecord(Part):
     seconds: float | None = None
     notes: list[str] = []
     fidelity: list[Fidelity] = []
+    fidelity_to_original: list[Fidelity] = []
+    """To the untouched original, where steps meant to compute something else than that; else as ``fidelity``, empty."""
     quality: list[Quality] = []
     latency: Latency | None = None
     sizes: list[SizeCheck] = []

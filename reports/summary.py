@@ -130,7 +130,7 @@ def reference_sentence(report: Report) -> str:
     said = f"{reference[:1].upper()}{reference[1:]} and every engine that runs here got the same inputs."
     if reference in (UNTOUCHED, "the original"):
         return said
-    return f"{said} What those steps did is on both sides, so their own mistakes do not show in the figures."
+    return f"{said} What those steps intend is on both sides; a line of its own holds the untouched original."
 
 
 def _nearness(report: Report, target: TargetRecord) -> str:
@@ -161,7 +161,15 @@ def how_compared(target: TargetRecord) -> str:
     if not target.fidelity:
         return ""
     worst = _furthest(target)
-    return "; ".join(filter(None, (calls(worst), rows(worst))))
+    return "; ".join(filter(None, (calls(worst), rows(worst), beside_original(target))))
+
+
+def beside_original(target: TargetRecord) -> str:
+    """How far an engine is from the untouched original; empty where that is what the other figures are against."""
+    if not target.fidelity_to_original:
+        return ""
+    worst = max(target.fidelity_to_original, key=lambda output: output.relative_l2)
+    return f"to the untouched original {words.number(worst.relative_l2)}"
 
 
 def _furthest(target: TargetRecord) -> Fidelity:

@@ -1,4 +1,4 @@
-"""Inputs that passes add to a model or take from it, and what the rewritten model is then compared with.
+"""Inputs that passes add to a model or take from it, and what the model is then intended to compute.
 
 Added ones join the contract, and whoever does not know them need not give them. Removed ones leave it.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays, InputSpec, rows_of
-from enginewright.passes.contract import NewInput, Pass, Plan
+from enginewright.passes.contract import Context, NewInput, Pass, Plan
 from enginewright.sources.contract import Model
 from enginewright.validation.inputs import completed
 
@@ -32,18 +32,25 @@ def with_inputs(model: Model, new: Iterable[NewInput]) -> Model:
     return replace(model, inputs=tuple(specs))
 
 
-def compared_with(model: Model, steps: Iterable[tuple[Pass, Plan]]) -> Model:
-    """What the outcome of these steps is compared with, in the order they were taken: see ``Pass.reference``.
+def intended_by(model: Model, step: Pass, plan: Plan, context: Context) -> Model:
+    """What is intended after a step, given what was before: see ``Pass.intended``.
 
     Whole sampling runs are left out where an input was removed, because they vary what is fixed now.
     """
+    if step.intends:
+        model = replace(model, module=step.intended(model.module, plan, context))
+    gone = step.removed_inputs(plan)
+    if not gone:
+        return model
+    kept = tuple(spec for spec in model.inputs if spec.name not in gone)
+    own = None if model.example is None else {k: v for k, v in model.example.items() if k not in gone}
+    return replace(model, inputs=kept, task=None, realistic=narrowed(model, gone), example=own)
+
+
+def intended_by_all(model: Model, steps: Iterable[tuple[Pass, Plan]], context: Context) -> Model:
+    """What is intended after these steps, in the order they were taken."""
     for step, plan in steps:
-        gone = step.removed_inputs(plan)
-        model = replace(model, module=step.reference(model.module, plan))
-        if gone:
-            kept = tuple(spec for spec in model.inputs if spec.name not in gone)
-            own = None if model.example is None else {k: v for k, v in model.example.items() if k not in gone}
-            model = replace(model, inputs=kept, task=None, realistic=narrowed(model, gone), example=own)
+        model = intended_by(model, step, plan, context)
     return model
 
 

@@ -108,6 +108,8 @@ FIGURES = {
 def summary_of_figure(name: str, metrics: dict[str, Entry]) -> str:
     """One line about what a gate may bound."""
     metric = metrics.get(name.partition(".")[2])
+    if metric and name.startswith("fidelity_to_original."):
+        return f"To the untouched original: {metric.summary}"
     return FIGURES.get(name) or (metric.summary if metric else f"The figure {name} of a target's record.")
 
 

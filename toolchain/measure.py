@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from enginewright.at_sizes import SEED as SIZES_SEED
-from enginewright.at_sizes import Again, SizedCall, again_with, answerable, at_one_size, faults_of
+from enginewright.at_sizes import Again, SizedCall, again_with, answerable, at_one_size, eager, faults_of
 from enginewright.calibration import VALIDATION_SEED
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.runner import Runner
@@ -21,7 +21,7 @@ from enginewright.sources.contract import Model
 from enginewright.validation import latency
 from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
 from enginewright.validation.fidelity import OutputFidelity, compare, dead_columns, empty, non_finite, worst
-from enginewright.validation.gates import GateBound, judge
+from enginewright.validation.gates import ORIGINAL, GateBound, judge
 from enginewright.validation.inputs import draw
 from enginewright.validation.metrics import load_metrics
 from enginewright.validation.metrics.relative_l2 import RelativeL2
@@ -43,6 +43,7 @@ def measure(
     threads: int,
     progress: Progress,
     sized: Sequence[SizedCall] = (),
+    untouched: Model | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[record.Samples]]:
     """Measure every runner beside the original.
 
@@ -55,6 +56,7 @@ def measure(
         threads: of every runner, for the record.
         progress: told of each stage.
         sized: calls at other than typical sizes, with the original's answers.
+        untouched: the original where that is not what the runners are held against; compared with as well.
 
     Returns:
         For each runner the fields of its ``TargetRecord`` that were measured, and pictures for the report.
@@ -66,6 +68,11 @@ def measure(
         wanted = answers_of(original, inputs)
         for name, runner in runners.items():
             found[name] |= outputs_of(runner, inputs, wanted, mask=model.mask)
+    if untouched is not None:
+        with progress.stage("compare with the untouched original"):
+            calls = validation_calls(untouched, settings.calls, seed)
+            for name, runner in runners.items():
+                found[name] |= beside_untouched(runner, untouched, model, calls, threads)
     if sized:
         with progress.stage("compare outputs at other sizes"):
             again = again_with(model, original, seed + SIZES_SEED)
@@ -84,6 +91,19 @@ def measure(
         for name, timed in time_all(original, fit, call, settings, seed, threads, progress).items():
             found[name]["latency"] = timed
     return found, pictures
+
+
+def beside_untouched(
+    runner: Runner, untouched: Model, intended: Model, calls: Sequence[Arrays], threads: int
+) -> dict[str, Any]:
+    """Fidelity of one engine to the untouched original, on its own calls; inputs that are gone are left out."""
+    taken = {spec.name for spec in intended.inputs}
+    original = eager(untouched, threads)
+    calls = answerable(untouched, original, calls)
+    got = [runner({name: array for name, array in call.items() if name in taken}) for call in calls]
+    masks = masks_of(untouched.mask, calls)
+    found = compared(answers_of(original, calls), got, masks, untouched.mask) if not non_finite(got) else {}
+    return {"fidelity_to_original": found["fidelity"]} if found.get("fidelity") else {}
 
 
 def validation_calls(model: Model, count: int, seed: int) -> list[Arrays]:
@@ -373,7 +393,9 @@ def value_of(name: str, target: record.TargetRecord) -> tuple[float | None, str]
     kind, _, key = name.partition(".")
     reason = target.reason or "validation was skipped"
     if kind == "fidelity":
-        return fidelity_of(key, target, reason)
+        return fidelity_of(key, target.fidelity, reason)
+    if kind == ORIGINAL:
+        return fidelity_of(key, target.fidelity_to_original or target.fidelity, reason)
     if kind == "quality":
         for figure in target.quality:
             if figure.name == key:
@@ -384,15 +406,15 @@ def value_of(name: str, target: record.TargetRecord) -> tuple[float | None, str]
     return (float(target.bytes), "") if target.bytes else (None, reason)
 
 
-def fidelity_of(key: str, target: record.TargetRecord, reason: str) -> tuple[float | None, str]:
+def fidelity_of(key: str, outputs: Sequence[record.Fidelity], reason: str) -> tuple[float | None, str]:
     """The worst of a metric over the outputs; null stands for equal outputs in ``snr_db``, else for not measured."""
-    values = [getattr(output, key) for output in target.fidelity]
+    values = [getattr(output, key) for output in outputs]
     if not values:
         return None, reason
     if key == "snr_db":
         values = [math.inf if value is None else value for value in values]
     if None in values:
-        return None, f"{target.fidelity[values.index(None)].output} has no {key}"
+        return None, f"{outputs[values.index(None)].output} has no {key}"
     return worst(load_metrics()[key], values), ""
 
 

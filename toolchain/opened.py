@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from enginewright import artifact, catalog, origin, sources
-from enginewright.added import compared_with, completing
+from enginewright.added import completing, intended_by_all
 from enginewright.at_sizes import eager
 from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.ground.runner import Runner
@@ -25,6 +25,7 @@ from enginewright.recipe import read, threads_here
 from enginewright.sources.contract import Model, read_interface
 from enginewright.sources.mistaken import mistaken
 from enginewright.sources.onnx_source import inputs_of
+from enginewright.state import knowing_teachers
 from enginewright.targets.onnx_files import check_onnx
 from enginewright.trust import refuse_untrusted
 
@@ -122,7 +123,8 @@ def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
     specs, _, _ = read_interface(artifact.read_manifest(folder))
     runners, absent = engines_of(run, folder, wanted, threads)
     runners = {name: completing(runner, specs) for name, runner in runners.items()}
-    model = compared_with(run.model, recorded(run, folder))
+    known = knowing_teachers(run.recipe, trust_code=run.trust_code)
+    model = intended_by_all(run.model, recorded(run, folder), known)
     original = eager(model, threads)
     head = run.recipe.head
     return Opened(

@@ -11,23 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from enginewright import (
     __version__,
     artifact,
     at_sizes,
-    calibration,
     environment,
     origin,
     preflight,
-    scoring,
     shipping,
     sources,
-    teachers,
 )
-from enginewright.added import compared_with, completing, with_inputs
+from enginewright.added import completing, with_inputs
 from enginewright.ground.errors import (
     CANNOT,
     DONE,
@@ -40,13 +36,12 @@ from enginewright.ground.errors import (
 )
 from enginewright.ground.program import PREPARE, SOLE, STEP, Program
 from enginewright.ground.runner import Runner
-from enginewright.ground.signature import Dim, shared_by_rows
+from enginewright.ground.signature import Dim
 from enginewright.hints import Hints
 from enginewright.measure import judge_gates, measure, refuse_unsteady
-from enginewright.passes.contract import Context, Inputs, Pass, Plan, Result, cost, without
+from enginewright.passes.contract import Inputs, Pass, Plan, Result, cost
 from enginewright.passes.graph.module import GraphModule
 from enginewright.passes.networks import networks_of, program_of
-from enginewright.passes.surgery import share
 from enginewright.programs import (
     called_as,
     fed,
@@ -61,14 +56,14 @@ from enginewright.programs import (
 from enginewright.progress import Progress
 from enginewright.recipe import Recipe, TargetStep, threads_here
 from enginewright.reports import deploying, record, rendering, summary, words
-from enginewright.scratch import Scratch
 from enginewright.sources.contract import Model, write_interface
+from enginewright.state import State, example_of, first_state
 from enginewright.targets.contract import Built, Graph, ShapeRange
 from enginewright.targets.element_types import DTYPES
 from enginewright.targets.onnx_export import export_onnx, save
 from enginewright.targets.weights import settle_weights
 from enginewright.validation.fidelity import non_finite
-from enginewright.validation.inputs import completed, draw
+from enginewright.validation.inputs import completed
 
 
 @dataclass
@@ -79,8 +74,6 @@ class Run:
     progress: Progress
     results: list[tuple[Pass, Result, float]] = field(default_factory=list)
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rewriters: list[str] = field(default_factory=list)
-    """Steps that changed what engines are compared with."""
     shipped: dict[str, list[deploying.Engine]] = field(default_factory=dict)
     trust_code: bool = False
     """Whether artifacts that the recipe names, such as a teacher's, may run the code of their models."""
@@ -96,8 +89,8 @@ class Run:
     """What was exported."""
     part_hints: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Hints under the paths of each exported network, by its name."""
-    compared: Model | None = None
-    """What the steps done so far are compared with; None before the first."""
+    state: State | None = None
+    """Where the run is; None before the first step."""
 
     @cached_property
     def model(self) -> Model:
@@ -109,15 +102,15 @@ class Run:
         )
 
     @property
-    def reference(self) -> Model:
+    def intended(self) -> Model:
         """What engines are compared with: the original, as the steps mean to change it."""
-        return self.compared or self.model
+        return self.state.intended if self.state else self.model
 
     @property
     def exported(self) -> Model:
         """The same with the inputs that steps added, as engines are called."""
         new = [each for step, result, _ in self.results for each in step.new_inputs(result.plan)]
-        return with_inputs(self.reference, new)
+        return with_inputs(self.intended, new)
 
     @property
     def threads(self) -> int:
@@ -126,29 +119,7 @@ class Run:
 
     def example(self, model: Model | None = None, **sizes: int) -> Inputs:
         """One call of a model, by default the original; dynamic dimensions at the sizes given, else typical."""
-        arrays = draw((model or self.model).inputs, seed=self.recipe.head.seed, sizes=sizes)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-    def context(self, scratch: Path | None) -> Context:
-        """What passes may look at."""
-        keep = {"put": Scratch(scratch).put} if scratch else {}
-        calls = calibration.inputs(self.recipe, self.model) if self.recipe.steps else []
-        return Context(
-            calibration=calls,
-            example=self.example(batch=1),
-            seed=self.recipe.head.seed,
-            original=self.model.module,
-            score_of=lambda text: scoring.score_of(text, self.model, self.recipe, calls),
-            losses_of=lambda text: scoring.losses_of(text, self.recipe.folder),
-            say=self.progress.count,
-            draw=calibration.drawn_by(self.recipe, self.model),
-            calls_in=lambda text: calibration.calls_in(self.recipe.path(text), self.model.inputs),
-            teacher_of=lambda text: teachers.teacher_of(text, self.recipe, trust_code=self.trust_code),
-            folder=self.recipe.folder,
-            shared=shared_by_rows(self.model.inputs),
-            ranges={s.name: (s.low, s.high) for s in self.model.inputs if s.low is not None and s.high is not None},
-            **keep,
-        )
+        return example_of(model or self.model, self.recipe.head.seed, **sizes)
 
     def optimize(self, scratch: Path | None = None) -> nn.Module:
         """Run the steps on a copy that shares the original's weights; returns the optimized module.
@@ -156,24 +127,20 @@ class Run:
         Args:
             scratch: a folder for new weights on their way; None keeps them in memory.
         """
-        module = share(self.model.module) if self.recipe.steps else self.model.module
-        context = self.context(scratch)
+        state = self.state = first_state(
+            self.recipe, self.model, progress=self.progress, trust_code=self.trust_code, scratch=scratch
+        )
         for number, step in enumerate(self.recipe.steps):
             before = ", ".join(s.name() for s in self.recipe.steps[:number]) or "none"
             with self.progress.stage(f"step {number + 1}: {step.name()}"):
                 began = time.perf_counter()
                 with placed(f"step {number + 1} ({step.name()}); steps before it: {before}"):
-                    result = step.apply(module, context)
-                    untouched = self.reference.module
-                    self.compared = compared_with(self.reference, [(step, result.plan)])
-                if self.reference.module is not untouched:
-                    self.rewriters.append(step.name())
-                module = result.model
-                self.hints.after(len(self.results), module, result.plan)
-                context = self.after(context, step, result.plan)
+                    state, result = state.then(step, self.recipe)
+                self.state = state
+                self.hints.after(len(self.results), state.module, result.plan)
                 self.results.append((step, result, time.perf_counter() - began))
             self.progress.line(f"  {said(result)}")
-        return module.eval()
+        return state.module.eval()
 
     @cached_property
     def sized(self) -> list[at_sizes.SizedCall]:
@@ -182,22 +149,9 @@ class Run:
         Raises:
             ToolchainError: the original refuses a size that its owner declared.
         """
-        reference = self.reference
-        original = at_sizes.eager(reference, self.threads)
-        return list(at_sizes.sized_calls(reference, original, self.recipe.head.seed + at_sizes.SEED))
-
-    def after(self, context: Context, step: Pass, plan: Plan) -> Context:
-        """What the passes after a step may look at: they learn from, and are judged by, what it is compared with."""
-        gone = step.removed_inputs(plan)
-        context = without(context, gone)
-        reference, teacher_of = self.reference, context.teacher_of
-        return replace(
-            context,
-            original=reference.module,
-            score_of=lambda text: scoring.score_of(text, reference, self.recipe, context.calibration),
-            # Another model to learn from is called as the student is.
-            teacher_of=(lambda text: step.reference(teacher_of(text), plan)) if gone else teacher_of,
-        )
+        intended = self.intended
+        runner = at_sizes.eager(intended, self.threads)
+        return list(at_sizes.sized_calls(intended, runner, self.recipe.head.seed + at_sizes.SEED))
 
 
 @contextmanager
@@ -426,21 +380,21 @@ def validate(
     if not runners:
         graph = {"graph": proven(run)} if run.proofs else {}
         return targets, [], {"skipped": "no target that runs on this machine", **graph}
-    reference = run.reference
-    original = at_sizes.eager(reference, run.threads)
+    intended = run.intended
     measured, pictures = measure(
-        reference,
-        original,
+        intended,
+        at_sizes.eager(intended, run.threads),
         runners,
         settings,
         seed=seed,
         threads=run.threads,
         progress=run.progress,
         sized=run.sized,
+        untouched=run.model if run.state and run.state.intents else None,
     )
     how: dict[str, Any] = {
-        "inputs": kind_of_inputs(reference),
-        "reference": said_of_reference(run.rewriters),
+        "inputs": kind_of_inputs(intended),
+        "reference": said_of_reference(run.state.intents if run.state else ()),
         "seed": seed,
         **settings.model_dump(exclude_none=True, exclude={"skip"}),
         "threads": run.threads,

@@ -14,6 +14,9 @@ from enginewright.validation.contract import Metric
 
 Verdict = Literal["met", "missed", "not_measured", "inconclusive"]
 
+ORIGINAL = "fidelity_to_original"
+"""What ``fidelity`` is of the untouched original; ``fidelity`` alone is held against what the steps intend."""
+
 LATENCY_NAMES = ("latency.ratio", "latency.ratio_high")
 """The ratio of medians, judged by the whole of its interval; and the upper end of that interval as a number."""
 
@@ -53,7 +56,8 @@ class GateBound:
 
 def gate_names(metrics: Mapping[str, Metric]) -> list[str]:
     """Every figure that a gate may name."""
-    return [*(f"{metric.kind}.{name}" for name, metric in metrics.items()), *LATENCY_NAMES]
+    to_original = (f"{ORIGINAL}.{name}" for name, metric in metrics.items() if metric.kind == "fidelity")
+    return [*(f"{metric.kind}.{name}" for name, metric in metrics.items()), *to_original, *LATENCY_NAMES]
 
 
 def parse(text: str, *, known: Iterable[str], where: str | None = None) -> GateBound:

@@ -30,6 +30,7 @@ from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
 class PerturbHeads(Pass):
     """Blend each chosen head's result with its values; at strength 0, where callers start, nothing changes."""
 
+    intends: ClassVar[str] = "the original with some heads perturbed, where that is baked in"
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = (
         "quantize_*",
@@ -93,9 +94,9 @@ class PerturbHeads(Pass):
         """``pag_u`` and ``pag_w``, as far as they are not baked in."""
         return self.perturbation().inputs(len(names_of(plan.choice)))
 
-    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """The original, perturbed as far as that is baked in: what an input steers is as it was."""
-        return perturbed_reference(original, plan, self.perturbation())
+        return perturbed_reference(model, plan, self.perturbation())
 
     def perturbation(self) -> Perturbation:
         """What becomes of the chosen heads."""

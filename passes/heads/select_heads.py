@@ -37,6 +37,7 @@ Head = tuple[str, int]
 class SelectHeads(Pass):
     """Perturb or remove the heads that a score is best with, found by greedy search."""
 
+    intends: ClassVar[str] = "the original with some heads perturbed, where that is baked in"
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "perturb_heads", "select_heads")
 
@@ -119,11 +120,11 @@ class SelectHeads(Pass):
             return ()
         return self.perturbation(baked=self.baked).inputs(len(names_of(plan.choice)))
 
-    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """The original, perturbed where that is baked in; pruned heads are what the original is to be missed by."""
         if self.mode == "prune":
-            return original
-        return perturbed_reference(original, plan, self.perturbation(baked=self.baked))
+            return model
+        return perturbed_reference(model, plan, self.perturbation(baked=self.baked))
 
     def carried_out(self, model: nn.Module, plan: Plan, *, baked: bool) -> nn.Module:
         """The model with the chosen heads perturbed or gone."""

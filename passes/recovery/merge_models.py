@@ -16,11 +16,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.reading import read_tensors
@@ -38,7 +39,6 @@ from enginewright.passes.recovery.styles import (
     styles_of,
     time_embeddings,
 )
-from enginewright.passes.surgery import share
 
 APART = {"teachers", "style", "start"}
 """Parameters that do not mean what they mean in ``distill``."""
@@ -48,6 +48,7 @@ class MergeModels(Pass):
     """Train one model to answer like each of several of its kind, as an input ``style`` says, and like mixtures."""
 
     by_layer: ClassVar[bool] = False
+    intends: ClassVar[str] = "its teachers, weighed by the style"
     not_after: ClassVar[tuple[str, ...]] = ("*",)
 
     teachers: tuple[str, ...] = Field(
@@ -177,9 +178,39 @@ class MergeModels(Pass):
             return ()
         return (NewInput(name=STYLE, shape=(styles[0],), default=1 / styles[0]),)
 
-    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
-        """The merged model: what is compared is what other steps and engines add; the facts hold its own errors."""
-        return self.rewrite(share(original), plan)
+    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
+        """The teachers, whose outputs are weighed by the style. Raises ``ToolchainError`` where one is not there."""
+        return WeighedTeachers([teacher_of(text, model, context) for text in self.teachers], self.style)
+
+
+class WeighedTeachers(nn.Module):
+    """Answers with the outputs of several models, each times its weight.
+
+    Args:
+        teachers: called alike.
+        style: a weight for each; empty: the input ``style`` (B, teachers) says them, and without it all weigh the same.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module], style: Sequence[float]) -> None:
+        super().__init__()
+        self.teachers, self.style = nn.ModuleList(teachers), tuple(style)
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """What the teachers give, in their form; of tensors that are no floats, the first teacher's."""
+        given = inputs.pop(STYLE, None)
+        even = [1 / len(self.teachers)] * len(self.teachers)
+        weights = torch.tensor([self.style or even]) if given is None else given
+        answers = [pytree.tree_flatten(teacher(**inputs)) for teacher in self.teachers]
+        mixed = [weighed(same, weights) for same in zip(*(leaves for leaves, _ in answers), strict=True)]
+        return pytree.tree_unflatten(mixed, answers[0][1])
+
+
+def weighed(answers: Sequence[Any], weights: Tensor) -> Any:
+    """Outputs (B, ...) of several models, times the weights (B or 1, models), in one."""
+    if not isinstance(answers[0], Tensor) or not answers[0].is_floating_point():
+        return answers[0]
+    each = weights.to(answers[0]).unbind(1)
+    return torch.stack([w.view(-1, *[1] * (a.ndim - 1)) * a for a, w in zip(answers, each, strict=True)]).sum(0)
 
 
 def is_file(text: str) -> bool:

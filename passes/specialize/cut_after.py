@@ -27,6 +27,7 @@ from enginewright.passes.traits import BlockStack, layer_at
 class CutAfter(Pass):
     """Leave out every block after the one whose result is used."""
 
+    intends: ClassVar[str] = "the original up to a layer"
     by_layer: ClassVar[bool] = False
 
     layer: int = Field(default=-2, description="last state used, as an index of hidden_states; -2 is one block early")
@@ -69,7 +70,7 @@ class CutAfter(Pass):
             found.keep_blocks(range(entry["kept"]))
         return model
 
-    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """The original, cut: what is compared is what other steps and engines add to that.
 
         Where steps before took blocks out, ``layer`` counts among the original's own, as it does in hidden_states.
@@ -77,9 +78,9 @@ class CutAfter(Pass):
         choice = dict(plan.choice)
         for path, entry in plan.choice.items():
             if "of" in entry:
-                count = len(layer_at(original, path, BlockStack).blocks)
+                count = len(layer_at(model, path, BlockStack).blocks)
                 choice[path] = {"kept": min(max(self.kept(count), 1), count), "of": count}
-        return self.rewrite(share(original), replace(plan, choice=choice))
+        return self.rewrite(share(model), replace(plan, choice=choice))
 
     def kept(self, count: int) -> int:
         """How many of a stack's blocks are needed."""

@@ -38,6 +38,7 @@ from enginewright.passes.surgery import share
 class FixInputs(Pass):
     """Take inputs away and compute once what they alone decide: a fixed timestep, class, style or mask."""
 
+    intends: ClassVar[str] = "the original with some inputs at fixed values"
     by_layer: ClassVar[bool] = False
     leaves: ClassVar[str] = "no input that was bound"
 
@@ -93,9 +94,9 @@ class FixInputs(Pass):
         """The bound ones."""
         return tuple(plan.facts["bound"])
 
-    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """The original, which is handed the constants with each call."""
-        return call_without(share(original), bound_in(plan))
+        return call_without(share(model), bound_in(plan))
 
     def example(self, context: Context) -> Inputs:
         """A call of the model."""

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -49,6 +49,7 @@ FORMS = {
 class FoldAdapters(Pass):
     """Merge a LoRA into the weights; every key of its file is used, or the pass refuses."""
 
+    intends: ClassVar[str] = "the original with adapters beside its layers"
     file: str = Field(default="", description="safetensors file with the adapter")
     scale: float = Field(default=1.0, description="multiplies the adapter's product")
     alpha: float | None = Field(
@@ -121,9 +122,9 @@ class FoldAdapters(Pass):
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         return model
 
-    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """The original with each adapter run beside its layer, unfolded: a mistake of the fold shows against it."""
-        adapted = share(original)
+        adapted = share(model)
         for path, entry in plan.choice.items():
             down, up = plan.arrays[f"{path}.down"], plan.arrays[f"{path}.up"]
             adapted.get_submodule(path).register_forward_hook(partial(run_beside, down, up, entry["factor"]))

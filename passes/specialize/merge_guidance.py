@@ -29,6 +29,7 @@ SCALE = "guidance_scale"
 class MergeGuidance(Pass):
     """Double the batch inside, with the condition and without, and give e_u + w (e_c - e_u)."""
 
+    intends: ClassVar[str] = "the original guided by two calls"
     by_layer: ClassVar[bool] = False
     not_after: ClassVar[tuple[str, ...]] = ("merge_guidance", "perturb_heads", "reuse_blocks")
     leaves: ClassVar[str] = "a call that runs every row twice"
@@ -75,9 +76,9 @@ class MergeGuidance(Pass):
         """The scale, if it is not baked in."""
         return () if self.fixed else (NewInput(name=SCALE, default=self.scale),)
 
-    def reference(self, original: nn.Module, plan: Plan) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """Two calls of the original."""
-        return guided(share(original), plan.choice[""], self.scale, fixed=self.fixed, at_once=False)
+        return guided(share(model), plan.choice[""], self.scale, fixed=self.fixed, at_once=False)
 
 
 def guided(model: nn.Module, how: Json, scale: float, *, fixed: bool, at_once: bool) -> nn.Module:

@@ -35,6 +35,7 @@ from enginewright.passes.traits import FeedForward, layers_of
 from enginewright.pipeline import Run
 from enginewright.progress import Progress
 from enginewright.recipe import make
+from enginewright.state import first_state
 from enginewright.targets.pytorch_engine import EagerRunner
 from enginewright.validation.contract import Drawn
 from enginewright.validation.metrics import load_metrics
@@ -61,7 +62,8 @@ HALF: dict[str, Pass] = {
 def prepared(seed: int) -> tuple[Run, Context, list[Inputs]]:
     """``dit:digits``, what its passes may look at, and calls that neither calibration nor training met."""
     run = Run(make({"model": "dit:digits", "seed": seed, "steps": [{"pass": "distill"}]}), Progress(quiet=True))
-    return run, run.context(None), tensors(run.model.batches(32, seed + VALIDATION_SEED))
+    context = first_state(run.recipe, run.model, progress=run.progress, trust_code=False).context
+    return run, context, tensors(run.model.batches(32, seed + VALIDATION_SEED))
 
 
 def pruned(module: nn.Module, share_removed: float) -> nn.Module:

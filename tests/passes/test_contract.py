@@ -113,18 +113,22 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
     assert torch.equal(outputs[0], outputs[1]) == (name in EXPORTED_OTHERWISE), "the rewrite changed nothing"
 
 
+TRAINED = {"merge_models"}
+"""Passes that come near what they intend, and do not reach it."""
+
+
 @pytest.mark.parametrize("name", catalog.entries("passes"))
-def test_a_changed_interface_gives_what_its_reference_gives(name: str, tmp_path: Path) -> None:
+def test_a_changed_interface_gives_what_is_intended(name: str, tmp_path: Path) -> None:
     step = example_of(name)
     module, context = model_and_context(type(step), tmp_path)
     plan = step.plan(module, context)
     if step.new_inputs(plan) or step.removed_inputs(plan):
         held = content(module)
-        reference, rewritten = step.reference(module, plan), step.rewrite(copy.deepcopy(module), plan)
+        intended, rewritten = step.intended(module, plan, context), step.rewrite(copy.deepcopy(module), plan)
         kept = without(context, step.removed_inputs(plan)).calibration[0]
         with torch.no_grad():
-            before, after = (flat(net(**kept))[0] for net in (reference, rewritten))
-        torch.testing.assert_close(after, before)
+            before, after = (flat(net(**kept))[0] for net in (intended, rewritten))
+        assert torch.allclose(after, before, atol=1e-5, rtol=1e-5) == (name not in TRAINED)
         assert content(module) == held
 
 

@@ -125,8 +125,8 @@ def test_the_input_that_chooses_the_network_cannot_be_bound() -> None:
 def test_guided_rows_and_their_bound_condition() -> None:
     run, module = done(step("merge_guidance", none=4, scale=3.0), step("fix_inputs", inputs={"y": 2}))
     for rows in (1, 3):
-        call = run.example(run.reference, batch=rows)
-        torch.testing.assert_close(first(module, call), first(run.reference.module, call), atol=1e-5, rtol=0)
+        call = run.example(run.intended, batch=rows)
+        torch.testing.assert_close(first(module, call), first(run.intended.module, call), atol=1e-5, rtol=0)
     assert "with the condition and without" in run.results[1][1].plan.skipped["y_embedder"]
 
 
@@ -164,9 +164,10 @@ def test_distilling_does_not_train_away_what_a_step_means_to_change(case: str, f
     run, module = done(*MEANT[case], TRAIN, folder=files)
     _, untrained = done(*MEANT[case], folder=files)
     error = run.results[-1][1].plan.facts["relative_error"]
-    assert error["before"] < 1e-6, "it learns from what the step before means to give"
-    call = run.example(run.reference, batch=3)
-    wanted, before = first(run.reference.module, call), first(untrained, call)
+    if case != "merged models":  # which come near what they intend, and do not reach it
+        assert error["before"] < 1e-6, "it learns from what the step before means to give"
+    call = run.example(run.intended, batch=3)
+    wanted, before = first(run.intended.module, call), first(untrained, call)
     assert apart(first(module, call), wanted) <= max(apart(before, wanted), 1e-6)
     plain = run.example(batch=3) | call
     if case == "fixed inputs":
@@ -187,7 +188,7 @@ def test_distilling_does_not_train_away_what_a_step_means_to_change(case: str, f
 )
 def test_a_step_after_fixed_inputs_judges_by_calls_without_them(judged: dict[str, Any]) -> None:
     run, module = done(FIXED, judged)
-    call = run.example(run.reference, batch=2)
+    call = run.example(run.intended, batch=2)
     assert set(call) == {"x", "t"}
     assert first(module, call).shape == (2, 8, 8, 8)
 
@@ -195,18 +196,18 @@ def test_a_step_after_fixed_inputs_judges_by_calls_without_them(judged: dict[str
 def test_an_earlier_state_is_compared_with_the_originals_own_though_blocks_are_gone() -> None:
     run, module = done(step("prune_depth", share=0.5), step("cut_after", layer=-1))
     assert len(module.blocks) == 1  # type: ignore[arg-type]
-    assert len(run.reference.module.blocks) == 2  # type: ignore[arg-type]
+    assert len(run.intended.module.blocks) == 2  # type: ignore[arg-type]
 
 
 def test_what_a_run_is_compared_with_is_made_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from enginewright.passes.specialize.fold_adapters import FoldAdapters
 
     made: list[int] = []
-    original = FoldAdapters.reference
-    monkeypatch.setattr(FoldAdapters, "reference", lambda *given: made.append(1) or original(*given))
+    original = FoldAdapters.intended
+    monkeypatch.setattr(FoldAdapters, "intended", lambda *given: made.append(1) or original(*given))
     run, _ = done(step("fold_adapters", file="lora.safetensors", alpha=2.0), step("prune_heads"), folder=files)
-    assert run.reference is run.reference
-    assert run.exported.module is run.reference.module
+    assert run.intended is run.intended
+    assert run.exported.module is run.intended.module
     assert made == [1]
 
 

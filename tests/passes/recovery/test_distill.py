@@ -342,6 +342,7 @@ def test_the_pipeline_offers_calls_files_and_teachers(tmp_path):
     from enginewright.pipeline import Run
     from enginewright.progress import Progress
     from enginewright.recipe import make
+    from enginewright.state import first_state
 
     save_file(
         {"x": torch.randn(4, 4, 8, 8), "t": torch.rand(4), "y": torch.zeros(4, dtype=torch.long)},
@@ -349,7 +350,7 @@ def test_the_pipeline_offers_calls_files_and_teachers(tmp_path):
     )
     content = {"model": "dit:tiny", "seed": 3, "steps": [{"pass": "distill"}]}
     run = Run(make(content, folder=tmp_path), Progress(quiet=True))
-    context = run.context(None)
+    context = first_state(run.recipe, run.model, progress=run.progress, trust_code=False).context
 
     drawn = context.draw(3, 5)
     assert len(drawn) == 3
@@ -363,7 +364,7 @@ def test_the_pipeline_offers_calls_files_and_teachers(tmp_path):
     assert type(other) is type(run.model.module)
 
     from_file = make({**content, "calibration": {"file": "c.safetensors"}}, folder=tmp_path)
-    assert Run(from_file, Progress(quiet=True)).context(None).draw is None
+    assert first_state(from_file, run.model, progress=run.progress, trust_code=False).context.draw is None
 
 
 def test_an_artifact_can_teach(artifact):

@@ -191,7 +191,23 @@ def test_the_input_has_a_weight_for_each_style_and_stays_through_copies(dit):
     assert (new.name, new.shape, new.default) == ("style", (2,), 0.5)
     model = copy.deepcopy(step.rewrite(dit.copy(), Plan.from_json(plan.as_json(), plan.arrays)))
     torch.testing.assert_close(answer(dit, model, style=torch.full((2, 2), 0.5)), answer(dit, model))
-    torch.testing.assert_close(answer(dit, step.reference(dit.model, plan)), answer(dit, model))
+
+
+def test_it_is_held_against_its_teachers_and_not_against_itself(dit):
+    teachers = {"a": perturbed(dit.model, 1), "b": perturbed(dit.model, 2)}
+    step = MergeModels(teachers=("a", "b"), steps=5, lr=5e-3, **FAST)
+    context = world(dit, teachers)
+    plan = step.plan(dit.model, context)
+    intended = step.intended(dit.model, plan, context)
+    answers = [dit.output(teacher) for teacher in teachers.values()]
+    for number, wanted in enumerate(answers):
+        torch.testing.assert_close(answer(dit, intended, style=one_hot(number, 2)), wanted)
+    torch.testing.assert_close(answer(dit, intended), (answers[0] + answers[1]) / 2)
+    rows = answer(dit, intended, style=torch.eye(2))
+    torch.testing.assert_close(rows, torch.stack([answers[0][0], answers[1][1]]))
+    baked = step.model_copy(update={"style": (0.0, 1.0)}).intended(dit.model, plan, context)
+    torch.testing.assert_close(answer(dit, baked), answers[1])
+    assert (answer(dit, step.rewrite(dit.copy(), plan)) - answer(dit, intended)).abs().max() > 1e-4
 
 
 def test_rows_of_one_call_may_have_styles_of_their_own(dit):

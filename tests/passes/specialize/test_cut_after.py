@@ -89,9 +89,9 @@ def test_a_plan_for_another_stack_is_refused(dit):
         step.rewrite(once, plan)
 
 
-def test_the_reference_is_the_original_cut(dit):
+def test_what_is_intended_is_the_original_cut(dit):
     step = CutAfter(layer=1, final_norm="keep")
     plan = step.plan(dit.model, Context())
-    reference = step.reference(dit.model, plan)
+    reference = step.intended(dit.model, plan, Context())
     assert (len(reference.blocks), len(dit.model.blocks)) == (1, 2)
     assert torch.equal(dit.output(reference), dit.output(step.rewrite(dit.copy(), plan)))

@@ -43,7 +43,7 @@ def test_a_fixed_input_is_that_input_given_with_every_call(case):
     with torch.no_grad():
         wanted = first(subject.model(**given))
         found = first(result.model(**kept(Subject(model=subject.model, inputs=rows, paths=()), values)))
-        reference = FixInputs(inputs=values).reference(subject.model, result.plan)
+        reference = FixInputs(inputs=values).intended(subject.model, result.plan, Context())
         also = first(reference(**kept(Subject(model=subject.model, inputs=rows, paths=()), values)))
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     assert torch.equal(also, wanted)

@@ -78,24 +78,24 @@ def test_alpha_is_the_files_or_the_parameters_or_the_rank(dit, tmp_path, key, pa
     assert plan.choice == {PATHS[0]: {"rank": 3, "factor": factor}}
 
 
-def test_the_reference_has_the_adapter_and_the_original_has_not(dit, tmp_path):
+def test_what_is_intended_has_the_adapter_and_the_original_has_not(dit, tmp_path):
     step = FoldAdapters(file="lora.safetensors", alpha=3)
     before = dit.output(dit.model)
     plan = step.plan(dit.model, written(tmp_path, factors(dit.model)))
-    reference = step.reference(dit.model, plan)
+    intended = step.intended(dit.model, plan, Context())
     folded = dit.output(step.rewrite(dit.copy(), plan))
-    torch.testing.assert_close(dit.output(reference), folded, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dit.output(intended), folded, atol=1e-5, rtol=1e-5)
     assert (folded - before).abs().max() > 1e-2
     assert torch.equal(dit.output(dit.model), before)
 
 
-def test_a_mistake_in_the_fold_shows_against_the_reference(dit, tmp_path, monkeypatch):
+def test_a_mistake_in_the_fold_shows_against_what_is_intended(dit, tmp_path, monkeypatch):
     step = FoldAdapters(file="lora.safetensors", alpha=3)
     plan = step.plan(dit.model, written(tmp_path, factors(dit.model)))
     true = fold_adapters.product
     monkeypatch.setattr(fold_adapters, "product", lambda *given: 0.5 * true(*given))
     wrong = dit.output(step.rewrite(dit.copy(), plan))
-    assert (dit.output(step.reference(dit.model, plan)) - wrong).abs().max() > 1e-3
+    assert (dit.output(step.intended(dit.model, plan, Context())) - wrong).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
