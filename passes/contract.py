@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from enginewright.ground.errors import ToolchainError, invalid, raise_faults
+from enginewright.ground.facts import Fact
 from enginewright.ground.program import Hoisted
 from enginewright.ground.reading import parse_json, read_tensors, read_text
 from enginewright.ground.writing import write_text
@@ -276,10 +277,12 @@ class Pass(BaseModel, ABC):
     needs_calibration: ClassVar[bool] = False
     by_layer: ClassVar[bool] = True
     """Whether rewriting one layer of the plan after the other gives what rewriting all at once gives."""
-    not_after: ClassVar[tuple[str, ...]] = ()
-    """Passes that may not stand before this one in a recipe, as glob patterns of names."""
-    leaves: ClassVar[str] = ""
-    """What a model is after this pass, in words that finish "which leaves": why another cannot follow."""
+    requires: ClassVar[tuple[Fact, ...]] = ()
+    """Facts that must hold of a model before this pass; a recipe in which they do not is refused before any work."""
+    establishes: ClassVar[tuple[Fact, ...]] = ()
+    """Facts that hold after it."""
+    destroys: ClassVar[tuple[Fact, ...]] = ()
+    """Facts that hold no more after it."""
     intends: ClassVar[str] = ""
     """What this pass means a model to compute that it did not compute before, in words that finish "it intends".
 
@@ -314,10 +317,6 @@ class Pass(BaseModel, ABC):
 
     def refuse_incomplete(self) -> None:
         """Raise ``ToolchainError`` where settings that no default could fit are missing; asked before any work."""
-
-    def destroyed(self) -> str:
-        """What a pass after this one would miss, in words that finish "which leaves"; empty where nothing is said."""
-        return self.leaves or ("its weights in " + " and ".join(self.formats) if self.formats else "")
 
     @abstractmethod
     def plan(self, model: nn.Module, context: Context) -> Plan:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from enginewright import catalog, sources
 from enginewright.asking import DTYPES, LARGEST_SEED
 from enginewright.ground.errors import FaultsError, ToolchainError, invalid, raise_faults
+from enginewright.ground.facts import Missing, legal_order, missing
 from enginewright.ground.reading import read_toml
 from enginewright.passes.contract import WORDS, Pass
 from enginewright.targets.contract import Target
@@ -313,29 +313,27 @@ def placed(build: Callable[[], Any], where: str) -> Any:
 
 
 def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
-    """Steps that stand after one that they cannot follow."""
-    faults = []
-    for i, step in enumerate(steps):
-        place = at(where, f"steps[{i}]")
-        faults += [order_fault(step, earlier, place) for earlier in steps[:i] if cannot_follow(step, earlier)]
-    return faults
+    """Steps that need what a step before them destroyed, or what none established."""
+    absent = missing(steps)
+    order = legal_order(steps) if absent else None
+    return [order_fault(steps, each, order, at(where, f"steps[{each.step}]")) for each in absent]
 
 
-def cannot_follow(step: Pass, earlier: Pass) -> bool:
-    """Whether a step says that another may not stand before it."""
-    return any(fnmatchcase(earlier.name(), pattern) for pattern in step.not_after)
-
-
-def order_fault(step: Pass, earlier: Pass, where: str) -> ToolchainError:
-    """Why a step cannot follow another, and what can be done: the other order, where that one goes."""
-    reason = f", which leaves {left}" if (left := earlier.destroyed()) else ""
-    message = f"{step.name()} cannot come after {earlier.name()}{reason}"
-    if step.name() == earlier.name():
+def order_fault(steps: list[Pass], absent: Missing, order: list[int] | None, where: str) -> ToolchainError:
+    """Why a step cannot stand where it does, and what can be done: another order, where there is one."""
+    step, fact = steps[absent.step], absent.fact
+    if absent.by is None:
+        return ToolchainError(f"{step.name()} needs {fact.words}, and no step before it gives that", where=where)
+    earlier = steps[absent.by]
+    message = f"{step.name()} cannot come after {earlier.name()}, which leaves {fact.gone}: it needs {fact.words}"
+    if order is not None:
+        help_ = f"change their order: {', '.join(steps[place].name() for place in order)}"
+    elif step.name() == earlier.name():
         help_ = "a recipe can hold it once: put both settings into one step, or leave one out"
-    elif cannot_follow(earlier, step):
-        help_ = f"nor can {earlier.name()} come after {step.name()}: they exclude each other, so leave one out"
+    elif legal_order([step, earlier]):
+        help_ = f"{step.name()} before {earlier.name()} would do, but another step stands in the way: leave one out"
     else:
-        help_ = f"change their order: {step.name()} first"
+        help_ = f"nor can {earlier.name()} come after {step.name()}: they exclude each other, so leave one out"
     return ToolchainError(message, where=where, help=help_)
 
 

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import ALL_INPUTS, ONE_NETWORK, SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
 from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
@@ -47,15 +48,8 @@ class ReuseBlocks(Pass):
     """Leave a range of blocks out at most steps, and reuse what they added at the last step that ran whole."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = (
-        "reuse_blocks",
-        "slice_width_by_timestep",
-        "merge_guidance",
-        "fix_inputs",
-        "perturb_heads",
-        "mixture_of_blocks",
-    )
-    leaves: ClassVar[str] = "two networks, the whole one and one without some blocks, and a state between calls"
+    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, SINGLE_ROWS, ALL_INPUTS, UNBLENDED_ATTENTION)
+    destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, STATELESS_CALLS)
 
     interval: int = Field(2, ge=1, description="one step in so many runs whole, the first included (DeepCache's N)")
     whole: tuple[int, ...] = Field((), description="steps that run whole, from 0 and rising, instead of an interval")

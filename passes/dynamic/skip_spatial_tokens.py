@@ -21,11 +21,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import ALL_TOKENS, STATELESS_CALLS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.dynamic.skipping import SkipStep, fitted, watched
 from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.interpreter import interpreter
-from enginewright.passes.tokens.running import SHORTENS, Found, Step, blocks_of, path_of, replace_stacks, token_stacks
+from enginewright.passes.tokens.running import Found, Step, blocks_of, path_of, replace_stacks, token_stacks
 from enginewright.passes.traits import TokenStack, layers_of
 
 
@@ -34,8 +35,8 @@ class SkipSpatialTokens(Pass):
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = (*SHORTENS, "reuse_blocks")
-    leaves: ClassVar[str] = "feed-forwards that run on some tokens only"
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, STATELESS_CALLS)
+    destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
 
     ratio: float = Field(0.5, ge=0, lt=1, description="share of the content tokens that pass a feed-forward by")
     exclude: tuple[str, ...] = Field((), description="glob patterns of block paths whose feed-forwards see all tokens")

@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import ALL_INPUTS, FLOAT_WEIGHTS, ONE_NETWORK, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.dynamic.buckets import masks_for, stretches
@@ -44,16 +45,8 @@ class SliceWidthByTimestep(Pass):
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = (
-        "quantize_*",
-        "search_precision",
-        "slice_width_by_timestep",
-        "fix_inputs",
-        "perturb_heads",
-        "mixture_of_blocks",
-        "reuse_blocks",
-    )
-    leaves: ClassVar[str] = "several networks by timestep, each with layers of its own"
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, ONE_NETWORK, ALL_INPUTS, UNBLENDED_ATTENTION)
+    destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
     looks_for: ClassVar[str] = "attention layers and feed-forwards that a family knows"
 
     share: float = Field(

@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_GRAPH, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.graph.module import GraphModule, graph_of
 from enginewright.passes.graph.pairs import PairWriter
@@ -54,7 +55,8 @@ class QuantizeGraphInt8(Pass):
 
     works_on: ClassVar[Literal["module", "graph"]] = "graph"
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_graph_int8",)
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_GRAPH,)
+    destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_GRAPH,)
 
     observer: Observer = Field(
         "max", description="how an activation's scale is chosen: largest value, a percentile, or least squared error"

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, UNBLENDED_ATTENTION, UNMARKED_HEADS, Fact
 from enginewright.passes.contract import Context, NewInput, Pass, Plan
 from enginewright.passes.heads.softpag import Perturbation, blocks_before, entries, names_of
 from enginewright.passes.networks import each_network, local
@@ -32,14 +33,8 @@ class PerturbHeads(Pass):
 
     intends: ClassVar[str] = "the original with some heads perturbed, where that is baked in"
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = (
-        "quantize_*",
-        "search_precision",
-        "perturb_heads",
-        "select_heads",
-        "reuse_blocks",
-    )
-    leaves: ClassVar[str] = "attention that is blended by an input"
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, UNMARKED_HEADS, STATELESS_CALLS)
+    destroys: ClassVar[tuple[Fact, ...]] = (UNMARKED_HEADS, UNBLENDED_ATTENTION)
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
 
     heads: dict[str, tuple[int, ...]] = Field(

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, UNMARKED_HEADS, Fact
 from enginewright.passes.contract import SCORE_HELP, Context, Json, NewInput, Pass, Plan, Score, digest_of
 from enginewright.passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
 from enginewright.passes.heads.search_log import SearchLog
@@ -39,10 +40,10 @@ class SelectHeads(Pass):
 
     intends: ClassVar[str] = "the original with some heads perturbed, where that is baked in"
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "perturb_heads", "select_heads")
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, UNMARKED_HEADS)
+    destroys: ClassVar[tuple[Fact, ...]] = (UNMARKED_HEADS,)
 
     functions: ClassVar[tuple[str, ...]] = ("score",)
-    leaves: ClassVar[str] = "attention whose heads are told apart for good"
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
 
     score: str = Field(

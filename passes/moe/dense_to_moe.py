@@ -26,6 +26,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import DENSE_FEED_FORWARDS, FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.moe.experts import (
     CapacityExperts,
@@ -53,7 +54,8 @@ class DenseToMoe(Pass):
     """Put a mixture of experts, made of its own hidden units, in the place of every feed-forward."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "dense_to_moe")
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, DENSE_FEED_FORWARDS)
+    destroys: ClassVar[tuple[Fact, ...]] = (DENSE_FEED_FORWARDS,)
 
     shared: float = Field(
         0.25, gt=0, lt=1, description="share of the hidden units that every token uses; takes the remainder too"

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import ONE_NETWORK, Fact
 from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
 from enginewright.passes.dynamic.schedule import refuse_no_timestep, span_of
@@ -40,12 +41,8 @@ class MixtureOfBlocks(Pass):
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = (
-        "mixture_of_blocks",
-        "slice_width_by_timestep",
-        "reuse_blocks",
-    )
-    leaves: ClassVar[str] = "several networks by timestep, each with blocks of its own"
+    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
+    destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
 
     group: int = Field(2, ge=1, description="neighbouring blocks in a group; the last group may have fewer")
     keep: int = Field(1, ge=1, description="blocks of a group that run; as many as the group has: nothing changes")

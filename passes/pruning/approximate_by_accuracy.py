@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
 from enginewright.passes.contract import SCORE_HELP, Context, Losses, Pass, Plan, Score
 from enginewright.passes.pruning.elements import Element, Entry, carry_out, elements_of
 from enginewright.passes.pruning.probes import evaluating
@@ -32,7 +33,7 @@ class ApproximateByAccuracy(Pass):
     """Try to leave out each feed-forward, attention and part of them; keep what the score allows."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "sparsify_2_4")
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, FREE_WEIGHTS)
 
     functions: ClassVar[tuple[str, ...]] = ("score", "losses")
     looks_for: ClassVar[str] = "feed-forwards and attention layers that a family knows"

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, WHOLE_MATRICES, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.pruning.probes import evaluating
 from enginewright.passes.selection import check_patterns, excluded_by, other_matrices
@@ -33,7 +34,8 @@ DAMPING = 1e-4
 class Factorize(Pass):
     """Give linear layers a lower rank; a layer whose rank would save nothing stays."""
 
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "factorize", "sparsify_2_4")
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, FREE_WEIGHTS, WHOLE_MATRICES)
+    destroys: ClassVar[tuple[Fact, ...]] = (WHOLE_MATRICES,)
     looks_for: ClassVar[str] = "linear layers"
 
     method: Literal["weight", "activation"] = Field(

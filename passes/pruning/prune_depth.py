@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enginewright.ground.errors import ToolchainError, unknown
+from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan, Score
 from enginewright.passes.pruning.probes import evaluating, tensors_in
 from enginewright.passes.selection import check_patterns, excluded_by
@@ -36,10 +37,7 @@ Gone = dict[str, list[int]]
 class PruneDepth(Pass):
     """Remove the blocks of each stack that matter least; one always stays."""
 
-    not_after: ClassVar[tuple[str, ...]] = (
-        "quantize_*",
-        "search_precision",
-    )
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
 
     functions: ClassVar[tuple[str, ...]] = ("score",)
     looks_for: ClassVar[str] = "stacks of blocks that a family knows"

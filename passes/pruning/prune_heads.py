@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.pruning.probes import Call, probe
@@ -32,10 +33,7 @@ Scores = dict[str, list[float]]
 class PruneHeads(Pass):
     """Remove the weakest heads of every attention layer; the model's own width stays."""
 
-    not_after: ClassVar[tuple[str, ...]] = (
-        "quantize_*",
-        "search_precision",
-    )
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
 
     share: float = Field(

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
 from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.pruning.hidden_units import activation_scores, random_scores, taylor_scores, weight_norms
@@ -38,7 +39,7 @@ NAMES = ("mlp", "feedforward", "ffn")
 class PruneWidth(Pass):
     """Remove the weakest hidden units of every feed-forward; the model's own width stays."""
 
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "sparsify_2_4")
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, FREE_WEIGHTS)
     looks_for: ClassVar[str] = "feed-forwards that a family knows"
 
     share: float = Field(0.25, ge=0, lt=1, description="fraction of hidden units removed")

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, TWO_IN_FOUR_ZEROS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.patterns import PATTERN
 from enginewright.passes.pruning.factorize import refuse_meta, squares_of_inputs
@@ -35,8 +36,9 @@ BLOCK = 128
 class Sparsify24(Pass):
     """2:4 sparse linear layers; faster on GPUs with sparse tensor cores, and no faster on any CPU."""
 
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision", "sparsify_2_4")
-    leaves: ClassVar[str] = "two of four weights at zero, a pattern that other weights would break"
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, FREE_WEIGHTS)
+    establishes: ClassVar[tuple[Fact, ...]] = (TWO_IN_FOUR_ZEROS,)
+    destroys: ClassVar[tuple[Fact, ...]] = (FREE_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
 
     method: Literal["magnitude", "sparsegpt"] = Field(

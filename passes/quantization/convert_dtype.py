@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, FULL_PRECISION, Fact
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
 from enginewright.passes.networks import networks_of
 from enginewright.passes.selection import check_patterns, excluded_by
@@ -41,7 +42,8 @@ class ConvertDtype(Pass):
     """Convert weights and computation to 16 bits, with a list of layers that stay in fp32."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("convert_dtype", "quantize_*", "search_precision")
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, FULL_PRECISION)
+    destroys: ClassVar[tuple[Fact, ...]] = (FULL_PRECISION,)
     looks_for: ClassVar[str] = "weights in fp32"
 
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="floating type to compute in")

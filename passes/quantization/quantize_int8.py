@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
 from enginewright.passes.quantization.linear import QuantizedLinear
@@ -27,7 +28,8 @@ class QuantizeInt8(Pass):
     """Replace linear layers by their 8-bit form: symmetric, weights per output channel, activations per tensor."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
+    destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
 
     observer: Literal["max", "percentile", "mse"] = Field(

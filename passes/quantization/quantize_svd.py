@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.quantization.blocks import BlockLinear, in_blocks
 from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
@@ -31,7 +32,8 @@ class QuantizeSvd(Pass):
     """Split each linear layer into a low-rank branch in floats and a rounded residual."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
+    destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
 
     rank: int = Field(32, ge=1, description="singular directions that stay in floats, at most a quarter of all")

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.quantization.awq import awq_factors
 from enginewright.passes.quantization.blocks import FORMATS, BlockLinear, Blocks, Weights, in_blocks
@@ -28,7 +29,8 @@ from enginewright.passes.quantization.scales import scale_of
 class QuantizeWeights(Pass):
     """Replace linear layers by ones whose weights are rounded in blocks."""
 
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
+    destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
 
     weights: Weights = Field("int4", description="format of the weights")

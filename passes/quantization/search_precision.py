@@ -23,6 +23,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan, cost, macs_by_module
 from enginewright.passes.quantization.budget import Option, Trade, at_most, best_trades, within
 from enginewright.passes.quantization.linear import QuantizedLinear, weight_scales
@@ -38,8 +39,8 @@ class SearchPrecision(Pass):
     """Mix precisions layer by layer: least error within a budget, or least cost within an error."""
 
     needs_calibration: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_*", "search_precision")
-    leaves: ClassVar[str] = "weights in several formats"
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
+    destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
 
     candidates: tuple[dict[str, Any], ...] = Field(

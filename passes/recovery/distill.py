@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, Fact
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, digest_of
 from enginewright.passes.recovery.devices import Accelerated, Devices
 from enginewright.passes.recovery.feeding import Cycled, Generated
@@ -35,11 +36,7 @@ KINDS = ("auto", "generated", "calibration")
 class Distill(Pass):
     """Recover a changed model by distillation from the original; weights change, structure never does."""
 
-    not_after: ClassVar[tuple[str, ...]] = (
-        "quantize_*",
-        "search_precision",
-        "reuse_blocks",  # a call apart from a run is a whole step there, in which nothing is wrong
-    )
+    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, STATELESS_CALLS)
     looks_for: ClassVar[str] = "weights that could be trained"
 
     steps: int = Field(1000, ge=1, description="updates of the weights")

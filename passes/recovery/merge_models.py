@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import UNTOUCHED, Fact
 from enginewright.ground.reading import read_tensors
 from enginewright.passes.contract import Context, Inputs, NewInput, Pass, Plan
 from enginewright.passes.recovery.devices import Accelerated, Devices
@@ -49,7 +50,7 @@ class MergeModels(Pass):
 
     by_layer: ClassVar[bool] = False
     intends: ClassVar[str] = "its teachers, weighed by the style"
-    not_after: ClassVar[tuple[str, ...]] = ("*",)
+    requires: ClassVar[tuple[Fact, ...]] = (UNTOUCHED,)
 
     teachers: tuple[str, ...] = Field(
         (), description="model strings, or safetensors files of weights; each is a style, in this order"

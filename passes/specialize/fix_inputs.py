@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import ALL_INPUTS, Fact
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan
 from enginewright.passes.networks import (
     at_its_time,
@@ -39,8 +40,8 @@ class FixInputs(Pass):
     """Take inputs away and compute once what they alone decide: a fixed timestep, class, style or mask."""
 
     intends: ClassVar[str] = "the original with some inputs at fixed values"
+    destroys: ClassVar[tuple[Fact, ...]] = (ALL_INPUTS,)
     by_layer: ClassVar[bool] = False
-    leaves: ClassVar[str] = "no input that was bound"
 
     inputs: dict[str, Any] = Field(
         default={}, description="input -> its constant: a number, or nested lists of what each row has"

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import UNPARTED, Fact
 from enginewright.ground.program import Hoisted
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs, macs_by_module
 from enginewright.passes.networks import at_its_time, hoist, local, networks_of, place_of, program_of
@@ -24,8 +25,8 @@ class HoistConstants(Pass):
     """Two engines of each network: one prepares what hangs on a run's constant inputs alone, one does the steps."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = ("hoist_constants",)
-    leaves: ClassVar[str] = "a network that is exported as two graphs"
+    requires: ClassVar[tuple[Fact, ...]] = (UNPARTED,)
+    destroys: ClassVar[tuple[Fact, ...]] = (UNPARTED,)
 
     constant: tuple[str, ...] = Field(
         default=(), description="inputs that stay the same over a run, such as encoder_hidden_states"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
 from enginewright.passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
 from enginewright.passes.networks import each_network
 from enginewright.passes.roles import CONDITIONS, named
@@ -31,8 +32,8 @@ class MergeGuidance(Pass):
 
     intends: ClassVar[str] = "the original guided by two calls"
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = ("merge_guidance", "perturb_heads", "reuse_blocks")
-    leaves: ClassVar[str] = "a call that runs every row twice"
+    requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, STATELESS_CALLS)
+    destroys: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS,)
 
     condition: str = Field(
         default="", description="input that carries the condition; empty: found by name, such as encoder_hidden_states"

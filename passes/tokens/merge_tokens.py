@@ -17,11 +17,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from enginewright.ground.facts import ALL_TOKENS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.matching import Form, clipped, match
 from enginewright.passes.tokens.running import (
-    SHORTENS,
     Found,
     Step,
     Tokens,
@@ -59,8 +59,8 @@ class MergeTokens(Pass):
     """Merge r tokens in every block; shapes fall, and with them the work."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = SHORTENS
-    leaves: ClassVar[str] = "blocks that run on fewer tokens"
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
 
     r: int = Field(8, ge=0, description="tokens merged in a block; never more than half of those there")
     schedule: Literal["constant", "linear"] = Field(

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from enginewright.ground.facts import ALL_TOKENS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.matching import Form, Matching, cell_corners, match, rows
 from enginewright.passes.tokens.running import (
-    SHORTENS,
     Found,
     Step,
     Tokens,
@@ -84,8 +84,8 @@ class MergeUnmergeTokens(Pass):
     """Merge a share of the tokens before attention (or the whole block), and copy the results back after."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = SHORTENS
-    leaves: ClassVar[str] = "blocks that run on fewer tokens"
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
 
     ratio: float = Field(
         0.5, ge=0, le=0.75, description="share of all tokens that is merged; at most 3 in each cell of 4"

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.facts import ALL_TOKENS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.surgery import share
 from enginewright.passes.tokens.dropping import DropStep, PolicyStep, whole
@@ -23,7 +24,6 @@ from enginewright.passes.tokens.fitting import fitted
 from enginewright.passes.tokens.interpreter import interpreter
 from enginewright.passes.tokens.maps import token_maps
 from enginewright.passes.tokens.running import (
-    SHORTENS,
     Found,
     Step,
     blocks_of,
@@ -38,8 +38,8 @@ class PruneTokens(Pass):
     """Keep the same number of tokens of every input; [CLS] and its like always stay."""
 
     by_layer: ClassVar[bool] = False
-    not_after: ClassVar[tuple[str, ...]] = SHORTENS
-    leaves: ClassVar[str] = "blocks that run on fewer tokens"
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
 
     method: Literal["attention", "policy"] = Field(
         "attention", description="score by the block's own attention (EViT), or by an interpreter (IA-RED2)"

@@ -20,7 +20,6 @@ from enginewright.passes.surgery import share
 from enginewright.passes.tokens.matching import rows
 from enginewright.passes.traits import TokenBlock, TokenStack, layers_of
 
-SHORTENS = ("merge_tokens", "merge_unmerge_tokens", "prune_tokens", "skip_spatial_tokens")
 """Passes that put a run in the place of a stack; none can follow another."""
 
 

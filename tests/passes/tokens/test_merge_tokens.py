@@ -6,9 +6,7 @@ import torch
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.tokens.merge_tokens import MergeTokens
-from enginewright.passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens
-from enginewright.passes.tokens.prune_tokens import PruneTokens
-from enginewright.passes.tokens.running import SHORTENS, Step, TokenRun, Tokens
+from enginewright.passes.tokens.running import Step, TokenRun, Tokens
 from enginewright.passes.traits import TokenStack, layers_of
 from tests.passes.conftest import bert, vit
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
@@ -179,12 +177,6 @@ def test_what_a_user_can_mend(dit):
         MergeTokens(exclude=("blok",)).plan(dit.model, Context())
     with pytest.raises(ToolchainError, match="r is -1"):
         MergeTokens(r=-1)
-
-
-def test_none_of_these_passes_follows_another():
-    for step in (MergeTokens, MergeUnmergeTokens, PruneTokens):
-        assert step.not_after == SHORTENS
-    assert {"skip_spatial_tokens", *(s.name() for s in (MergeTokens, MergeUnmergeTokens, PruneTokens))} == set(SHORTENS)
 
 
 def test_dropped_and_moved_tokens_are_found_again():
