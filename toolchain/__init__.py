@@ -1,8 +1,13 @@
-"""The way in and the whole run.
+"""Take trained PyTorch networks to production engines, and prove that nothing broke.
 
-From Python, an artifact's engine takes the place of the module that it was made from::
+The commands are functions too::
 
     import enginewright
+
+    report = enginewright.export("dit:digits", "out", ["prune_heads:share=0.25", "quantize_int8"], ["onnxruntime"])
+    found = enginewright.compare("dit:digits", "out")
+
+An artifact's engine takes the place of the module that it was made from::
 
     pipe.transformer = enginewright.load("out")     # tensors in, tensors out, as the module had it
     module = enginewright.load_module("out")        # the optimized PyTorch module, for further training
@@ -10,25 +15,36 @@ From Python, an artifact's engine takes the place of the module that it was made
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from enginewright.api import bench as bench
+    from enginewright.api import compare as compare
+    from enginewright.api import export as export
+    from enginewright.api import open as open
+    from enginewright.api import plan as plan
     from enginewright.loaded import load as load
     from enginewright.loaded import load_module as load_module
     from enginewright.spec import ModelSpec as ModelSpec
 
 __version__ = "0.1.0"
-__all__ = ["ModelSpec", "__version__", "load", "load_module"]
+__all__ = ["ModelSpec", "__version__", "bench", "compare", "export", "load", "load_module", "open", "plan"]
+
+_PLACES = {
+    **dict.fromkeys(("bench", "compare", "export", "open", "plan"), "enginewright.api"),
+    **dict.fromkeys(("load", "load_module"), "enginewright.loaded"),
+    "ModelSpec": "enginewright.spec",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used: the command line's help needs no backend."""
-    if name in ("load", "load_module"):
-        from enginewright import loaded
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
 
-        return getattr(loaded, name)
-    if name == "ModelSpec":
-        from enginewright.spec import ModelSpec
 
-        return ModelSpec
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted({*globals(), *__all__})

@@ -16,9 +16,6 @@ from enginewright.ground.errors import CANNOT, DONE, MISSED, ToolchainError
 from enginewright.progress import Progress
 from enginewright.screen import show, table
 
-CALLS = 8
-"""Calls to compare on where no recipe says how many."""
-
 
 def answer(chosen: Namespace, data: Any, text: Callable[[], Any]) -> None:
     """Print ``data`` as one JSON document when asked to, or else say it.
@@ -159,32 +156,18 @@ def plan_command(chosen: Namespace) -> int:
 
 def bench_command(chosen: Namespace) -> int:
     """Paired latency of everything that was named, beside the first one's original."""
-    from enginewright.measure import time_all
-    from enginewright.opened import open_subject
-    from enginewright.recipe import Validation, threads_here
-    from enginewright.validation.inputs import draw
+    from enginewright import api
 
-    subjects = [chosen.subject, *chosen.against]
-    if len(subjects) == 1 and not Path(chosen.subject.partition("#")[0]).is_dir():
-        raise ToolchainError("there is nothing to time it against", help="name an artifact, or add --against SUBJECT")
-    progress = Progress(quiet=chosen.quiet)
-    threads = chosen.threads or threads_here()
-    with progress.stage("load"):
-        opened = [
-            open_subject(text, threads=threads, source=chosen.source, trust_code=chosen.trust_code) for text in subjects
-        ]
-    first = opened[0]
-    runners = {
-        (name if len(opened) == 1 else f"{text} {name}"): runner
-        for text, one in zip(subjects, opened, strict=True)
-        for name, runner in one.runners.items()
-        if runner is not first.original
-    }
-    original = first.original or runners.pop(next(iter(runners)))
-    call = draw(first.inputs, seed=0, sizes=sizes_from(chosen.size, first.inputs))
-    settings = Validation(rounds=chosen.rounds)
-    with progress.stage("time, in turns"):
-        timed = time_all(original, runners, call, settings, 0, threads, progress)
+    found = api.bench(
+        chosen.subject,
+        chosen.against,
+        rounds=chosen.rounds,
+        threads=chosen.threads,
+        sizes=lambda first: sizes_from(chosen.size, first.inputs),
+        source=chosen.source,
+        trust_code=chosen.trust_code,
+        quiet=chosen.quiet,
+    )
 
     def text() -> None:
         rows = [
@@ -194,79 +177,44 @@ def bench_command(chosen: Namespace) -> int:
                 f"{t.p90_s * 1e3:.2f}",
                 f"{t.ratio:.3f} [{t.ratio_low:.3f}, {t.ratio_high:.3f}]{' inconclusive' if t.unsafe else ''}",
             )
-            for name, t in timed.items()
+            for name, t in found.runners.items()
         ]
-        base = next(iter(timed.values())).original_median_s
-        print(f"original: median {base * 1e3:.2f} ms, {threads} threads, {chosen.rounds} samples of each")
+        base = next(iter(found.runners.values())).original_median_s
+        print(f"original: median {base * 1e3:.2f} ms, {found.threads} threads, {chosen.rounds} samples of each")
         table(rows, ("ENGINE", "MEDIAN MS", "P90 MS", "RATIO [95 %]"))
-        for name, t in timed.items():
+        for name, t in found.runners.items():
             for warning in t.warnings:
                 print(f"{name}: {warning}")
-        for one in opened:
-            for name, reason in one.absent.items():
-                print(f"{name}: not measured ({reason})")
+        for name, reason in found.not_measured.items():
+            print(f"{name}: not measured ({reason})")
 
-    absent = {name: reason for one in opened for name, reason in one.absent.items()}
-    data = {"runners": {name: t.model_dump(mode="json") for name, t in timed.items()}, "not_measured": absent}
-    answer(chosen, data, text)
+    runners = {name: t.model_dump(mode="json") for name, t in found.runners.items()}
+    answer(chosen, {"runners": runners, "not_measured": dict(found.not_measured)}, text)
     return DONE
 
 
 def compare_command(chosen: Namespace) -> int:
     """Fidelity of the second subject's runners to the first's."""
-    from enginewright.measure import answers_of, compared, judge_gates, masks_of, refuse_unsteady
-    from enginewright.opened import open_subject
-    from enginewright.recipe import gate_names
-    from enginewright.reports.record import TargetRecord
-    from enginewright.validation.fidelity import non_finite
-    from enginewright.validation.gates import parse
+    from enginewright import api
 
-    bounds = [parse(text, known=gate_names(), where="--gate") for text in chosen.gate]
-    progress = Progress(quiet=chosen.quiet)
-    with progress.stage("load"):
-        first, second = (
-            open_subject(text, source=chosen.source, trust_code=chosen.trust_code)
-            for text in (chosen.original, chosen.candidate)
-        )
-    name, original = next(iter(first.runners.items()))
-    calls, mask = calls_for(first, second, chosen.calls)
-    refuse_unsteady(original, calls[0])
-    wanted = answers_of(original, calls)
-    records = []
-    for other, runner in second.runners.items():
-        got = [runner(call) for call in calls]
-        faults = non_finite(got)
-        found = (
-            {"faults": faults} if faults else compared(wanted, named_alike(wanted, got), masks_of(mask, calls), mask)
-        )
-        able = dict.fromkeys(("installed", "importable", "buildable", "runnable", "built"), True)
-        records.append(TargetRecord(name=other, parameters={}, **able, **found))
-    gates = judge_gates(bounds, records)
-    answer(chosen, comparison_data(name, records, gates), lambda: tell_comparison(name, len(calls), records, gates))
+    found = api.compare(
+        chosen.original,
+        chosen.candidate,
+        gates=chosen.gate,
+        calls=chosen.calls,
+        source=chosen.source,
+        trust_code=chosen.trust_code,
+        quiet=chosen.quiet,
+    )
+    records, gates = found.runners, found.gates
+    answer(
+        chosen,
+        comparison_data(found.original, records, gates),
+        lambda: tell_comparison(found.original, found.calls, records, gates),
+    )
     code = gate_code(gate.verdict for gate in gates)
     nothing = any(not record.fidelity for record in records)
     return MISSED if any(record.faults for record in records) else code or (CANNOT if nothing else DONE)
-
-
-def calls_for(first: Any, second: Any, count: int | None) -> tuple[list[Any], str]:
-    """The calls to compare on, and the input that masks rows: those of an artifact's validation where one takes part.
-
-    Args:
-        first: what is opened, for its model and recipe.
-        second: the same; asked where the first has none.
-        count: how many; None for as many as the artifact was validated on.
-    """
-    from enginewright.measure import validation_calls
-    from enginewright.validation.inputs import draw
-
-    recipe = first if first.seed is not None else second
-    number = count if count is not None else recipe.calls or CALLS
-    if number < 1:
-        raise ToolchainError(f"--calls is {number}; at least 1 is needed")
-    model = first.model or second.model
-    if model is None:
-        return [draw(first.inputs, seed=i) for i in range(number)], ""
-    return validation_calls(model, number, recipe.seed or 0), model.mask
 
 
 def comparison_data(name: str, records: Sequence[Any], gates: Sequence[Any]) -> dict[str, Any]:
@@ -308,16 +256,6 @@ def tell_comparison(name: str, calls: int, records: Sequence[Any], gates: Sequen
                 print(f"{each.name}: {text}")
     for gate in gates:
         print(f"{gate.target}: {gate.name} {gate.bound}: {words.VERDICT[gate.verdict]} {gate.reason}".rstrip())
-
-
-def named_alike(wanted: list[Any], got: list[Any]) -> list[Any]:
-    """Outputs under the original's names: by name where both have the same ones, in whatever order.
-
-    Else by place, where both have as many: engines of other makers name theirs otherwise.
-    """
-    if wanted and got and len(wanted[0]) == len(got[0]) and wanted[0].keys() != got[0].keys():
-        return [dict(zip(w, g.values(), strict=True)) for w, g in zip(wanted, got, strict=True)]
-    return got
 
 
 def gate_code(verdicts: Iterable[str]) -> int:

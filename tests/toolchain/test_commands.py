@@ -11,7 +11,7 @@ import pytest
 
 from enginewright import artifact as artifacts
 from enginewright import cli
-from enginewright.commands import named_alike
+from enginewright.api import named_alike
 from enginewright.ground.errors import MISSED, WRONG_USE, ToolchainError
 
 
