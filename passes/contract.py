@@ -29,6 +29,7 @@ from enginewright.ground.errors import ToolchainError, invalid, raise_faults
 from enginewright.ground.facts import Fact
 from enginewright.ground.program import Hoisted
 from enginewright.ground.reading import parse_json, read_tensors, read_text
+from enginewright.ground.signature import Signature
 from enginewright.ground.writing import write_text
 from enginewright.passes.graph.module import GraphModule, is_parameter, weights_of
 from enginewright.passes.networks import networks_of, program_of
@@ -62,6 +63,10 @@ def no_losses(text: str) -> Losses:
     raise ToolchainError(f"there are no losses {text!r} here")
 
 
+NOTHING_KNOWN = Signature()
+"""Of a model whose inputs nobody declared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a pass may look at while it plans.
@@ -80,8 +85,7 @@ class Context:
         calls_in: the calls of a safetensors file with an array for each input.
         teacher_of: the model that a model string names.
         folder: where relative paths start.
-        shared: inputs that have no row for each sample of a call (``passes/rows.py``), as far as that is known.
-        ranges: the least and the greatest value of inputs that say so.
+        signature: the inputs that the model takes, as far as that is known: their roles, ranges and rows.
     """
 
     calibration: Sequence[Inputs] = ()
@@ -96,8 +100,7 @@ class Context:
     calls_in: Callable[[str], list[Inputs]] = lambda text: no_calls(text)
     teacher_of: Callable[[str], nn.Module] = lambda text: no_teacher(text)
     folder: Path = Path()
-    shared: tuple[str, ...] = ()
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    signature: Signature = NOTHING_KNOWN
 
 
 def without(context: Context, names: Sequence[str]) -> Context:
@@ -115,6 +118,7 @@ def without(context: Context, names: Sequence[str]) -> Context:
         example=context.example and narrowed([context.example])[0],
         draw=draw and (lambda count, seed: narrowed(draw(count, seed))),
         calls_in=lambda text: narrowed(calls_in(text)),
+        signature=context.signature.without(names),
     )
 
 

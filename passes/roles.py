@@ -1,25 +1,23 @@
-"""What an input of a model is for, by the names that models give it, where a user names none."""
+"""Which input of a model a pass works on: the one that a user names, or the one of the role that the pass asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from enginewright.ground.errors import ToolchainError, unknown
-
-TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "time")
-"""Names of the timestep."""
-
-CONDITIONS = ("encoder_hidden_states", "class_labels", "y", "context", "condition", "cond", "labels")
-"""Names of what is asked for: a text, a class."""
+from enginewright.ground.signature import Role, Signature
 
 
-def named(asked: str, names: Sequence[str], call: Mapping[str, Any], *, setting: str, otherwise: str = "") -> str:
-    """The input that a user names, or the first of these names that a call has.
+def input_of(
+    role: Role, asked: str, signature: Signature, call: Mapping[str, Any], *, setting: str, otherwise: str = ""
+) -> str:
+    """The input that a user names, or the first of a role.
 
     Args:
+        role: what the input is for.
         asked: the user's own name; empty: none.
-        names: what models call it.
+        signature: says which inputs have which role; those of a call that it lacks are known by name.
         call: has the inputs.
         setting: the parameter that a user names it with.
         otherwise: what else could be done, for the error.
@@ -31,10 +29,10 @@ def named(asked: str, names: Sequence[str], call: Mapping[str, Any], *, setting:
         if asked not in call:
             raise unknown("input", asked, call)
         return asked
-    found = next((name for name in names if name in call), None)
-    if found is None:
+    found = [name for name in signature.of_role(role, among=call) if name in call]
+    if not found:
         raise ToolchainError(
-            f"no input of the model is called {' or '.join(repr(name) for name in names)}",
+            f"no input of the model is known to hold a {role}",
             help=f"its inputs: {', '.join(call)}; set {setting} to one of them{otherwise}",
         )
-    return found
+    return found[0]

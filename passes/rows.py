@@ -1,7 +1,7 @@
 """Which inputs of a model have a row for each sample of a call, and calls made of some of the rows.
 
 An input without such rows (position ids, rotary tables, a schedule) is shared: whatever becomes of the rows, it stays
-as it is. The input contract says which these are (``Context.shared``); where there is none, an input that has not as
+as it is. The input contract says which these are (``Context.signature``); where there is none, an input that has not as
 many rows as the one that surely has them is shared. Two equal sizes prove nothing, so the contract goes first.
 
 Calls are of tensors or of arrays.
@@ -23,7 +23,7 @@ __all__ = ["one_call", "shared_inputs", "some_rows", "two_of_each"]
 def shared_inputs(context: Context, example: Mapping[str, Tensor], *, like: str) -> tuple[str, ...]:
     """Names of the inputs that all rows of a call share, seen from a call whose input ``like`` has the rows."""
     rows = example[like].shape[:1]
-    return tuple(name for name, value in example.items() if name in context.shared or value.shape[:1] != rows)
+    return tuple(name for name, value in example.items() if name in context.signature.shared or value.shape[:1] != rows)
 
 
 def one_call(calls: Sequence[Mapping[str, Tensor]], shared: Collection[str]) -> dict[str, Tensor]:

@@ -175,6 +175,7 @@ def inputs_as_json(specs: Sequence[InputSpec]) -> list[dict[str, Any]]:
             "name": s.name,
             "shape": [d.name if isinstance(d, Dim) else d for d in s.shape],
             "dtype": s.dtype,
+            "role": s.role,
             "range": None if s.low is None else [s.low, s.high],
             "dynamic": {d.name: [d.low, d.typical, d.high] for d in s.shape if isinstance(d, Dim)},
             "multiple_of": {d.name: d.multiple_of for d in s.shape if isinstance(d, Dim) and d.multiple_of > 1},

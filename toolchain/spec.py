@@ -26,6 +26,8 @@ class ModelSpec:
             largest. Without one, floats are standard normal, integers go from 0 (or the example's smallest, if that
             is less) to the example's largest, booleans are mixed (for true alone, say (1, 2)); the report says that
             ranges were guessed. The example itself is always the first call of a validation.
+        roles: what inputs are for, by name, where their names do not say it: ``sample``, ``timestep``, ``condition``,
+            ``guidance``, ``mask``, ``positions``, ``noise``, ``state`` or ``strength``. Passes ask for a role.
         realistic: (count, seed) -> that many sets of inputs like those in use, by name, for calibration and
             validation; random ones do without it.
     """
@@ -35,4 +37,5 @@ class ModelSpec:
     dynamic: Mapping[str, Mapping[int, tuple[str, int, int] | tuple[str, int, int, int]]] | None = None
     outputs: Sequence[str] = ()
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
     realistic: Callable[[int, int], Sequence[Mapping[str, Any]]] | None = None

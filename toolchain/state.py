@@ -10,7 +10,7 @@ from torch import nn
 
 from enginewright import calibration, scoring, teachers
 from enginewright.added import intended_by
-from enginewright.ground.signature import shared_by_rows
+from enginewright.ground.signature import Signature
 from enginewright.passes.contract import Context, Inputs, Pass, Result, without
 from enginewright.passes.surgery import share
 from enginewright.progress import Progress
@@ -95,8 +95,7 @@ def first_state(
         say=progress.count,
         draw=calibration.drawn_by(recipe, model),
         calls_in=lambda text: calibration.calls_in(recipe.path(text), model.inputs),
-        shared=shared_by_rows(model.inputs),
-        ranges={s.name: (s.low, s.high) for s in model.inputs if s.low is not None and s.high is not None},
+        signature=Signature(model.inputs),
     )
     if scratch:
         context = replace(context, put=Scratch(scratch).put)

@@ -64,7 +64,7 @@ class ReuseBlocks(Pass):
     )
     steps: int = Field(25, ge=1, le=1000, description="length of the even schedule")
     input: str = Field(
-        "", description="the input that holds the timestep, one for each row; empty: found by name, such as t"
+        "", description="the input that holds the timestep, one for each row; empty: the one of that role"
     )
     rows: int = Field(4, ge=1, description="calibration rows for each timestep: those of the nearest timesteps")
     exclude: tuple[str, ...] = Field((), description="glob patterns of stacks of blocks that always run whole")
@@ -135,7 +135,7 @@ class ReuseBlocks(Pass):
 
     def told(self, context: Context, example: Inputs) -> ReuseBlocks:
         """The same with the input that holds the timestep, and with the timesteps."""
-        input = timestep_of(self.input, example)
+        input = timestep_of(self.input, context, example)
         times = self.timesteps or even(self.steps, span_of(context, input)[1])
         return self.model_copy(update={"input": input, "timesteps": times})
 

@@ -12,7 +12,7 @@ import torch
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs
-from enginewright.passes.roles import TIMESTEPS, named
+from enginewright.passes.roles import input_of
 from enginewright.passes.rows import one_call, shared_inputs, some_rows
 
 
@@ -25,20 +25,20 @@ def even(steps: int, high: float = 1000.0) -> tuple[float, ...]:
 
 def span_of(context: Context, input: str) -> tuple[float, float]:
     """The least and the greatest timestep: what the contract says, else 0 to 1 where calls have no greater, or 1000."""
-    if input in context.ranges:
-        low, high = context.ranges[input]
+    if input in context.signature.ranges:
+        low, high = context.signature.ranges[input]
         return low, 1000.0 if high == 999 else high
     met = [float(call[input].max()) for call in context.calibration if input in call and call[input].numel()]
     return 0.0, 1.0 if met and max(met) <= 1 else 1000.0
 
 
-def timestep_of(asked: str, call: Inputs) -> str:
-    """The input that holds the timestep of each row: the one that a user names, else found by name.
+def timestep_of(asked: str, context: Context, call: Inputs) -> str:
+    """The input that holds the timestep of each row: the one that a user names, else the one of that role.
 
     Raises:
         ToolchainError: there is none, or it holds something else.
     """
-    input = named(asked, TIMESTEPS, call, setting="input")
+    input = input_of("timestep", asked, context.signature, call, setting="input")
     refuse_no_timestep(call, input)
     return input
 

@@ -59,7 +59,7 @@ class SliceWidthByTimestep(Pass):
     )
     steps: int = Field(default=25, ge=1, le=1000, description="length of the even schedule")
     input: str = Field(
-        default="", description="the input that holds the timestep, one for each row; empty: found by name, such as t"
+        default="", description="the input that holds the timestep, one for each row; empty: the one of that role"
     )
     groups: int = Field(default=8, ge=1, description="groups of neighbouring hidden units in each feed-forward")
     importance: Literal["taylor", "activation"] = Field(
@@ -162,7 +162,7 @@ class SliceWidthByTimestep(Pass):
 
     def told(self, context: Context) -> SliceWidthByTimestep:
         """The same with the input that holds the timestep, and with the timesteps."""
-        input = timestep_of(self.input, context.calibration[0])
+        input = timestep_of(self.input, context, context.calibration[0])
         times = self.timesteps or even(self.steps, span_of(context, input)[1])
         return self.model_copy(update={"input": input, "timesteps": times})
 

@@ -26,7 +26,7 @@ from enginewright.passes.contract import Context, Inputs, Pass, Plan
 from enginewright.passes.dynamic.schedule import refuse_no_timestep, span_of
 from enginewright.passes.networks import local, networks_of, place_of, switched
 from enginewright.passes.pruning.probes import evaluating, first_floating
-from enginewright.passes.roles import TIMESTEPS, named
+from enginewright.passes.roles import input_of
 from enginewright.passes.rows import shared_inputs
 from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.stacks import stacks_of
@@ -52,7 +52,7 @@ class MixtureOfBlocks(Pass):
         ge=0,
         description="one range, from 0, for which alone the model is made; left out: all, switched by timestep",
     )
-    timestep: str = Field("", description="the input that holds it; empty: found by name, such as timestep or t")
+    timestep: str = Field("", description="the input that holds it; empty: the one of that role")
     low: float | None = Field(None, description="smallest timestep; left out: what the model says")
     high: float | None = Field(None, description="largest timestep; left out: what the model says, 1 or 1000")
     exclude: tuple[str, ...] = Field((), description="glob patterns of stacks of blocks that run whole")
@@ -151,8 +151,8 @@ class MixtureOfBlocks(Pass):
         call = context.calibration[0]
         if self.buckets == 1:
             return self.model_copy(update={"bucket": 0, "low": self.low or 0.0, "high": self.high or 1000.0})
-        names = [self.timestep] if self.timestep else TIMESTEPS
-        input = named("", names, call, setting="timestep", otherwise=", or buckets = 1")
+        otherwise = ", or buckets = 1"
+        input = input_of("timestep", self.timestep, context.signature, call, setting="timestep", otherwise=otherwise)
         refuse_no_timestep(call, input, one_for_all=True)
         low, high = span_of(context, input)
         low, high = low if self.low is None else self.low, high if self.high is None else self.high

@@ -89,6 +89,7 @@ class ConvertDtype(Pass):
     ) -> Plan:
         """Give back to fp32 what makes the converted model wrong, until it is right."""
         trial = Trial(0.0, None)
+        self.widen(model, owners, kept, wide, context)
         for _ in range(ROUNDS):
             plan = self.drafted(owners, kept, wide)
             trial = self.tried(model, plan, context)
@@ -101,7 +102,9 @@ class ConvertDtype(Pass):
                 kept |= dict.fromkeys(
                     fresh, f"the model's error was {trial.error:.2g} with it, above {self.max_error:g}"
                 )
-                wide |= dict.fromkeys(fresh, True)
+                more = wide | dict.fromkeys(fresh, True)
+                if self.runs(model, owners, kept, more, context):
+                    wide |= more
                 continue
             near = {path: f"values that come from within {path} were not finite" for path in trial.sources}
             narrower = not all(wide.get(path) for path in near)
@@ -118,6 +121,23 @@ class ConvertDtype(Pass):
             where=trial.faulty,
             help="take dtype = 'bfloat16', which has the range of fp32" if self.dtype == "float16" else None,
         )
+
+    def widen(
+        self,
+        model: nn.Module,
+        owners: Mapping[str, nn.Module],
+        kept: dict[str, str],
+        wide: dict[str, bool],
+        context: Context,
+    ) -> None:
+        """Keep the neighbours of layers whose outputs stay in fp32 as well, until no operator meets two types."""
+        around = {path for path, stays in wide.items() if stays}
+        while around - {""} and not self.runs(model, owners, kept, wide, context):
+            around = {path.rpartition(".")[0] for path in around}
+            inside = [path for path in owners if any(is_within(path, place) for place in around)]
+            said = "it works together with a layer whose values would overflow"
+            kept |= {path: said for path in inside if path not in kept}
+            wide |= dict.fromkeys(inside, True)
 
     def runs(
         self,

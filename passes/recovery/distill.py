@@ -115,7 +115,7 @@ class Distill(Pass):
                 settings=self,
                 calls=calls,
                 devices=devices,
-                shared=context.shared,
+                shared=context.signature.shared,
             )
             judged = devices.everything(list(context.calibration) or calls(0))
             before = gap(student, guides[0].module, judged)

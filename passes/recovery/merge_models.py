@@ -126,7 +126,7 @@ class MergeModels(Pass):
                 settings=school,
                 calls=EveryStyle(calls, len(guides)),
                 devices=devices,
-                shared=context.shared,
+                shared=context.signature.shared,
             )
             before = apart(student, guides, judged)
             self.train(training, school, model, context)

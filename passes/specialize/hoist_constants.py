@@ -16,9 +16,13 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import UNPARTED, Fact
 from enginewright.ground.program import Hoisted
+from enginewright.ground.signature import Role
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs, macs_by_module
 from enginewright.passes.networks import at_its_time, hoist, local, networks_of, place_of, program_of
 from enginewright.passes.specialize.binding import call_with, constant_modules
+
+CONSTANT: tuple[Role, ...] = ("condition", "guidance", "mask", "positions")
+"""Roles of inputs that stay the same over a sampling run."""
 
 
 class HoistConstants(Pass):
@@ -29,7 +33,7 @@ class HoistConstants(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (UNPARTED,)
 
     constant: tuple[str, ...] = Field(
-        default=(), description="inputs that stay the same over a run, such as encoder_hidden_states"
+        default=(), description="inputs that stay the same over a run; empty: conditions, guidance, masks and positions"
     )
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -37,15 +41,16 @@ class HoistConstants(Pass):
 
         Raises ``ToolchainError`` for an unknown input, when no input changes, or when there is no call to follow.
         """
-        example = self.example(context)
+        told = self.told(context)
+        example = told.example(context)
         costs: dict[str, int] = {}
         for name, network in networks_of(model).items():
             place = place_of(model, name)
             own = at_its_time(model, name, example)
             by_module = macs_by_module(network, at_its_time(model, name, context.example or example))
-            for path in constant_modules(network, own, self.constant):
+            for path in constant_modules(network, own, told.constant):
                 costs[f"{place}.{path}".removeprefix(".")] = by_module.get(path, 0)
-        names = ", ".join(self.constant)
+        names = ", ".join(told.constant)
         if not costs:
             return Plan(choice={}, skipped={"": f"no module of it depends on {names} alone"})
         whole = macs(model, context.example or example)
@@ -55,7 +60,7 @@ class HoistConstants(Pass):
         return Plan(
             choice={path: {"macs": cost} for path, cost in costs.items()},
             facts={
-                "constant": list(self.constant),
+                "constant": list(told.constant),
                 "macs_once": once,
                 "macs_per_step": whole - once,
                 "bytes_once": saved,
@@ -76,10 +81,21 @@ class HoistConstants(Pass):
                 found[name] = Hoisted(constant=tuple(plan.facts["constant"]), modules=modules)
         return hoist(model, found)
 
+    def told(self, context: Context) -> HoistConstants:
+        """The same with the inputs that stay the same over a run. Raises ``ToolchainError`` where none is known to."""
+        if self.constant:
+            return self
+        call = next(iter(context.calibration), context.example) or {}
+        found = context.signature.of_role(*CONSTANT, among=call)
+        if not found:
+            raise ToolchainError(
+                "no input of the model is known to stay the same over a run",
+                help=f"its inputs: {', '.join(call)}; set constant to some of them",
+            )
+        return self.model_copy(update={"constant": tuple(found)})
+
     def example(self, context: Context) -> Inputs:
         """A call of the model."""
-        if not self.constant:
-            raise ToolchainError(f"{self.name()} needs constant", help='such as constant = ["encoder_hidden_states"]')
         example = call_with(self.constant, context, pass_name=self.name())
         if set(self.constant) >= example.keys():
             raise ToolchainError("every input is constant; a step needs one that changes")

@@ -20,7 +20,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
 from enginewright.passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
 from enginewright.passes.networks import each_network
-from enginewright.passes.roles import CONDITIONS, named
+from enginewright.passes.roles import input_of
 from enginewright.passes.rows import shared_inputs, two_of_each
 from enginewright.passes.surgery import share
 
@@ -35,9 +35,7 @@ class MergeGuidance(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, STATELESS_CALLS)
     destroys: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS,)
 
-    condition: str = Field(
-        default="", description="input that carries the condition; empty: found by name, such as encoder_hidden_states"
-    )
+    condition: str = Field(default="", description="input that carries the condition; empty: the one of that role")
     none: Any = Field(default=None, description="its value for no condition: a number, or lists of what a row has")
     scale: float = Field(default=4.0, description="w; what the input guidance_scale is where a call leaves it out")
     fixed: bool = Field(default=False, description="bake the scale in, instead of an input guidance_scale (batch)")
@@ -51,8 +49,8 @@ class MergeGuidance(Pass):
         example = next(iter(context.calibration), context.example)
         if not example:
             raise ToolchainError(f"{self.name()} looks at one call of the model and got none")
-        condition = named(self.condition, CONDITIONS, example, setting="condition")
-        if condition in context.shared:
+        condition = input_of("condition", self.condition, context.signature, example, setting="condition")
+        if condition in context.signature.shared:
             raise ToolchainError(f"all rows of a call share input {condition!r}, so it cannot be a row's condition")
         if self.none is None:
             raise ToolchainError(

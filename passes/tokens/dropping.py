@@ -23,7 +23,8 @@ Entry = Mapping[str, Any]
 
 
 def whole(entry: Entry, tokens: int, *, up: bool) -> int:
-    """How many of so many tokens stay: a share is rounded up or down, and at least 1 stays.
+    """How many of so many tokens stay: a share is rounded up or down, and at least 1 stays of
+    those that there are.
 
     Counted as those that go, so that where the number is known only when the graph runs, it is seen never to rise.
     """
@@ -31,7 +32,7 @@ def whole(entry: Entry, tokens: int, *, up: bool) -> int:
         return min(entry["count"], tokens)
     gone = 1 - Fraction(entry["keep"]).limit_denominator(10_000)
     left = tokens - (tokens * gone.numerator + (0 if up else gone.denominator - 1)) // gone.denominator
-    return max(left, 1) if isinstance(left, int) else left
+    return max(left, min(tokens, 1)) if isinstance(left, int) else left
 
 
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from enginewright.ground.signature import Dim, InputSpec, Signature
 from tests.passes.conftest import Subject, randomise
 
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 8, "joint_attention_dim": 12, "pooled_projection_dim": 10}
@@ -61,3 +62,11 @@ def flux() -> Subject:
 
 
 JOINT: dict[str, Callable[[], Subject]] = {"sd3": sd3, "flux": flux}
+
+
+def sharing(*names: str, **ranges: tuple[float, float]) -> Signature:
+    """A signature in which these inputs have no row for each sample, and others have these ranges."""
+    rows = Dim(name="batch", low=1, typical=2, high=8)
+    shared = [InputSpec(name=name, shape=(5, 3)) for name in names]
+    others = [InputSpec(name=name, shape=(rows,), low=low, high=high) for name, (low, high) in ranges.items()]
+    return Signature((InputSpec(name="rows", shape=(rows,)), *shared, *others))

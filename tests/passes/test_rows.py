@@ -14,7 +14,7 @@ from enginewright.passes.networks import Networks
 from enginewright.passes.recovery.feeding import joined
 from enginewright.passes.rows import one_call, shared_inputs, some_rows, two_of_each
 from enginewright.passes.specialize.merge_guidance import MergeGuidance
-from tests.passes.joint import flux
+from tests.passes.joint import flux, sharing
 
 BATCH, TOKENS = Dim(name="batch", low=1, typical=2, high=8), Dim(name="tokens", low=1, typical=2, high=8)
 IDS = ("img_ids", "txt_ids")
@@ -35,7 +35,7 @@ def test_the_contract_says_which_inputs_have_rows_though_sizes_are_equal() -> No
 def test_without_a_contract_an_input_of_other_length_is_shared_and_one_that_is_known_to_be() -> None:
     call = {"x": torch.zeros(2, 3), "ids": torch.zeros(5, 3), "table": torch.zeros(2, 2), "scale": torch.tensor(1.0)}
     assert shared_inputs(Context(), call, like="x") == ("ids", "scale")
-    assert shared_inputs(Context(shared=("table",)), call, like="x") == ("ids", "table", "scale")
+    assert shared_inputs(Context(signature=sharing("table")), call, like="x") == ("ids", "table", "scale")
 
 
 def test_rows_are_picked_joined_and_doubled_and_what_is_shared_stays() -> None:
@@ -80,7 +80,7 @@ def test_flux_is_guided_in_one_call_and_its_position_ids_are_not_doubled() -> No
     subject = flux()
     condition = "encoder_hidden_states"
     none = torch.zeros(5, 12).tolist()
-    context = Context(calibration=[subject.inputs], example=subject.inputs, shared=IDS)
+    context = Context(calibration=[subject.inputs], example=subject.inputs, signature=sharing(*IDS))
     model = MergeGuidance(none=none, scale=3.0).apply(subject.copy(), context).model
     plain = {**subject.inputs, condition: torch.zeros_like(subject.inputs[condition])}
     with torch.no_grad():

@@ -55,7 +55,7 @@ def shown(text: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert json.loads(json.dumps(found)) == found
     assert (found["macs"] is None) == bool(found["macs_reason"])
     for entry in found["inputs"]:
-        assert entry.keys() == {"name", "shape", "dtype", "range", "dynamic", "multiple_of"}
+        assert entry.keys() == {"name", "shape", "dtype", "role", "range", "dynamic", "multiple_of"}
         assert {size for size in entry["shape"] if isinstance(size, str)} == entry["dynamic"].keys()
     tell(found)
     said = capsys.readouterr().out

@@ -2,11 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+Role = Literal[
+    "sample", "timestep", "condition", "guidance", "mask", "positions", "noise", "state", "strength", "unknown"
+]
+"""What an input is for: what passes ask for, whatever its name."""
+
+ROLES: tuple[Role, ...] = get_args(Role)
+
+NAMES: Mapping[Role, tuple[str, ...]] = {
+    "timestep": ("timestep", "timesteps", "t", "sigma", "time", "noise_level"),
+    "condition": (
+        "encoder_hidden_states",
+        "class_labels",
+        "y",
+        "context",
+        "condition",
+        "cond",
+        "labels",
+        "pooled_projections",
+        "text_embeds",
+        "time_ids",
+        "resolution",
+        "aspect_ratio",
+    ),
+    "guidance": ("guidance", "guidance_scale"),
+    "mask": ("attention_mask", "encoder_attention_mask", "pixel_mask", "input_features_mask", "mask"),
+    "positions": ("position_ids", "img_ids", "txt_ids", "image_rotary_emb", "image_rotary_emb_0", "image_rotary_emb_1"),
+    "noise": ("noise",),
+    "strength": ("strength", "lora_scale", "pag_u", "pag_w", "style"),
+    "sample": (
+        "sample",
+        "hidden_states",
+        "latents",
+        "x",
+        "z",
+        "input_ids",
+        "pixel_values",
+        "input_values",
+        "input_features",
+    ),
+}
+"""What models commonly call the inputs of each role, where nobody says; of several, passes take the first."""
 
 Array = npt.NDArray[np.generic]
 Arrays = dict[str, Array]
@@ -51,6 +94,7 @@ class InputSpec:
         guessed: whether nobody said which values it takes, so that the range is a guess.
         default: every element, where a caller leaves the input out; it is never drawn. None: it must be given.
         corners: the last axis holds boxes, as (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1.
+        role: what it is for; where nobody says, its name does.
     """
 
     name: str
@@ -61,6 +105,12 @@ class InputSpec:
     default: float | None = None
     guessed: bool = False
     corners: bool = False
+    role: Role = "unknown"
+
+    def __post_init__(self) -> None:
+        """Take the role from the name where none is given."""
+        if self.role == "unknown":
+            object.__setattr__(self, "role", role_of(self.name))
 
     def sizes(self, chosen: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """The shape with each dynamic dimension at its chosen or typical size."""
@@ -85,3 +135,46 @@ def shared_by_rows(specs: Sequence[InputSpec]) -> tuple[str, ...]:
     """Names of the inputs that have no row for each sample: all samples of a call share them."""
     rows = rows_of(specs)
     return tuple(spec.name for spec in specs if not spec.shape or spec.shape[0] != rows)
+
+
+def role_of(name: str) -> Role:
+    """The role of an input by its name; ``unknown`` for a name that is not common."""
+    return next((role for role, names in NAMES.items() if name in names), "unknown")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs of a network.
+
+    Args:
+        inputs: in order.
+    """
+
+    inputs: tuple[InputSpec, ...] = ()
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Inputs that have no row for each sample: whatever becomes of the rows, they stay whole."""
+        return shared_by_rows(self.inputs)
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The least and the greatest value of inputs that say so."""
+        return {s.name: (s.low, s.high) for s in self.inputs if s.low is not None and s.high is not None}
+
+    def of_role(self, *roles: Role, among: Iterable[str] = ()) -> list[str]:
+        """Names of the inputs of some roles, the most common names first.
+
+        Args:
+            roles: which.
+            among: names of inputs that a call has beside those declared here; their roles are known by name.
+        """
+        known = {spec.name: spec.role for spec in self.inputs}
+        known |= {name: role_of(name) for name in among if name not in known}
+        common = [name for role in roles for name in NAMES.get(role, ())]
+        found = [name for name, role in known.items() if role in roles]
+        return sorted(found, key=lambda name: common.index(name) if name in common else len(common))
+
+    def without(self, names: Sequence[str]) -> Signature:
+        """The signature of a network that lacks some inputs."""
+        return replace(self, inputs=tuple(spec for spec in self.inputs if spec.name not in names))

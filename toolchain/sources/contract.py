@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.reading import first_line
-from enginewright.ground.signature import Arrays, Dim, InputSpec
+from enginewright.ground.signature import ROLES, Arrays, Dim, InputSpec
 from enginewright.passes.on_shapes import on_shapes
 from enginewright.targets import stored
 from enginewright.validation.contract import SamplingTask
@@ -316,5 +316,7 @@ def refuse_odd(inputs: Sequence[InputSpec], outputs: Sequence[Any], call: Interf
         raise ValueError("a configuration that is no table")
     for spec in inputs:
         np.dtype(spec.dtype)
+        if spec.role not in ROLES:
+            raise ValueError(f"{spec.name} has a role that there is not")
         if not all(v is None or isinstance(v, int | float) for v in (spec.low, spec.high, spec.default)):
             raise ValueError(f"{spec.name} has a range that is no number")

@@ -13,12 +13,13 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError, unknown
+from enginewright.ground.signature import ROLES, InputSpec, Role
 from enginewright.sources import examples, user_file
 from enginewright.sources.contract import Model, files_from
 from enginewright.spec import ModelSpec
@@ -77,7 +78,7 @@ def build(user: ModuleType, path: Path, name: str) -> Model:
     with user_file.in_our_words(path, "the module's call on its example inputs"), torch.no_grad():
         answer = spec.module(**inputs)
     interface, outputs = examples.interface_of_answer(answer, inputs, tuple(spec.outputs), where=where)
-    specs = examples.input_specs(inputs, spec.dynamic, spec.ranges, where=where)
+    specs = with_roles(examples.input_specs(inputs, spec.dynamic, spec.ranges, where=where), spec.roles, where)
 
     def realistic(count: int, seed: int) -> Sequence[Mapping[str, Any]]:
         assert spec.realistic is not None
@@ -94,6 +95,17 @@ def build(user: ModuleType, path: Path, name: str) -> Model:
         example=examples.arrays_of(inputs),
         interface=interface,
     )
+
+
+def with_roles(specs: tuple[InputSpec, ...], roles: Mapping[str, str], where: str) -> tuple[InputSpec, ...]:
+    """Inputs with the roles that a user gives them. Raises ``ToolchainError`` for one that is not there."""
+    for name, role in roles.items():
+        if name not in {spec.name for spec in specs}:
+            raise unknown("input", name, [spec.name for spec in specs], where=where)
+        if role not in ROLES:
+            raise unknown("role", str(role), ROLES, where=where)
+    given = cast(Mapping[str, Role], roles)
+    return tuple(dataclasses.replace(spec, role=given.get(spec.name, spec.role)) for spec in specs)
 
 
 def function_of(user: ModuleType, path: Path, name: str) -> Callable[[], Any]:

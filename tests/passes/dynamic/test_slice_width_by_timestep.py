@@ -14,7 +14,7 @@ from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTime
 from enginewright.passes.networks import networks_of
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
-from tests.passes.joint import flux
+from tests.passes.joint import flux, sharing
 
 TIMES = {"reference_dit": "t", "diffusers_dit_sdpa": "timestep"}
 
@@ -169,7 +169,7 @@ def test_flux_is_cut_to_the_masked_form_where_heads_and_hidden_units_share_a_pro
     subject = flux()
     calls = flux_calls(subject)
     step = SliceWidthByTimestep(steps=5, importance="activation")
-    result = step.apply(subject.copy(), Context(calibration=calls, shared=("img_ids", "txt_ids")))
+    result = step.apply(subject.copy(), Context(calibration=calls, signature=sharing("img_ids", "txt_ids")))
     assert result.plan.facts["timesteps"] == [1, 0.75, 0.5, 0.25, 0]
     assert {"single_transformer_blocks.0", "single_transformer_blocks.0:ffn"} <= set(result.changed)
     reference = masked(step, subject, result.plan)
@@ -193,6 +193,6 @@ def test_the_timestep_is_found_by_its_name(name):
 
 def test_a_model_without_a_timestep_is_refused_with_its_inputs():
     subject = SUBJECTS["vit_sdpa"]()
-    with pytest.raises(ToolchainError, match="no input of the model is called 'timestep'") as caught:
+    with pytest.raises(ToolchainError, match="no input of the model is known to hold a timestep") as caught:
         sliced(subject, "")
     assert "its inputs: pixel_values; set input to one of them" in str(caught.value)

@@ -12,7 +12,7 @@ from enginewright.passes.moe.mixture_of_blocks import MixtureOfBlocks, smaller
 from enginewright.passes.networks import Networks, networks_of
 from enginewright.passes.traits import BlockStack, layer_at
 from tests.passes.conftest import randomise
-from tests.passes.joint import flux
+from tests.passes.joint import flux, sharing
 
 
 @pytest.fixture
@@ -182,9 +182,9 @@ def test_what_cannot_be_is_refused(deep):
     with pytest.raises(ToolchainError, match=r"high is 0.0; low is 0.0"):
         MixtureOfBlocks(high=0.0)
     context = Context(calibration=calls(1))
-    with pytest.raises(ToolchainError, match="no input of the model is called 'sigma'") as caught:
+    with pytest.raises(ToolchainError, match="no input named 'sigma'") as caught:
         MixtureOfBlocks(timestep="sigma").plan(deep, context)
-    assert "x, t, y" in str(caught.value)
+    assert "t, x, y" in str(caught.value)
     with pytest.raises(ToolchainError, match="'nothing' matches no stack of blocks"):
         MixtureOfBlocks(exclude=("nothing",)).plan(deep, context)
     with pytest.raises(ToolchainError, match="needs calibration inputs"):
@@ -228,7 +228,7 @@ def test_ranges_of_the_same_blocks_share_a_network():
     model = MixtureOfBlocks(buckets=4).apply(Timed(), Context(calibration=timed_calls())).model
     assert len(list(networks_of(model).values())) == 2
     assert model.program.table.ways == (1, 1, 0, 0)
-    assert model.timesteps == (875, 625, 375, 125)
+    assert model.program.table.timesteps == (875, 625, 375, 125)
 
 
 def test_in_every_range_the_whole_model_is_its_own_network(deep):
@@ -244,7 +244,7 @@ def test_in_every_range_the_whole_model_is_its_own_network(deep):
 def test_a_model_that_counts_timesteps_to_one_is_cut_there_and_empty_ranges_are_named():
     times = torch.tensor([0.1, 0.2, 0.9])
     context = Context(calibration=[{"x": torch.ones(3, 3), "timestep": times}])
-    for known in (context, replace(context, ranges={"timestep": (0, 1)})):
+    for known in (context, replace(context, signature=sharing(timestep=(0, 1)))):
         plan = MixtureOfBlocks().plan(Timed(), known)
         assert [row["to"] for row in plan.facts["buckets"]] == [0.25, 0.5, 0.75, 1]
         assert [row["samples"] for row in plan.facts["buckets"]] == [2, 0, 0, 1]
@@ -258,7 +258,7 @@ def test_what_holds_no_timestep_is_refused(deep):
 
 def test_flux_keeps_its_position_ids_whole_while_rows_part():
     subject = flux()
-    context = Context(calibration=[subject.inputs], shared=("img_ids", "txt_ids"), ranges={"timestep": (0, 1)})
+    context = Context(calibration=[subject.inputs], signature=sharing("img_ids", "txt_ids", timestep=(0, 1)))
     model = MixtureOfBlocks(buckets=2).apply(subject.copy(), context).model
     with torch.no_grad():
         mixed = model(**subject.inputs)[0]

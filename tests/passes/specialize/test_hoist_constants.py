@@ -219,6 +219,14 @@ def test_both_graphs_build(dit, tmp_path):
     assert known(graphs[1]) == {"x", "t", *halves.passed}
 
 
+def test_what_stays_the_same_over_a_run_is_known_by_its_role(dit):
+    result = applied(dit, ())
+    assert result.plan.facts["constant"] == ["y"]
+    assert applied(dit, ("y",)).plan.digest() == result.plan.digest()
+    with pytest.raises(ToolchainError, match="no input of the model is known to stay the same over a run"):
+        HoistConstants().plan(nn.Linear(2, 2), Context(calibration=[{"input": torch.zeros(1, 2)}]))
+
+
 def known(path):
     return {value.name for value in ir.load(path).graph.inputs}
 
@@ -226,7 +234,6 @@ def known(path):
 @pytest.mark.parametrize(
     ("constant", "message"),
     [
-        ((), "hoist_constants needs constant"),
         (("z",), "no input named 'z'"),
         (("x", "t", "y"), "every input is constant; a step needs one that changes"),
     ],

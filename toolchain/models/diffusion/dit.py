@@ -205,9 +205,9 @@ def inputs(config: Config) -> tuple[InputSpec, ...]:
     """Noisy image or latent, timestep, class."""
     batch = Dim(name="batch", low=1, typical=2, high=64)
     return (
-        InputSpec(name="x", shape=(batch, config.channels, config.side, config.side)),
-        InputSpec(name="t", shape=(batch,), low=0, high=999),
-        InputSpec(name="y", shape=(batch,), dtype="int64", low=0, high=config.classes + 1),
+        InputSpec(name="x", role="sample", shape=(batch, config.channels, config.side, config.side)),
+        InputSpec(name="t", role="timestep", shape=(batch,), low=0, high=999),
+        InputSpec(name="y", role="condition", shape=(batch,), dtype="int64", low=0, high=config.classes + 1),
     )
 
 
