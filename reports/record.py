@@ -175,6 +175,8 @@ class TargetRecord(Part):
     """
 
     name: str
+    kind: str = ""
+    """The target; another word than its name where a recipe names it. Older records leave it out."""
     parameters: dict[str, Any]
     installed: bool
     importable: bool

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from pydantic import Field
 from torch import nn
 
-from enginewright.ground.errors import ToolchainError, require
+from enginewright.ground.errors import ToolchainError, UnavailableError, require
 from enginewright.ground.reading import read_setting
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
@@ -224,6 +224,7 @@ class OnnxRuntime(Target):
             except Exception as cause:  # onnxruntime raises pybind classes of no common base
                 refusals.append(cause)
             else:
+                refuse_another(session, PROVIDERS[self.provider])
                 return session, left_out
         first = refusals[0]
         raise ToolchainError(f"ONNX Runtime refuses the graph: {str(first).splitlines()[0]}") from first
@@ -332,6 +333,16 @@ def unoptimized(path: Path, threads: int) -> SessionRunner:
     except Exception as cause:  # as above
         raise ToolchainError(f"ONNX Runtime refuses the graph: {str(cause).splitlines()[0]}") from cause
     return SessionRunner(session, path)
+
+
+def refuse_another(session: Any, wanted: str) -> None:
+    """Raise where a session does not run on what was asked for: ONNX Runtime falls back to the CPU without a word."""
+    found = session.get_providers()
+    if wanted not in found:
+        raise UnavailableError(
+            f"ONNX Runtime was asked for {wanted} and took {', '.join(found) or 'nothing'}",
+            help="its own log says why: often a library of the accelerator is missing (enginewright doctor)",
+        )
 
 
 def keep_only(path: Path, folder: Path) -> None:

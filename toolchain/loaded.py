@@ -186,7 +186,7 @@ def load(
 def first_engine(run: Run, folder: Path, target: str | None, threads: int) -> Runner:
     """The engine asked for, or the first that runs here."""
     reasons: list[str] = []
-    for name in [target] if target else [step.target.name() for step in run.recipe.targets]:
+    for name in [target] if target else [step.name for step in run.recipe.targets]:
         try:
             return engines_of(run, folder, name, threads)[0][name]
         except UnavailableError as cause:

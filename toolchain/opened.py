@@ -155,7 +155,7 @@ def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[
     runners: dict[str, Runner] = {}
     absent: dict[str, str] = {}
     for step in run.recipe.targets:
-        name = step.target.name()
+        name = step.name
         places = [place_of(step, folder, part) for part in parts_for(step, folder)]
         able = step.target.availability()
         if wanted and name != wanted:
@@ -167,7 +167,7 @@ def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[
         else:
             runners[name] = runner_of(step, folder, threads, lambda: replay(run, folder))
     if wanted and not runners and wanted not in absent:
-        names = ", ".join(step.target.name() for step in run.recipe.targets) or "no target"
+        names = ", ".join(step.name for step in run.recipe.targets) or "no target"
         raise ToolchainError(f"{str(folder)!r} has no engine {wanted!r}; it has {names}")
     if not runners:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items()) or "it was exported without targets"

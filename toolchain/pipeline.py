@@ -293,10 +293,11 @@ def traced_at(d: Dim) -> int:
 
 def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
     """Build one target where this machine can; a reason where it cannot."""
-    target, name = step.target, step.target.name()
+    target, name = step.target, step.name
     able = target.availability()
     found = record.TargetRecord(
         name=name,
+        kind=target.name(),
         parameters=target.model_dump(mode="json"),
         installed=able.installed.yes,
         importable=able.importable.yes,

@@ -45,7 +45,7 @@ def check_targets(recipe: Recipe) -> list[str]:
     faults: list[ToolchainError] = []
     notes = []
     for entry in recipe.targets:
-        name, reason = entry.target.name(), entry.target.availability().why_not("buildable")
+        name, reason = entry.name, entry.target.availability().why_not("buildable")
         if reason and entry.optional:
             notes.append(f"{name} is optional and cannot be built here: {reason}")
         elif reason:

@@ -138,7 +138,7 @@ def parts_for(step: TargetStep, folder: Path) -> tuple[str, ...]:
 
 def place_of(step: TargetStep, folder: Path, network: str) -> Path:
     """The folder of one engine."""
-    return folder / "engines" / f"{step.target.name()}{suffix(network)}"
+    return folder / "engines" / f"{step.name}{suffix(network)}"
 
 
 def runner_of(step: TargetStep, folder: Path, threads: int, module: Callable[[], nn.Module]) -> Runner:

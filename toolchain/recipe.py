@@ -17,7 +17,9 @@ optional = true         # this target's absence is no failure
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,10 +108,16 @@ class Head(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class TargetStep:
-    """A target asked for, and whether the export may do without it."""
+    """A target asked for, whether the export may do without it, and what it is called where that is another name."""
 
     target: Target
     optional: bool = False
+    called: str = ""
+
+    @property
+    def name(self) -> str:
+        """What its engines, figures and gates are told apart by."""
+        return self.called or self.target.name()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +185,9 @@ class Recipe:
             {
                 "target": t.target.name(),
                 "optional": t.optional,
+                **({"name": t.called} if t.called else {}),
                 **bare(t.target),
-                **(resolved or {}).get(t.target.name(), {}),
+                **(resolved or {}).get(t.name, {}),
             }
             for t in self.targets
         ]
@@ -190,9 +199,31 @@ def bare(parameters: BaseModel) -> dict[str, Any]:
     return parameters.model_dump(mode="json", exclude_none=True)
 
 
+NAME = re.compile("[A-Za-z0-9_]+")
+"""What a target may be called, since folders and gates are named after it."""
+
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where Linux says how much of the processors a container may use."""
+
+
 def threads_here() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those it may run on, and no more than a container's quota is worth."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = quota_of(CGROUPS)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def quota_of(place: Path) -> float | None:
+    """How many cores a container's quota is worth; None where there is none, or nothing says so."""
+    try:
+        if (place / "cpu.max").exists():
+            quota, period = (place / "cpu.max").read_text().split()
+        else:
+            quota, period = ((place / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        found = float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return None
+    return found if found > 0 else None
 
 
 def read(path: Path) -> Recipe:
@@ -238,9 +269,16 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
         attempt(partial(read_target, table, at(where, f"targets[{i}]")))
         for i, table in enumerate(tables(content, "targets", where, faults))
     ]
-    named = [t.target.name() for t in targets if t]
+    named = [t.name for t in targets if t]
     twice = sorted({name for name in named if named.count(name) > 1})
-    faults += [ToolchainError(f"target {name!r} stands twice", where=at(where, "targets")) for name in twice]
+    faults += [
+        ToolchainError(
+            f"target {name!r} stands twice",
+            where=at(where, "targets"),
+            help='tell them apart: name = "another", or --target NAME:name=another',
+        )
+        for name in twice
+    ]
     gates = [attempt(partial(parse, text, known=gate_names())) for text in (head.gates if head else ())]
     faults += [
         ToolchainError(f"a gate asks for target {gate.target!r}, which the recipe lacks", where=at(where, "gates"))
@@ -290,15 +328,17 @@ def read_step(table: Mapping[str, Any], where: str) -> Pass:
 
 
 def read_target(table: Mapping[str, Any], where: str) -> TargetStep:
-    """One target: ``target``, ``optional`` and its parameters."""
-    name, optional = table.get("target"), table.get("optional", False)
+    """One target: ``target``, ``optional``, ``name`` and its parameters."""
+    name, optional, called = table.get("target"), table.get("optional", False), table.get("name", "")
     if not isinstance(name, str):
         raise ToolchainError('a target needs target = "NAME"', where=where)
     if not isinstance(optional, bool):
         raise ToolchainError(f"optional is {optional!r}; it is true or false", where=where)
+    if not isinstance(called, str) or (called and not NAME.fullmatch(called)):
+        raise ToolchainError(f"name is {called!r}; it has letters, digits and underscores", where=where)
     cls = catalog.target_class(name, where=where)
-    rest = {key: value for key, value in table.items() if key not in ("target", "optional")}
-    return TargetStep(target=placed(lambda: cls(**rest), where), optional=optional)
+    rest = {key: value for key, value in table.items() if key not in ("target", "optional", "name")}
+    return TargetStep(target=placed(lambda: cls(**rest), where), optional=optional, called=called)
 
 
 def placed(build: Callable[[], Any], where: str) -> Any:

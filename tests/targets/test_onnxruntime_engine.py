@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from enginewright.ground.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.passes.contract import Context
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.quantize_weights import QuantizeWeights
@@ -21,7 +21,7 @@ from enginewright.targets import machine
 from enginewright.targets.contract import Graph, ShapeRange
 from enginewright.targets.dynamic_int8 import reduce_range, to_float
 from enginewright.targets.onnx_export import export_onnx, save
-from enginewright.targets.onnxruntime_engine import OnnxRuntime
+from enginewright.targets.onnxruntime_engine import OnnxRuntime, refuse_another
 from tests import graphs
 
 
@@ -348,3 +348,13 @@ def test_sizes_that_the_graph_does_not_take_are_named_without_a_traceback(tmp_pa
     assert runner({"x": np.ones((3, 4), np.float32)})["y"].shape == (2, 6)
     with pytest.raises(ToolchainError, match=r"cannot run the graph at batch = 3, time = 5 \(x \(3, 5\)\): .*Reshape"):
         runner({"x": np.ones((3, 5), np.float32)})
+
+
+def test_a_silent_fall_back_to_the_cpu_is_a_fault() -> None:
+    class Session:
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    refuse_another(Session(), "CPUExecutionProvider")
+    with pytest.raises(UnavailableError, match="asked for CUDAExecutionProvider and took CPUExecutionProvider"):
+        refuse_another(Session(), "CUDAExecutionProvider")

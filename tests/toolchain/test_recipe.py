@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from enginewright import catalog
+import enginewright
+from enginewright import catalog, pipeline
+from enginewright import recipe as recipes
 from enginewright.ground.errors import FaultsError, ToolchainError
-from enginewright.recipe import make, read
+from enginewright.progress import Progress
+from enginewright.recipe import make, read, threads_here
 
 
 def test_every_fault_is_found_at_once_with_file_and_key(tmp_path: Path) -> None:
@@ -54,6 +57,52 @@ def test_a_wrong_order_is_found_before_any_work() -> None:
 def test_a_target_may_stand_once() -> None:
     with pytest.raises(ToolchainError, match="'pytorch' stands twice"):
         make({"model": "dit:digits", "targets": [{"target": "pytorch"}, {"target": "pytorch"}]})
+
+
+def test_a_target_may_stand_twice_under_two_names(tmp_path: Path) -> None:
+    content = {
+        "model": "dit:tiny",
+        "gates": ["dynamic: fidelity.cosine >= 0.99", "onnxruntime: fidelity.cosine >= 0.99"],
+        "steps": [{"pass": "quantize_int8"}],
+        "targets": [{"target": "onnxruntime"}, {"target": "onnxruntime", "name": "dynamic", "int8": "dynamic"}],
+        "validation": {"rounds": 3, "calls": 1},
+    }
+    report, _ = pipeline.export(make(content), tmp_path / "out", force=False, progress=Progress(quiet=True))
+    assert [(target.name, target.kind) for target in report.targets] == [
+        ("onnxruntime", "onnxruntime"),
+        ("dynamic", "onnxruntime"),
+    ]
+    assert [gate.target for gate in report.gates] == ["dynamic", "onnxruntime"]
+    assert {path.name for path in (tmp_path / "out" / "engines").iterdir()} == {"onnxruntime", "dynamic"}
+    again = read(tmp_path / "out" / "recipe.toml")
+    assert [step.name for step in again.targets] == ["onnxruntime", "dynamic"]
+    assert enginewright.load(tmp_path / "out", "dynamic") is not None
+    with pytest.raises(ToolchainError, match="it has letters, digits and underscores"):
+        make({**content, "targets": [{"target": "onnxruntime", "name": "../dynamic"}]})
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2.0),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "what"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_quota_bounds_the_threads(
+    files: dict[str, str], cores: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert recipes.quota_of(tmp_path) == cores
+    monkeypatch.setattr(recipes, "CGROUPS", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)), raising=False)
+    assert threads_here() == (64 if cores is None else max(1, int(cores + 0.5)))
 
 
 def test_not_toml_and_not_there(tmp_path: Path) -> None:
