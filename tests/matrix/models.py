@@ -102,21 +102,6 @@ FOLDERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
             qk_norm="rms_norm",
         ),
     ),
-    "flux": (
-        "diffusers",
-        of_diffusers(
-            "FluxTransformer2DModel",
-            in_channels=4,
-            num_layers=2,
-            num_single_layers=3,
-            attention_head_dim=16,
-            num_attention_heads=4,
-            joint_attention_dim=12,
-            pooled_projection_dim=10,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
-        ),
-    ),
     "cogvideox": ("diffusers", lambda: tiny.cogvideox(num_layers=3, num_attention_heads=4)),
     "vae": ("diffusers", lambda: tiny.autoencoder()),
 }
@@ -129,6 +114,7 @@ STRINGS = {
     "tied": f"py:{NETS}:tied",
     "encoder": f"py:{NETS}:encoder",
     "recurrent": f"py:{NETS}:recurrent",
+    "flux": f"py:{NETS}:flux",
 }
 
 NAMES = (*STRINGS, *FOLDERS)

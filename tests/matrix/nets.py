@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from enginewright import ModelSpec
+
 
 class Convolutions(nn.Module):
     """Two convolutions with batch norm, whose running statistics have moved."""
@@ -98,3 +100,48 @@ def recurrent() -> tuple[nn.Module, dict[str, Tensor]]:
     """The network and one call."""
     torch.manual_seed(0)
     return Recurrent().eval(), {"x": torch.randn(2, 9, 16)}
+
+
+def flux() -> ModelSpec:
+    """A small Flux, called on pictures of a few tokens: by its own configuration they would have thousands."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    module = FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    batch, image, text = ("batch", 1, 8), ("image", 4, 64), ("text", 2, 32)
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 4),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+        "pooled_projections": torch.randn(2, 10),
+        "timestep": torch.tensor([0.1, 0.7]),
+        "img_ids": torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], dim=1),
+        "txt_ids": torch.zeros(5, 3),
+        "guidance": torch.tensor([3.5, 3.5]),
+    }
+    return ModelSpec(
+        module=module.eval(),
+        inputs=inputs,
+        dynamic={
+            "hidden_states": {0: batch, 1: image},
+            "encoder_hidden_states": {0: batch, 1: text},
+            "pooled_projections": {0: batch},
+            "timestep": {0: batch},
+            "img_ids": {0: image},
+            "txt_ids": {0: text},
+            "guidance": {0: batch},
+        },
+        ranges={"timestep": (0, 1), "img_ids": (0, 4), "guidance": (1, 6)},
+    )

@@ -41,9 +41,6 @@ numbers falls on either side. All others must equal to 1e-4."""
 EXPORTED_SETTING = {"convert_dtype": 0}
 """Which of a pass's settings is exported; the last, but ONNX Runtime has no bfloat16 convolutions on a CPU."""
 
-FEWER = {"flux": 1}
-"""Calls to calibrate on, of models whose typical pictures are large: half precision is slow on a CPU."""
-
 SCORE = '''
 import torch
 
@@ -69,7 +66,7 @@ def run_of(text: str, name: str, settings: dict[str, Any], folder: Path) -> pipe
         {
             "model": text,
             "steps": [{"pass": name, **step.model_dump(mode="json", exclude_none=True)}],
-            "calibration": {"calls": FEWER.get(Path(text).name, 4)},
+            "calibration": {"calls": 4},
             "validation": {"threads": 1, "calls": 2},
         },
         folder=folder,
