@@ -21,7 +21,7 @@ REASONS = "|".join(
         "needs (inputs|condition|adapters|file|constant)",
         "0 different teachers",
         "which stack is to be cut",
-        "one call of the model and got none",
+        "one call of the model and got none|stay the same over a run",
     )
 )
 """A pass that cannot plan says what it lacks: weights, calibration, a score, or parameters that have no default."""

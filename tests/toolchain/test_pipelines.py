@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import enginewright
-from enginewright import pipeline
+from enginewright import load, pipeline
 from enginewright.ground.errors import ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make
@@ -52,9 +51,9 @@ def test_a_pipeline_becomes_an_artifact_for_each_network_and_runs_on_them(
     pipe = diffusers.DiTPipeline.from_pretrained(dit_pipeline)
     wanted = pictures(pipe, class_labels=[1, 7], guidance_scale=1.0)
 
-    pipe.transformer = enginewright.load(out / "transformer")
+    pipe.transformer = load(out / "transformer")
     np.testing.assert_allclose(pictures(pipe, class_labels=[1, 7], guidance_scale=1.0), wanted, atol=1e-4)
-    pipe.vae.decode = enginewright.load(out / "vae_decoder")
+    pipe.vae.decode = load(out / "vae_decoder")
     np.testing.assert_allclose(pictures(pipe, class_labels=[1, 7], guidance_scale=1.0), wanted, atol=1e-4)
     assert np.abs(pictures(pipe, class_labels=[2, 3], guidance_scale=1.0) - wanted).max() > 1e-2
 
@@ -85,7 +84,7 @@ def test_a_unet_runs_inside_stable_diffusion(tmp_path: Path, enginewright: Comma
         "export", f"diffusers:{tmp_path / 'unet'}", "--target", "onnxruntime", "--no-validate", "--quiet"
     )
     assert run.returncode == 0, run.stderr
-    pipe.unet = enginewright.load(tmp_path / "out")
+    pipe.unet = load(tmp_path / "out")
     np.testing.assert_allclose(pictures(pipe, **call), wanted, atol=1e-4)
     with pytest.raises(ToolchainError, match="input 'sample' has shape"):
         pipe.unet(torch.ones(1, 5, 8, 8), 1, embeds[0])
@@ -176,7 +175,7 @@ def test_a_transformer_runs_inside_its_pipeline(name: str, tmp_path: Path) -> No
         }
     )
     pipeline.export(recipe, tmp_path / "out", force=False, progress=Progress(quiet=True))
-    pipe.transformer = enginewright.load(tmp_path / "out")
+    pipe.transformer = load(tmp_path / "out")
     assert (latents() - wanted).norm() < 1e-4 * wanted.norm()  # latents of random networks can grow to a thousand
     assert (latents(guidance_scale=6.0) - other).norm() < 1e-4 * other.norm()
     assert (other - wanted).norm() > 1e-3 * wanted.norm()
