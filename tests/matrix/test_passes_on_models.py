@@ -38,6 +38,16 @@ INEXACT = {
 4-bit products may round activations, 8-bit ones may take dynamic scales, and a value at the border of two 8-bit
 numbers falls on either side. All others must equal to 1e-4."""
 
+WIDE = {("convert_dtype", "flux"): 0.3}
+"""The same of single cells. Flux multiplies its timestep and guidance by 1000, where numbers in half precision are 0.5 to
+2 apart, and takes sines of that; an engine on a CPU computes it in fp32."""
+
+
+def tolerance(name: str, model: str) -> float:
+    """The relative error allowed for a pass on a model."""
+    return WIDE.get((name, model), INEXACT.get(name, 1e-4))
+
+
 EXPORTED_SETTING = {"convert_dtype": 0}
 """Which of a pass's settings is exported; the last, but ONNX Runtime has no bfloat16 convolutions on a CPU."""
 
@@ -117,8 +127,8 @@ def test_a_changed_model_is_exported_equal_at_two_sizes(name: str, model: str, s
             return
         out.mkdir()
         program = program_of(module)
-        for name, network in networks_of(module).items():
-            pipeline.write_graph(run, called_as(program, name, run.exported), network, graph_of(out, name))
+        for part, network in networks_of(module).items():
+            pipeline.write_graph(run, called_as(program, part, run.exported), network, graph_of(out, part))
     except ToolchainError:
         return  # said in words; the other test asks that nothing else is raised
     for part, network in networks_of(module).items():
@@ -128,7 +138,7 @@ def test_a_changed_model_is_exported_equal_at_two_sizes(name: str, model: str, s
             wanted = call(network, arrays)
             for got, want in zip(raw(path, arrays), wanted, strict=True):
                 assert got.shape == want.shape, f"{part} at {sizes}"
-                assert distance(got, want) <= INEXACT.get(name, 1e-4), f"{part} at {sizes}"
+                assert distance(got, want) <= tolerance(name, model), f"{part} at {sizes}"
     shutil.rmtree(out)
 
 
