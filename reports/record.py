@@ -101,6 +101,8 @@ class Fidelity(Part):
     cosine: Figure
     snr_db: Figure | None
     worst_column: Figure | None = None
+    more: dict[str, Figure | None] = {}
+    """Metrics that have no field of their own, by name."""
     calls: int | None = None
     """Over how many calls; those without an element to compare are not counted. Null in older reports."""
     worst_call: int | None = None
@@ -111,6 +113,14 @@ class Fidelity(Part):
     """The input that says which rows are real; every figure above is over those alone."""
     everywhere: dict[str, Figure | None] = {}
     """The worst over all rows, those that ``mask`` leaves out among them; empty without one."""
+
+    def value(self, metric: str) -> float | None:
+        """The figure of a metric, whether it has a field of its own or not."""
+        return self.more.get(metric) if metric not in type(self).model_fields else getattr(self, metric)
+
+
+FIGURES = ("max_abs", "mean_abs", "relative_l2", "cosine", "snr_db", "worst_column")
+"""Metrics with a field of their own in ``Fidelity``."""
 
 
 class Quality(Part):

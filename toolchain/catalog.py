@@ -1,5 +1,7 @@
 """What there is: models, sources, passes, targets, metrics, recipes; found as files, listed without importing any.
 
+Other installed packages add to it by entry points (``ground/plugins.py``); a name of ours stays ours.
+
 There is no list to edit: a file in the right folder is an entry, its name is the entry's name, and the first line of
 its docstring is the summary.
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from enginewright.ground import plugins
 from enginewright.ground.errors import unknown
 
 if TYPE_CHECKING:
@@ -47,10 +50,14 @@ class Entry:
     kind: str
     name: str
     path: Path
+    added: str = ""
+    """Dotted name of its module, where another package adds it."""
 
     @property
     def module(self) -> str:
         """Dotted name of its module."""
+        if self.added:
+            return self.added
         room = next(name for name in ROOMS if self.path.is_relative_to(folder_of(name)))
         return ".".join((room, *self.path.relative_to(folder_of(room)).with_suffix("").parts))
 
@@ -83,7 +90,13 @@ def entries(kind: str) -> dict[str, Entry]:
         "recipes": lambda: (folder_of("enginewright") / "recipes").glob("*.toml"),
     }[kind]()
     named = {path.stem.removesuffix("_engine").removesuffix("_source"): path for path in found}
-    return {name: Entry(kind, name, named[name]) for name in sorted(named)}
+    ours = {name: Entry(kind, name, path) for name, path in named.items()}
+    added = {
+        name: Entry(kind, name, path, module)
+        for name, module in plugins.installed(kind).items()
+        if name not in ours and (path := plugins.file_of(module)) is not None
+    }
+    return dict(sorted((ours | added).items()))
 
 
 def listing(kind: str) -> list[tuple[str, str]]:

@@ -208,10 +208,12 @@ def as_record(output: OutputFidelity, mask: str = "") -> record.Fidelity:
 
     The infinite signal-to-noise ratio of equal outputs is null there; other infinities stand as they are.
     """
+    worst_of = null_if_equal(output.worst)
     return record.Fidelity.model_validate(
         {
             "output": output.output,
-            **null_if_equal(output.worst),
+            **{name: value for name, value in worst_of.items() if name in record.FIGURES},
+            "more": {name: value for name, value in worst_of.items() if name not in record.FIGURES},
             "calls": output.calls,
             "worst_call": output.worst_call,
             "median": null_if_equal(output.median),
@@ -408,14 +410,14 @@ def value_of(name: str, target: record.TargetRecord) -> tuple[float | None, str]
 
 def fidelity_of(key: str, outputs: Sequence[record.Fidelity], reason: str) -> tuple[float | None, str]:
     """The worst of a metric over the outputs; null stands for equal outputs in ``snr_db``, else for not measured."""
-    values = [getattr(output, key) for output in outputs]
+    values = [output.value(key) for output in outputs]
     if not values:
         return None, reason
     if key == "snr_db":
         values = [math.inf if value is None else value for value in values]
     if None in values:
         return None, f"{outputs[values.index(None)].output} has no {key}"
-    return worst(load_metrics()[key], values), ""
+    return worst(load_metrics()[key], [value for value in values if value is not None]), ""
 
 
 def doubt_of(name: str, target: record.TargetRecord) -> tuple[tuple[float, float] | None, str]:

@@ -53,6 +53,14 @@ class Metric(ABC):
 
     higher_is_better: ClassVar[bool]
     unit: ClassVar[str] = ""
+    relative_tolerance: ClassVar[float | None] = 0.25
+    """How much worse a figure may be than a baseline's, as a share of it."""
+    absolute_tolerance: ClassVar[float | None] = None
+    """How much worse it may be, in its own unit; beside a relative one both are added."""
+    kept: ClassVar[bool] = True
+    """Whether a baseline keeps it; not where another figure says the same."""
+    compares: ClassVar[bool] = False
+    """Whether it is of a candidate beside the original, so that the original's own says nothing."""
     kind: ClassVar[Literal["fidelity", "quality"]]
 
 
@@ -60,6 +68,7 @@ class OutputMetric(Metric):
     """Compares one output of an engine with the original's."""
 
     kind = "fidelity"
+    absolute_tolerance = 1e-5  # the order of float32 additions changes with threads and CPU; quantization is far above
 
     @abstractmethod
     def measure(self, original: Array, candidate: Array) -> float:

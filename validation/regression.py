@@ -2,7 +2,7 @@
 
 A figure's key says where it is from: ``onnxruntime/fidelity.cosine/logits``, ``onnxruntime/latency.ratio``,
 ``model/parameter_count``. Each carries its own tolerance and direction, so that a baseline can be read, reviewed and
-edited by hand. ``snr_db`` is no figure: it is ``relative_l2`` in decibels.
+edited by hand.
 
 Times come with intervals, and intervals are compared: a slow-down is one when the lower end now lies above the upper
 end then, by more than the tolerance. The ratio to the original, timed in turns with it, cancels what slows both: so the
@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from enginewright.ground.errors import ToolchainError, invalid, raise_faults
 from enginewright.ground.reading import read_json
 from enginewright.ground.writing import write_where_told
+from enginewright.validation.contract import Metric
 from enginewright.validation.metrics import load_metrics
 
 SCHEMA: Literal[1] = 1
@@ -122,25 +123,8 @@ ORIGINAL = Tolerance(relative=0.1)
 SEEN = 0.1
 """The slow-down that a comparison must be able to show before it may say *same*."""
 
-ERRORS = Tolerance(relative=0.25, absolute=1e-5)
-"""The floor is the order of float32 additions, which changes with threads and CPU; quantization is far above it."""
-
-_BY_NAME = {
-    # 1e-4 is an error of 1.4 % in relative_l2, which has its own, finer bound.
-    "fidelity.cosine": Tolerance(absolute=1e-4),
-    # A share of samples: at 0.98 of 300, two of its standard deviations are 0.016.
-    "quality.judged_as_asked": Tolerance(absolute=0.02),
-    # 1 dB is 12 % of the error's size.
-    "quality.psnr_db": Tolerance(absolute=1.0),
-}
-_TO_ORIGINAL = ("psnr_db",)
-"""Figures that compare with the original, so that the original's own say nothing."""
-
 GIVEN = Tolerance(relative=0.01)
 """For figures of the user's own until they set a better one in the baseline."""
-
-_QUALITY = Tolerance(relative=0.25)
-"""Other figures of sampling runs, the Frechet ones among them: covariances of a few hundred samples are noisy."""
 
 
 def figures_from(record: Mapping[str, Any], given: Mapping[str, Figure] | None = None) -> dict[str, Figure]:
@@ -314,23 +298,26 @@ def _target_figures(target: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
         if timed.get("original_low_s") is not None:
             ends = timed["original_low_s"], timed["original_high_s"]
             yield _LATENCY[1], _timed(timed["original_median_s"], *ends, ORIGINAL)
-    compared = {name: each for name, each in load_metrics().items() if each.kind == "fidelity" and name != "snr_db"}
+    metrics = load_metrics()
     for entry in target.get("fidelity") or []:
-        for name, metric in compared.items():
-            if entry.get(name) is not None:
-                tolerance = _BY_NAME.get(f"fidelity.{name}", ERRORS)
-                yield (
-                    f"fidelity.{name}/{entry['output']}",
-                    Figure(value=entry[name], tolerance=tolerance, higher_is_better=metric.higher_is_better),
-                )
+        for name, metric in metrics.items():
+            value = entry.get(name, (entry.get("more") or {}).get(name))
+            if metric.kind == "fidelity" and metric.kept and value is not None:
+                yield f"fidelity.{name}/{entry['output']}", _figure(value, metric)
     for entry in target.get("quality") or []:
-        if entry["value"] is not None:
-            name = f"quality.{entry['name'].removeprefix('quality.')}"
-            tolerance = _BY_NAME.get(name, _QUALITY)
-            better = {"tolerance": tolerance, "higher_is_better": entry["higher_is_better"]}
-            yield name, Figure(value=entry["value"], **better)
-            if entry.get("original") is not None and entry["name"] not in _TO_ORIGINAL:
-                yield f"{name}/original", Figure(value=entry["original"], **better)
+        name = entry["name"].removeprefix("quality.")
+        known = metrics.get(name)
+        if entry["value"] is None or known is None or not known.kept:
+            continue
+        yield f"quality.{name}", _figure(entry["value"], known)
+        if entry.get("original") is not None and not known.compares:
+            yield f"quality.{name}/original", _figure(entry["original"], known)
+
+
+def _figure(value: float, metric: Metric) -> Figure:
+    """A value of a metric, with the metric's own direction and tolerance."""
+    tolerance = Tolerance(relative=metric.relative_tolerance, absolute=metric.absolute_tolerance)
+    return Figure(value=value, tolerance=tolerance, higher_is_better=metric.higher_is_better)
 
 
 def _lower(value: float, tolerance: Tolerance) -> Figure:

@@ -39,8 +39,8 @@ INEXACT = {
 numbers falls on either side. All others must equal to 1e-4."""
 
 WIDE = {("convert_dtype", "flux"): 0.3}
-"""The same of single cells. Flux multiplies its timestep and guidance by 1000, where numbers in half precision are 0.5 to
-2 apart, and takes sines of that; an engine on a CPU computes it in fp32."""
+"""The same of single cells. Flux multiplies its timestep and guidance by 1000, where numbers in half precision are 0.5
+to 2 apart, and takes sines of that; an engine on a CPU computes it in fp32."""
 
 
 def tolerance(name: str, model: str) -> float:

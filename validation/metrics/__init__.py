@@ -1,4 +1,4 @@
-"""One file a metric; the file's name is the metric's name."""
+"""One file a metric; the file's name is the metric's name. Other installed packages add theirs by entry points."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
+from enginewright.ground import plugins
+
 if TYPE_CHECKING:
     from enginewright.validation.contract import Metric
 
 
 def load_metrics() -> dict[str, Metric]:
-    """Every metric of this folder by name, in the order of the names. Imports them, and numpy with them."""
-    return {found.name: _only_metric(found.name) for found in pkgutil.iter_modules(__path__)}
+    """Every metric by name, in the order of the names. Imports them, and numpy with them."""
+    ours = {found.name: f"{__name__}.{found.name}" for found in pkgutil.iter_modules(__path__)}
+    modules = plugins.installed("metrics") | ours
+    return {name: _only_metric(modules[name]) for name in sorted(modules)}
 
 
 def _only_metric(name: str) -> Metric:
     from enginewright.validation.contract import Metric  # numpy: not before it is needed
 
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = importlib.import_module(name)
     own = [thing for thing in vars(module).values() if isinstance(thing, type) and thing.__module__ == module.__name__]
     metrics = [thing for thing in own if issubclass(thing, Metric)]
     if len(metrics) != 1:

@@ -23,6 +23,9 @@ class PsnrDb(SampleMetric):
 
     higher_is_better = True
     unit = "dB"
+    relative_tolerance = None
+    absolute_tolerance = 1.0  # 1 dB is 12 % of the error's size
+    compares = True
 
     def measure(self, task: SamplingTask, original: Drawn, candidate: Drawn) -> float:
         """Pictures (n, C, H, W) of both runs, drawn from the same noise."""

@@ -14,6 +14,7 @@ class SnrDb(OutputMetric):
 
     higher_is_better = True
     unit = "dB"
+    kept = False  # it is relative_l2 in decibels
 
     def measure(self, original: Array, candidate: Array) -> float:
         """Infinite when equal, minus infinite when only the original is zero."""
