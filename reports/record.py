@@ -208,6 +208,10 @@ class TargetRecord(Part):
     fidelity: list[Fidelity] = []
     fidelity_to_original: list[Fidelity] = []
     """To the untouched original, where steps meant to compute something else than that; else as ``fidelity``, empty."""
+    fidelity_in_half: list[Fidelity] = []
+    """Of PyTorch in true half precision, which the export was asked for: a CPU's engine computes it in fp32."""
+    doubt: str = ""
+    """Why no gate may rest on its fidelity; empty where one may."""
     quality: list[Quality] = []
     latency: Latency | None = None
     sizes: list[SizeCheck] = []

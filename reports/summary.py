@@ -161,7 +161,10 @@ def how_compared(target: TargetRecord) -> str:
     if not target.fidelity:
         return ""
     worst = _furthest(target)
-    return "; ".join(filter(None, (calls(worst), rows(worst), beside_original(target))))
+    half = max((output.relative_l2 for output in target.fidelity_in_half), default=None)
+    in_half = "" if half is None else f"in true half precision {words.number(half)}"
+    doubt = "no gate rests on it" if target.doubt else ""
+    return "; ".join(filter(None, (calls(worst), rows(worst), in_half, beside_original(target), doubt)))
 
 
 def beside_original(target: TargetRecord) -> str:

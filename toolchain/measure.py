@@ -44,6 +44,7 @@ def measure(
     progress: Progress,
     sized: Sequence[SizedCall] = (),
     untouched: Model | None = None,
+    half: Runner | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[record.Samples]]:
     """Measure every runner beside the original.
 
@@ -57,6 +58,7 @@ def measure(
         progress: told of each stage.
         sized: calls at other than typical sizes, with the original's answers.
         untouched: the original where that is not what the runners are held against; compared with as well.
+        half: what they are to compute in half precision, in PyTorch; where a CPU computes that in fp32.
 
     Returns:
         For each runner the fields of its ``TargetRecord`` that were measured, and pictures for the report.
@@ -68,6 +70,10 @@ def measure(
         wanted = answers_of(original, inputs)
         for name, runner in runners.items():
             found[name] |= outputs_of(runner, inputs, wanted, mask=model.mask)
+        if half is not None:
+            tried = in_half(half, inputs, wanted, model.mask)
+            for name in runners:
+                found[name] |= tried
     if untouched is not None:
         with progress.stage("compare with the untouched original"):
             calls = validation_calls(untouched, settings.calls, seed)
@@ -91,6 +97,18 @@ def measure(
         for name, timed in time_all(original, fit, call, settings, seed, threads, progress).items():
             found[name]["latency"] = timed
     return found, pictures
+
+
+def in_half(half: Runner, inputs: Sequence[Arrays], wanted: Sequence[Arrays], mask: str) -> dict[str, Any]:
+    """Fidelity of true half precision; a note where it could not be computed."""
+    try:
+        got = [half(call) for call in inputs]
+    except ToolchainError as error:
+        return {"notes": [f"half precision was not tried in PyTorch: {error.message}"]}
+    if faults := non_finite(got):
+        return {"faults": [f"in half precision, {fault}" for fault in faults]}
+    found = compared(wanted, got, masks_of(mask, inputs), mask)
+    return {"fidelity_in_half": found.get("fidelity", [])}
 
 
 def beside_untouched(
@@ -395,7 +413,7 @@ def value_of(name: str, target: record.TargetRecord) -> tuple[float | None, str]
     kind, _, key = name.partition(".")
     reason = target.reason or "validation was skipped"
     if kind == "fidelity":
-        return fidelity_of(key, target.fidelity, reason)
+        return fidelity_of(key, [*target.fidelity, *(target.fidelity_in_half if target.fidelity else ())], reason)
     if kind == ORIGINAL:
         return fidelity_of(key, target.fidelity_to_original or target.fidelity, reason)
     if kind == "quality":
@@ -422,6 +440,8 @@ def fidelity_of(key: str, outputs: Sequence[record.Fidelity], reason: str) -> tu
 
 def doubt_of(name: str, target: record.TargetRecord) -> tuple[tuple[float, float] | None, str]:
     """The interval of a figure that a gate names, where it has one; and why nothing may rest on it, or nothing."""
+    if name.startswith("fidelity"):
+        return None, target.doubt
     if target.latency is None or not name.startswith("latency."):
         return None, ""
     interval = (target.latency.ratio_low, target.latency.ratio_high) if name == "latency.ratio" else None

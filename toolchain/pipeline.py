@@ -17,6 +17,7 @@ from enginewright import (
     __version__,
     artifact,
     at_sizes,
+    doubts,
     environment,
     origin,
     preflight,
@@ -382,6 +383,7 @@ def validate(
         graph = {"graph": proven(run)} if run.proofs else {}
         return targets, [], {"skipped": "no target that runs on this machine", **graph}
     intended = run.intended
+    half, why_not = doubts.in_half(run.recipe, module, intended.outputs)
     measured, pictures = measure(
         intended,
         at_sizes.eager(intended, run.threads),
@@ -392,6 +394,7 @@ def validate(
         progress=run.progress,
         sized=run.sized,
         untouched=run.model if run.state and run.state.intents else None,
+        half=half,
     )
     how: dict[str, Any] = {
         "inputs": kind_of_inputs(intended),
@@ -402,7 +405,11 @@ def validate(
         **({"graph": proven(run)} if run.proofs else {}),
     }
     for found in targets:
-        found.notes = [*found.notes, *(notes_of(runners[found.name]) if found.name in runners else ())]
+        own = measured.get(found.name, {})
+        told = notes_of(runners[found.name]) if found.name in runners else []
+        told += [f"half precision was not tried in PyTorch: {why_not}"] if why_not else []
+        found.notes = [*found.notes, *told, *own.pop("notes", [])]
+        found.doubt = doubts.of_guessed_ranges(run.recipe, run.model, run.recipe.steps, found)
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -345,3 +346,74 @@ def test_without_an_intent_both_figures_are_one(artifact: Path) -> None:
     target = record.read(artifact / "report.json").targets[0]
     assert target.fidelity_to_original == []
     assert value_of("fidelity_to_original.cosine", target) == value_of("fidelity.cosine", target)
+
+
+NET = """
+import torch
+from torch import nn
+from enginewright import ModelSpec
+
+def build(**more):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    return ModelSpec(module=net, inputs={"input": torch.randn(4, 64)}, **more)
+
+def known():
+    return build(ranges={"input": (-1, 1)})
+
+def far():
+    spec = build()
+    spec.module[0].weight.data *= 5000.0
+    spec.module[0].bias.data += 60_000.0
+    spec.module[2].weight.data[:, 0] = 0.001
+    return spec
+"""
+
+
+def of_net(folder: Path, name: str, **content: Any) -> tuple[record.Report, int]:
+    (folder / "net.py").write_text(NET)
+    asked = {"model": f"py:net.py:{name}", "validation": {"rounds": 3, "calls": 2}, "calibration": {"calls": 2}}
+    recipe = make({**asked, **content}, folder=folder)
+    return pipeline.export(recipe, folder / "out", force=True, progress=QUIET)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("build", "inconclusive"), ("known", "met")])
+def test_guessed_ranges_gate_nothing_for_static_8_bits(name: str, wanted: str, tmp_path: Path) -> None:
+    report, code = of_net(
+        tmp_path,
+        name,
+        gates=["fidelity.cosine >= 0.5"],
+        steps=[{"pass": "quantize_int8", "smallest": 0}],
+        targets=[{"target": "onnxruntime", "int8": "static"}],
+    )
+    assert [gate.verdict for gate in report.gates] == [wanted]
+    assert code == (0 if wanted == "met" else 3)
+    assert ("guessed ranges of input" in report.targets[0].doubt) == (wanted != "met")
+
+
+def test_dynamic_scales_and_plain_exports_rest_on_no_guess(tmp_path: Path) -> None:
+    dynamic = {"target": "onnxruntime", "int8": "dynamic"}
+    gates = ["fidelity.cosine >= 0.5"]
+    report, _ = of_net(tmp_path, "build", gates=gates, steps=[{"pass": "quantize_int8"}], targets=[dynamic])
+    assert [gate.verdict for gate in report.gates] == ["met"]
+    report, _ = of_net(tmp_path, "build", gates=gates, targets=[{"target": "onnxruntime"}])
+    assert [gate.verdict for gate in report.gates] == ["met"]
+
+
+def test_an_export_in_half_is_judged_in_true_half_precision(tmp_path: Path) -> None:
+    gates = ["fidelity.relative_l2 <= 1e-5"]
+    targets = [{"target": "onnxruntime"}]
+    report, _ = of_net(tmp_path, "build", gates=gates, targets=targets, export={"dtype": "float16"})
+    [half] = report.targets[0].fidelity_in_half
+    assert 1e-4 < half.relative_l2 < 0.05
+    assert report.gates[0].verdict == "missed"
+    assert report.gates[0].value >= half.relative_l2
+    assert "in true half precision" in (tmp_path / "out" / "report.md").read_text()
+    plain, _ = of_net(tmp_path, "build", gates=gates, targets=targets)
+    assert plain.targets[0].fidelity_in_half == []
+
+
+def test_what_overflows_in_half_is_a_fault_though_a_cpu_computes_it(tmp_path: Path) -> None:
+    report, code = of_net(tmp_path, "far", targets=[{"target": "onnxruntime"}], export={"dtype": "float16"})
+    assert code == 1
+    assert any("half precision" in fault for fault in report.targets[0].faults)
