@@ -336,6 +336,39 @@ def test_a_layer_that_is_called_twice_is_changed_once(tmp_path: Path) -> None:
     assert to_float(model) == 2
 
 
+def test_seven_bits_of_one_layer_leave_layers_that_share_its_constants_alone(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (8, 8)).astype(np.int8)
+    quantized = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "step", "none"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "step", "none"], ["x8"]),
+    ]
+    layers = []
+    for name, held, scale in (("a", "w", "s"), ("b", "w", "s2"), ("c", "w2", "s")):
+        layers += [
+            onnx.helper.make_node("DequantizeLinear", [held, scale], [f"{name}.w"]),
+            onnx.helper.make_node("MatMul", ["x8", f"{name}.w"], [name], name=name),
+        ]
+    constants = {
+        **{"w": weight, "w2": weight[::-1].copy(), "s": np.float32(0.02), "s2": np.float32(0.05)},
+        **{"step": np.float32(0.03), "none": np.int8(0)},
+    }
+    nodes = [*quantized, *layers]
+    path = graphs.write(tmp_path / "m.onnx", nodes, [graphs.tensor("x", [4, 8])], ["a", "b", "c"], constants)
+    model = ir.load(path)
+    for node in model.graph:
+        node.metadata_props["module"] = node.name or ""
+    call = {"x": rng.standard_normal((4, 8)).astype(np.float32)}
+    wanted = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, call)
+    assert reduce_range(model, {"a"}) == 1
+    ir.save(model, tmp_path / "reduced.onnx")
+    got = onnxruntime.InferenceSession(tmp_path / "reduced.onnx", providers=["CPUExecutionProvider"]).run(None, call)
+    assert np.array_equal(got[1], wanted[1])
+    assert np.array_equal(got[2], wanted[2])
+    assert 0 < np.linalg.norm(got[0] - wanted[0]) / np.linalg.norm(wanted[0]) < 0.05
+    assert ir.load(tmp_path / "reduced.onnx").graph.initializers.keys() == {*constants, "w.7bit", "s.7bit"}
+
+
 def test_sizes_that_the_graph_does_not_take_are_named_without_a_traceback(tmp_path: Path) -> None:
     path = graphs.write(
         tmp_path / "m.onnx",
