@@ -11,7 +11,7 @@ twice, the call is made on shapes alone: what raises or changes shape is found t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from enginewright.passes.contract import Context, Inputs
 from enginewright.passes.on_shapes import on_shapes
 from enginewright.passes.pruning.probes import evaluating
 from enginewright.passes.surgery import linear_like, share
-from enginewright.passes.traits import FeedForward, HeadedAttention, trait_of
+from enginewright.passes.traits import FeedForward, HeadedAttention, layers_of, trait_of
 
 LARGEST = 4 * 1024**3
 """Bytes of weights above which a model is not run for an audit, but looked at on shapes."""
@@ -213,6 +213,13 @@ def without_proof(
         if verdicts[key]:
             reasons[path] = verdicts[key]
     return reasons
+
+
+def unproven(model: nn.Module, paths: Collection[str], context: Context) -> dict[str, str]:
+    """Why some layers at these paths are not what they look like, as attention or as feed-forwards."""
+    heads = {path: layer for path, layer in layers_of(model, HeadedAttention) if path in paths}
+    hidden = {path: layer for path, layer in layers_of(model, FeedForward) if path in paths}
+    return without_proof(model, heads, context) | without_proof(model, hidden, context)
 
 
 def refuted(seen: Seen, call: Call, module: nn.Module, layer: HeadedAttention | FeedForward) -> str:

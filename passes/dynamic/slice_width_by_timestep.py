@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, FLOAT_WEIGHTS, ONE_NETWORK, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Table
+from enginewright.passes.audit import unproven
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.masking import columns_of, mask_units
@@ -76,6 +77,9 @@ class SliceWidthByTimestep(Pass):
         layers = self.layers(model)
         check_patterns(self.exclude, layers, what="attention layer or feed-forward")
         skipped = {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
+        layers = {path: layer for path, layer in layers.items() if path not in skipped}
+        disproved = unproven(model, {path.removesuffix(":ffn") for path in layers}, context)
+        skipped |= {path: disproved[own] for path in layers if (own := path.removesuffix(":ffn")) in disproved}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
         told = self.told(context) if layers else self
         scores, costs = told.scores(model, layers, context) if layers else ({}, {})

@@ -19,6 +19,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, UNBLENDED_ATTENTION, UNMARKED_HEADS, Fact
+from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, NewInput, Pass, Plan
 from enginewright.passes.heads.softpag import Perturbation, blocks_before, entries, names_of
 from enginewright.passes.networks import each_network, local
@@ -68,11 +69,11 @@ class PerturbHeads(Pass):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Find the heads. Raises ``ToolchainError`` for a pattern that matches no layer, or an absent head."""
-        del context
         layers = dict(layers_of(model, HeadedAttention))
         skipped = uncut(model, layers)
         check_patterns(self.heads, [*layers, *skipped], what="attention layer", setting="heads")
         skipped |= unblended(layers, self.perturbation())
+        skipped |= without_proof(model, {path: each for path, each in layers.items() if path not in skipped}, context)
         chosen = {path: self.chosen(path, layer) for path, layer in layers.items() if path not in skipped}
         skipped |= {path: "none of its heads was asked for" for path, heads in chosen.items() if not heads}
         choice = entries(chosen, model)

@@ -22,6 +22,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, UNMARKED_HEADS, Fact
+from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import SCORE_HELP, Context, Json, NewInput, Pass, Plan, Score, digest_of
 from enginewright.passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
 from enginewright.passes.heads.search_log import SearchLog
@@ -78,6 +79,7 @@ class SelectHeads(Pass):
         skipped = uncut(model, layers)
         check_patterns(self.layers, [*layers, *skipped], what="attention layer", setting="layers")
         skipped |= self.left_out({path: layer for path, layer in layers.items() if path not in skipped})
+        skipped |= without_proof(model, {path: each for path, each in layers.items() if path not in skipped}, context)
         pool = {path: layer.heads for path, layer in layers.items() if path not in skipped}
         self.check_enough(pool)
         log = SearchLog(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import DENSE_FEED_FORWARDS, FLOAT_WEIGHTS, Fact
+from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.moe.experts import (
     CapacityExperts,
@@ -118,6 +119,8 @@ class DenseToMoe(Pass):
             skipped[""] = "no family knows a feed-forward in it"
         skipped |= {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
+        skipped |= (disproved := without_proof(model, layers, context))
+        layers = {path: layer for path, layer in layers.items() if path not in disproved}
         scores = self.scores(model, layers, context)
         units = {path: self.deal(score) for path, score in scores.items()}
         groups = {path: Groups.of(experts, layers[path].hidden) for path, (_, experts) in units.items()}

@@ -32,6 +32,7 @@ from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.stacks import stacks_of
 from enginewright.passes.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
+from enginewright.passes.walking import why_not_without
 
 Stacks = Mapping[str, BlockStack]
 
@@ -93,6 +94,8 @@ class MixtureOfBlocks(Pass):
         skipped |= others
         if not stacks and not others:
             skipped[""] = "no family knows a stack of blocks in it"
+        stacks = {path: stack for path, stack in stacks.items() if path not in skipped}
+        skipped |= {path: why for path, s in stacks.items() if (why := why_not_without(model, path, s, (), context))}
         stacks = {path: stack for path, stack in stacks.items() if path not in skipped}
         if not stacks:
             return Plan(choice={}, skipped=skipped)

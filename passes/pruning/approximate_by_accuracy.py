@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
+from enginewright.passes.audit import unproven
 from enginewright.passes.contract import SCORE_HELP, Context, Losses, Pass, Plan, Score
 from enginewright.passes.pruning.elements import Element, Entry, carry_out, elements_of
 from enginewright.passes.pruning.probes import evaluating
@@ -66,6 +67,7 @@ class ApproximateByAccuracy(Pass):
         check_patterns(self.exclude, [element.path for element in everything], what="layer")
         skipped = {path: fixed.reason for path, fixed in layers_of(model, FixedAttention)}
         skipped |= {e.path: reason for e in everything if (reason := excluded_by(e.path, self.exclude))}
+        skipped |= unproven(model, {e.path for e in everything if e.path not in skipped}, context)
         elements = [element for element in everything if element.path not in skipped]
         if not elements:
             return Plan(choice={}, skipped=skipped, facts={"trials": []})

@@ -7,10 +7,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes import audit
 from enginewright.passes.audit import difference, disagreement, see
 from enginewright.passes.contract import Context
 from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
+from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
+from enginewright.passes.heads.perturb_heads import PerturbHeads
+from enginewright.passes.heads.select_heads import SelectHeads
+from enginewright.passes.moe.dense_to_moe import DenseToMoe
+from enginewright.passes.pruning.approximate_by_accuracy import ApproximateByAccuracy
 from enginewright.passes.pruning.prune_heads import PruneHeads
 from enginewright.passes.pruning.prune_width import PruneWidth
 from enginewright.passes.tokens.prune_tokens import PruneTokens
@@ -82,18 +88,58 @@ def test_a_convolution_between_two_projections_keeps_the_hidden_units():
 
 
 def test_what_stands_between_two_projections_is_found_though_it_keeps_every_shape():
-    class Mixing(nn.Module):  # what `prune_width` takes for a feed-forward of ours
-        def __init__(self):
-            super().__init__()
-            self.fc1, self.act, self.fc2 = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
-
-        def forward(self, x):
-            return self.fc2(self.act(self.fc1(x)).softmax(dim=-1))
-
     model = nn.Sequential(Mixing())
     plan = PruneWidth().plan(model, Context(example={"input": torch.randn(3, 8)}))
     assert plan.choice == {}
     assert plan.skipped["0"].endswith("with one hidden unit taken out it gives other values")
+
+
+class Mixing(nn.Module):
+    """What families take for a feed-forward of ours; its softmax makes every hidden unit hang on all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)).softmax(dim=-1))
+
+
+class Timed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = Mixing()
+
+    def forward(self, x, t):
+        return self.mix(x) * (1 + t[:, None])
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        DenseToMoe(experts=4, top_k=1),
+        SliceWidthByTimestep(steps=4, importance="activation", groups=4),
+        ApproximateByAccuracy(score="s"),
+    ],
+    ids=lambda step: step.name(),
+)
+def test_no_pass_believes_a_feed_forward_that_is_none(step):
+    call = {"x": torch.randn(3, 8), "t": torch.rand(3)}
+    context = Context(example=call, calibration=[call], score_of=lambda text: lambda module: 0.0)
+    plan = step.plan(Timed().eval(), context)
+    assert plan.choice == {}
+    assert any("does not compute like one" in reason for reason in plan.skipped.values())
+
+
+def test_no_pass_believes_attention_with_a_bias_for_each_head():
+    config = transformers.BeitConfig(**PICTURE, use_relative_position_bias=True)
+    model, call = randomise(transformers.BeitModel(config)), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    context = Context(example=call, calibration=[call], score_of=lambda text: lambda module: 0.0)
+    plan = PerturbHeads().plan(model, context)
+    assert plan.choice == {}
+    assert any("with one head taken out" in reason for reason in plan.skipped.values())
+    with pytest.raises(ToolchainError, match="there are 0 to choose from"):
+        SelectHeads(score="s", candidates=1).plan(model, context)
 
 
 def test_layers_that_never_run_and_models_without_a_call_are_believed_by_their_structure():
