@@ -31,7 +31,7 @@ pytestmark = pytest.mark.matrix
 PASSES = tuple(catalog.entries("passes"))
 
 INEXACT = {
-    **dict.fromkeys(("convert_dtype", "quantize_int8", "quantize_svd", "search_precision"), 5e-2),
+    **dict.fromkeys(("convert_dtype", "quantize_fp8", "quantize_int8", "quantize_svd", "search_precision"), 5e-2),
     "quantize_weights": 2e-2,
 }
 """Relative errors allowed where an engine computes in another form than PyTorch: half precision rounds elsewhere,
