@@ -31,11 +31,11 @@ from enginewright.ground.program import Hoisted
 from enginewright.ground.reading import parse_json, read_tensors, read_text
 from enginewright.ground.signature import Signature
 from enginewright.ground.writing import write_text
-from enginewright.passes.graph.module import GraphModule, is_parameter, weights_of
+from enginewright.passes.kernel.graph_module import GraphModule, is_parameter, weights_of
+from enginewright.passes.kernel.on_shapes import on_shapes
+from enginewright.passes.kernel.plain import plain
+from enginewright.passes.kernel.surgery import follow, several_names
 from enginewright.passes.networks import networks_of, program_of
-from enginewright.passes.on_shapes import on_shapes
-from enginewright.passes.plain import plain
-from enginewright.passes.surgery import follow, several_names
 
 Inputs = dict[str, Tensor]
 Json = Any

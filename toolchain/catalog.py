@@ -82,7 +82,9 @@ def entries(kind: str) -> dict[str, Entry]:
     found = {
         "models": lambda: family_files(folder_of("enginewright") / "models", apart={"blocks"}),
         "sources": lambda: (folder_of("enginewright") / "sources").glob("*_source.py"),
-        "passes": lambda: family_files(folder_of("enginewright.passes"), apart={"families"}, holding="(Pass)"),
+        "passes": lambda: family_files(
+            folder_of("enginewright.passes"), apart={"families", "kernel"}, holding="(Pass)"
+        ),
         "targets": lambda: folder_of("enginewright.targets").glob("*_engine.py"),
         "metrics": lambda: (
             p for p in (folder_of("enginewright.validation") / "metrics").glob("*.py") if p.stem != "__init__"

@@ -11,7 +11,7 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.signature import Arrays
 from enginewright.passes.contract import Pass
-from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.recipe import Recipe
 from enginewright.reports import record, words
 from enginewright.sources.contract import Model

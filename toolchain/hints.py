@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from enginewright.passes.contract import Plan, module_at
-from enginewright.passes.patterns import PATTERN, keeps_pattern
+from enginewright.passes.kernel.patterns import PATTERN, keeps_pattern
 
 
 @dataclass

@@ -17,7 +17,7 @@ from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import InputSpec
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.surgery import share
 from enginewright.pipeline import Run
 from enginewright.programs import parts_for, place_of, runner_of
 from enginewright.progress import Progress

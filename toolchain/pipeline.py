@@ -41,7 +41,7 @@ from enginewright.ground.signature import Dim
 from enginewright.hints import Hints
 from enginewright.measure import judge_gates, measure, refuse_unsteady
 from enginewright.passes.contract import Inputs, Pass, Plan, Result, cost
-from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.passes.networks import networks_of, program_of
 from enginewright.programs import (
     called_as,

@@ -24,7 +24,7 @@ from enginewright.ground.reading import read_json
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
 from enginewright.passes.contract import NewInput
-from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.recipe import TargetStep
 from enginewright.sources.contract import Model
 from enginewright.targets.contract import ShapeRange

@@ -156,7 +156,7 @@ def countable_macs(module: nn.Module, specs: Sequence[InputSpec]) -> tuple[int |
     import torch
 
     from enginewright.passes.contract import macs_of_shapes
-    from enginewright.passes.graph.module import GraphModule
+    from enginewright.passes.kernel.graph_module import GraphModule
     from enginewright.validation.inputs import draw
 
     if isinstance(module, GraphModule):

@@ -12,7 +12,7 @@ from enginewright import calibration, scoring, teachers
 from enginewright.added import intended_by
 from enginewright.ground.signature import Signature
 from enginewright.passes.contract import Context, Inputs, Pass, Result, without
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.surgery import share
 from enginewright.progress import Progress
 from enginewright.recipe import Recipe
 from enginewright.scratch import Scratch

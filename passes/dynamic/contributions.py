@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from enginewright.passes.traits import BlockStack, layer_at
 
 REUSED = "reused"
 """What the whole network gives beside its output, and the shortened one takes beside its inputs."""
+
+
+NO_STACK = "reuse_blocks runs some of its blocks at some steps only; what takes blocks out goes before it"
+"""Why a list with blocks of these forms is no stack any more."""
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Now:
 
 class Watched(nn.Module):
     """A block that runs, and notes the stream before the first, and what has been added after the last."""
+
+    why_no_stack: ClassVar[str] = NO_STACK
 
     def __init__(self, block: nn.Module, now: Now, *, first: bool, last: bool) -> None:
         super().__init__()
@@ -53,6 +59,8 @@ class Watched(nn.Module):
 
 class LeftOut(nn.Module):
     """Called as a block is; the first of those left out adds what all of them added before."""
+
+    why_no_stack: ClassVar[str] = NO_STACK
 
     def __init__(self, now: Now, *, first: bool) -> None:
         super().__init__()

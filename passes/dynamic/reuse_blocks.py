@@ -32,13 +32,13 @@ from enginewright.ground.program import Call, Network, Program, StateTensor, Tab
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
 from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
 from enginewright.passes.dynamic.schedule import at, calls_at, even, span_of, timestep_of
+from enginewright.passes.kernel.probes import evaluating
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.stacks import stacks_of
+from enginewright.passes.kernel.surgery import share
+from enginewright.passes.kernel.walking import why_not_without
 from enginewright.passes.networks import Networks, local, networks_of, place_of, program_of
-from enginewright.passes.pruning.probes import evaluating
-from enginewright.passes.selection import check_patterns, excluded_by
-from enginewright.passes.stacks import stacks_of
-from enginewright.passes.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
-from enginewright.passes.walking import why_not_without
 
 WHOLE, SHORT = "whole", "short"
 """Names of the two networks."""

@@ -12,8 +12,8 @@ import torch
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs
-from enginewright.passes.roles import input_of
-from enginewright.passes.rows import one_call, shared_inputs, some_rows
+from enginewright.passes.kernel.roles import input_of
+from enginewright.passes.kernel.rows import one_call, shared_inputs, some_rows
 
 
 def even(steps: int, high: float = 1000.0) -> tuple[float, ...]:

@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, FLOAT_WEIGHTS, ONE_NETWORK, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Table
-from enginewright.passes.audit import unproven
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.masking import columns_of, mask_units
 from enginewright.passes.dynamic.schedule import calls_at, even, span_of, timestep_of
+from enginewright.passes.kernel.audit import unproven
+from enginewright.passes.kernel.probes import Call, calls_of, evaluating, probe
+from enginewright.passes.kernel.rows import shared_inputs
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import local, networks_of, place_of, switched
-from enginewright.passes.pruning.probes import Call, calls_of, evaluating, probe
-from enginewright.passes.rows import shared_inputs
-from enginewright.passes.selection import check_patterns, excluded_by
-from enginewright.passes.surgery import share
 from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
 
 Layer = HeadedAttention | FeedForward

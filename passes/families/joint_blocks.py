@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from enginewright.passes.surgery import ProjectedAttention, projected_attention
+from enginewright.passes.kernel.surgery import ProjectedAttention, projected_attention
 from enginewright.passes.traits import FixedAttention, HeadedAttention, Stream, only
 
 PROCESSORS = {"JointAttnProcessor2_0", "FluxAttnProcessor"}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.families.joint_blocks import NORMS, OWN, TEXT, is_joint
-from enginewright.passes.surgery import own_parts
+from enginewright.passes.kernel.surgery import own_parts
 from enginewright.passes.traits import TokenBlock, TokenStack
 
 LARGEST_HALF = 65504

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from enginewright.passes.surgery import (
+from enginewright.passes.kernel.surgery import (
     ProjectedAttention,
     ProjectedFeedForward,
     projected_attention,

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from enginewright.passes.surgery import own_parts
+from enginewright.passes.kernel.surgery import own_parts
 from enginewright.passes.traits import TokenBlock, TokenStack
 
 PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from enginewright.passes.surgery import (
+from enginewright.passes.kernel.surgery import (
     ProjectedAttention,
     ProjectedFeedForward,
     projected_attention,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from enginewright.passes.surgery import own_parts
+from enginewright.passes.kernel.surgery import own_parts
 from enginewright.passes.traits import TokenBlock, TokenStack
 
 VIT_LAYER = {"attention", "layernorm_before", "layernorm_after", "mlp"}

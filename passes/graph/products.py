@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from enginewright.passes.graph.module import PAIR
+from enginewright.passes.kernel.graph_module import PAIR
 from enginewright.passes.quantization.scales import some_rows
 
 KINDS = ("MatMul", "Gemm", "Conv")

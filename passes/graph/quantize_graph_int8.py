@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_GRAPH, Fact
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.graph.module import GraphModule, graph_of
 from enginewright.passes.graph.pairs import PairWriter
 from enginewright.passes.graph.products import KINDS, Product, product_of, reason_for_other
+from enginewright.passes.kernel.graph_module import GraphModule, graph_of
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.quantization.scales import Observer, arithmetic, error_in_8_bits, scale_of, unusable
-from enginewright.passes.selection import check_patterns, excluded_by
 
 OPSET = 13
 """First opset whose QuantizeLinear knows an axis."""

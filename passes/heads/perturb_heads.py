@@ -19,13 +19,13 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, UNBLENDED_ATTENTION, UNMARKED_HEADS, Fact
-from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, NewInput, Pass, Plan
 from enginewright.passes.heads.softpag import Perturbation, blocks_before, entries, names_of
+from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.selection import check_patterns
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import each_network, local
 from enginewright.passes.pruning.prune_heads import uncut
-from enginewright.passes.selection import check_patterns
-from enginewright.passes.surgery import share
 from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
 
 

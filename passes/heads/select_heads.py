@@ -22,14 +22,14 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, UNMARKED_HEADS, Fact
-from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import SCORE_HELP, Context, Json, NewInput, Pass, Plan, Score, digest_of
 from enginewright.passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
 from enginewright.passes.heads.search_log import SearchLog
 from enginewright.passes.heads.softpag import Perturbation, entries, names_of
+from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.selection import check_patterns
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.pruning.prune_heads import PruneHeads, uncut
-from enginewright.passes.selection import check_patterns
-from enginewright.passes.surgery import share
 from enginewright.passes.traits import HeadedAttention, layers_of
 
 Head = tuple[str, int]

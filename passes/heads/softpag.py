@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from enginewright.passes.contract import Json, NewInput
+from enginewright.passes.kernel.surgery import linear_at
 from enginewright.passes.networks import guidance_rows
-from enginewright.passes.surgery import linear_at
 from enginewright.passes.traits import BlockStack, HeadedAttention, Stream, layer_at, layers_of
 
 STRENGTH, WEIGHT = "pag_u", "pag_w"

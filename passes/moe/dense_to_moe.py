@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import DENSE_FEED_FORWARDS, FLOAT_WEIGHTS, Fact
-from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.moe.experts import (
     CapacityExperts,
     Form,
@@ -42,7 +43,6 @@ from enginewright.passes.moe.experts import (
 from enginewright.passes.moe.routers import Groups, Loads, balance, fit, measure_loads
 from enginewright.passes.pruning.hidden_units import random_scores, taylor_scores, weight_norms
 from enginewright.passes.pruning.prune_width import finite, refuse_meta, unknown_layers
-from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.traits import FeedForward, layer_at, layers_of
 
 HELD_OUT = 8

@@ -24,15 +24,15 @@ from enginewright.ground.facts import ONE_NETWORK, Fact
 from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
 from enginewright.passes.dynamic.schedule import refuse_no_timestep, span_of
+from enginewright.passes.kernel.probes import evaluating, first_floating
+from enginewright.passes.kernel.roles import input_of
+from enginewright.passes.kernel.rows import shared_inputs
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.stacks import stacks_of
+from enginewright.passes.kernel.surgery import share
+from enginewright.passes.kernel.walking import why_not_without
 from enginewright.passes.networks import local, networks_of, place_of, switched
-from enginewright.passes.pruning.probes import evaluating, first_floating
-from enginewright.passes.roles import input_of
-from enginewright.passes.rows import shared_inputs
-from enginewright.passes.selection import check_patterns, excluded_by
-from enginewright.passes.stacks import stacks_of
-from enginewright.passes.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
-from enginewright.passes.walking import why_not_without
 
 Stacks = Mapping[str, BlockStack]
 

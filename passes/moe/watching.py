@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.probes import evaluating
 from enginewright.passes.moe.experts import samples
-from enginewright.passes.pruning.probes import evaluating
 from enginewright.passes.traits import FeedForward
 
 See = Callable[[str, Tensor, Tensor], Tensor | None]

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.passes.kernel.surgery import Zeros, put_at
 from enginewright.passes.pruning.hard_attention import HardAttention
-from enginewright.passes.surgery import Zeros, put_at
 from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of
 
 Entry = dict[str, Any]

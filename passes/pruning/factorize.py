@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, WHOLE_MATRICES, Fact
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.pruning.probes import evaluating
-from enginewright.passes.selection import check_patterns, excluded_by, other_matrices
-from enginewright.passes.surgery import linear_like, put_at
+from enginewright.passes.kernel.probes import evaluating
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices
+from enginewright.passes.kernel.surgery import linear_like, put_at
 
 DAMPING = 1e-4
 """Of the mean of the diagonal of X^T X, added to the diagonal."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context
-from enginewright.passes.pruning.probes import Call, evaluating, probe
+from enginewright.passes.kernel.probes import Call, evaluating, probe
 from enginewright.passes.traits import FeedForward
 
 Layers = Mapping[str, FeedForward]

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan, Score
-from enginewright.passes.pruning.probes import evaluating, tensors_in
-from enginewright.passes.selection import check_patterns, excluded_by
-from enginewright.passes.stacks import stacks_of
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.probes import evaluating, tensors_in
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.stacks import stacks_of
+from enginewright.passes.kernel.surgery import share
+from enginewright.passes.kernel.walking import why_not_without
 from enginewright.passes.traits import BlockStack, layer_at
-from enginewright.passes.walking import why_not_without
 
 Stacks = Mapping[str, BlockStack]
 Gone = dict[str, list[int]]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.pruning.probes import Call, probe
-from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.probes import Call, probe
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
 
 Heads = Mapping[str, HeadedAttention]

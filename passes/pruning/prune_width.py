@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
-from enginewright.passes.audit import without_proof
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.pruning.hidden_units import activation_scores, random_scores, taylor_scores, weight_norms
-from enginewright.passes.selection import check_patterns, excluded_by
 from enginewright.passes.traits import FeedForward, layer_at, layers_of
 
 Layers = Mapping[str, FeedForward]

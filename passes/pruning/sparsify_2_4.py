@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, TWO_IN_FOUR_ZEROS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.patterns import PATTERN
+from enginewright.passes.kernel.patterns import PATTERN
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices
+from enginewright.passes.kernel.surgery import linear_like, put_at
 from enginewright.passes.pruning.factorize import refuse_meta, squares_of_inputs
-from enginewright.passes.selection import check_patterns, excluded_by, other_matrices
-from enginewright.passes.surgery import linear_like, put_at
 
 DAMPING = 0.01
 """Of the mean of the diagonal of X^T X, added to the diagonal; the release's value."""

@@ -28,9 +28,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FULL_PRECISION, Fact
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import networks_of
-from enginewright.passes.selection import check_patterns, excluded_by
-from enginewright.passes.surgery import share
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

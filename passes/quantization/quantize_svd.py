@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.surgery import linear_like
 from enginewright.passes.quantization.blocks import BlockLinear, in_blocks
 from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.reading import linear_layers
 from enginewright.passes.quantization.scales import scale_of
 from enginewright.passes.quantization.smoothing import multiplied, shared_factors
-from enginewright.passes.surgery import linear_like
 
 
 class QuantizeSvd(Pass):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, never_called, other_matrices
 from enginewright.passes.quantization.scales import some_rows
 from enginewright.passes.quantization.smoothing import scales_with_weight
-from enginewright.passes.selection import check_patterns, excluded_by, never_called, other_matrices
 
 TRAIL = "_enginewright_trail"
 """The attribute of a tensor under which its readers are noted, so that the note goes when the tensor does."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from enginewright.passes.surgery import linear_like
+from enginewright.passes.kernel.surgery import linear_like
 
 
 def shared_factors(layers: Iterable[nn.Linear], rows: Iterable[Tensor], strength: float) -> Tensor | None:

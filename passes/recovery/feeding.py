@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from enginewright.passes.contract import Inputs, digest_of
-from enginewright.passes.rows import one_call
+from enginewright.passes.kernel.rows import one_call
 
 AT_ONCE = 16
 """Steps whose calls are drawn together, because a whole sampling run gives many."""
@@ -45,7 +45,7 @@ class Generated:
 def joined(calls: Sequence[Inputs], shared: Sequence[str] = ()) -> list[Inputs]:
     """As few calls as will do: those whose inputs all have as many rows, and rows of the same shapes, become one.
 
-    Inputs that rows share (``passes/rows.py``) must be equal.
+    Inputs that rows share (``passes/kernel/rows.py``) must be equal.
     """
     groups: dict[object, list[Inputs]] = {}
     for number, call in enumerate(calls):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from enginewright.passes.patterns import mask_of
+from enginewright.passes.kernel.patterns import mask_of
 
 
 class LowRank(nn.Module):

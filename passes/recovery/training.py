@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs
-from enginewright.passes.patterns import mask_of
+from enginewright.passes.kernel.patterns import mask_of
 from enginewright.passes.recovery import checkpoints
 from enginewright.passes.recovery.checkpoints import State
 from enginewright.passes.recovery.devices import Devices

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.stacks import stacks_of
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.stacks import stacks_of
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, Fact
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import (
     at_its_time,
     each_network,
@@ -33,7 +34,6 @@ from enginewright.passes.specialize.binding import (
     call_without,
     constant_modules,
 )
-from enginewright.passes.surgery import share
 
 
 class FixInputs(Pass):

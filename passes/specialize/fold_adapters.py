@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.reading import read_json, read_tensors
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.surgery import share
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.", "text_encoder.", "model.")
 """What files put before the path inside the network."""

@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
 from enginewright.passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
+from enginewright.passes.kernel.roles import input_of
+from enginewright.passes.kernel.rows import shared_inputs, two_of_each
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import each_network
-from enginewright.passes.roles import input_of
-from enginewright.passes.rows import shared_inputs, two_of_each
-from enginewright.passes.surgery import share
 
 SCALE = "guidance_scale"
 

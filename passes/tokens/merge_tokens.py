@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.facts import ALL_TOKENS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.matching import Form, clipped, match
 from enginewright.passes.tokens.running import (
     Found,

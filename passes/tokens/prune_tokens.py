@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_TOKENS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.dropping import DropStep, PolicyStep, whole
 from enginewright.passes.tokens.fitting import fitted
 from enginewright.passes.tokens.interpreter import interpreter

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.audit import Call, disagreement, first_call, quietly, repeats, see, signature
 from enginewright.passes.contract import Context, Plan, macs
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.audit import Call, disagreement, first_call, quietly, repeats, see, signature
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.matching import rows
 from enginewright.passes.traits import TokenBlock, TokenStack, layers_of
-
-"""Passes that put a run in the place of a stack; none can follow another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +156,10 @@ class TokenRun(nn.Module):
         steps: one for each block.
         restore: give as many tokens back as came in.
     """
+
+    why_no_stack: ClassVar[str] = (
+        "its blocks run as one since a pass changed their tokens; what takes blocks out goes before that pass"
+    )
 
     def __init__(self, steps: Sequence[Step], *, restore: bool) -> None:
         super().__init__()

@@ -27,10 +27,10 @@ from torch import nn
 from enginewright import environment
 from enginewright.calibration import VALIDATION_SEED, tensors
 from enginewright.passes.contract import Context, Inputs, Pass, cost
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.moe.dense_to_moe import DenseToMoe
 from enginewright.passes.pruning.prune_width import PruneWidth
 from enginewright.passes.recovery.distill import Distill
-from enginewright.passes.surgery import share
 from enginewright.passes.traits import FeedForward, layers_of
 from enginewright.pipeline import Run
 from enginewright.progress import Progress

@@ -20,7 +20,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError, require
 from enginewright.passes.contract import Context, Pass, macs
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.merge_tokens import MergeTokens
 from enginewright.passes.tokens.prune_tokens import PruneTokens
 from enginewright.targets.contract import Graph, ShapeRange

@@ -17,8 +17,8 @@ from torch import nn
 from enginewright import catalog, pipeline, sources
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import networks_of, program_of
-from enginewright.passes.surgery import share
 from enginewright.programs import called_as, graph_of
 from enginewright.progress import Progress
 from enginewright.recipe import make

@@ -14,8 +14,8 @@ import torch
 
 from enginewright import sources
 from enginewright.passes.contract import Context
-from enginewright.passes.graph.module import graph_of
 from enginewright.passes.graph.quantize_graph_int8 import QuantizeGraphInt8
+from enginewright.passes.kernel.graph_module import graph_of
 from enginewright.targets.contract import Built, Graph
 from enginewright.targets.onnx_export import save
 from enginewright.targets.onnxruntime_engine import OnnxRuntime

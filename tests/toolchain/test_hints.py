@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from enginewright import pipeline
+from enginewright.passes.kernel.patterns import is_two_in_four, keeps_pattern
 from enginewright.passes.networks import networks_of
-from enginewright.passes.patterns import is_two_in_four, keeps_pattern
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.targets import machine

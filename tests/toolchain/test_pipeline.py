@@ -13,7 +13,7 @@ from enginewright import pipeline, sources
 from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.opened import open_subject, replay
 from enginewright.passes.contract import Plan
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.surgery import share
 from enginewright.pipeline import Run, exit_code
 from enginewright.progress import Progress
 from enginewright.recipe import make, read

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.reading import first_line
 from enginewright.ground.signature import ROLES, Arrays, Dim, InputSpec
-from enginewright.passes.on_shapes import on_shapes
+from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.targets import stored
 from enginewright.validation.contract import SamplingTask
 from enginewright.validation.inputs import draw

@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 
 from enginewright.ground.errors import FaultsError, ToolchainError, raise_faults, unknown
 from enginewright.ground.signature import Dim, InputSpec
-from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.sources import short
 from enginewright.sources.contract import Model, files_from
 from enginewright.sources.sizes import Limits, dim_of, limits_from

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper
 from enginewright import sources
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan, Result
-from enginewright.passes.graph.module import GraphModule, graph_of
 from enginewright.passes.graph.products import Product, product_of, some_patches
 from enginewright.passes.graph.quantize_graph_int8 import QuantizeGraphInt8
+from enginewright.passes.kernel.graph_module import GraphModule, graph_of
 from tests.graphs import mixed, noise, tensor, write
 
 CALLS = [{"x": torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(seed))} for seed in range(4)]

@@ -9,10 +9,10 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.pruning.approximate_by_accuracy import ApproximateByAccuracy
 from enginewright.passes.pruning.elements import carry_out, elements_of
 from enginewright.passes.pruning.hard_attention import HardAttention
-from enginewright.passes.surgery import share
 from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from enginewright.passes.kernel.surgery import put_at
 from enginewright.passes.pruning.hard_attention import HardAttention, hard_attention, largest
-from enginewright.passes.surgery import put_at
 from tests.engines import exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
 

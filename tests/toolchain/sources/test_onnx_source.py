@@ -14,7 +14,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.signature import Dim
 from enginewright.opened import open_subject
 from enginewright.passes.contract import cost
-from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.reports import record

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from enginewright import sources
-from enginewright.passes.graph.module import GraphModule
+from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.targets.pytorch_engine import EagerRunner
 from tests.graphs import mixed
 

@@ -8,13 +8,13 @@ import transformers
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes import audit
-from enginewright.passes.audit import difference, disagreement, see
 from enginewright.passes.contract import Context
 from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
 from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
 from enginewright.passes.heads.perturb_heads import PerturbHeads
 from enginewright.passes.heads.select_heads import SelectHeads
+from enginewright.passes.kernel import audit
+from enginewright.passes.kernel.audit import difference, disagreement, see
 from enginewright.passes.moe.dense_to_moe import DenseToMoe
 from enginewright.passes.pruning.approximate_by_accuracy import ApproximateByAccuracy
 from enginewright.passes.pruning.prune_heads import PruneHeads

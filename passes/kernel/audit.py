@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from enginewright.passes.contract import Context, Inputs
-from enginewright.passes.on_shapes import on_shapes
-from enginewright.passes.pruning.probes import evaluating
-from enginewright.passes.surgery import linear_like, share
+from enginewright.passes.kernel.on_shapes import on_shapes
+from enginewright.passes.kernel.probes import evaluating
+from enginewright.passes.kernel.surgery import linear_like, share
 from enginewright.passes.traits import FeedForward, HeadedAttention, layers_of, trait_of
 
 LARGEST = 4 * 1024**3

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from enginewright.passes.contract import Context, Plan
-from enginewright.passes.plain import plain, without_fast_path
+from enginewright.passes.kernel.plain import plain, without_fast_path
 from enginewright.passes.pruning.factorize import Factorize
 from enginewright.passes.pruning.prune_depth import PruneDepth
 from enginewright.passes.pruning.prune_heads import PruneHeads

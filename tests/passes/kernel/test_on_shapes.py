@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import macs
-from enginewright.passes.on_shapes import on_shapes
+from enginewright.passes.kernel.on_shapes import on_shapes
 
 
 def cached_like_transformers(function: Any) -> Any:

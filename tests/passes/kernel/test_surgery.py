@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.surgery import head_indices, keep_columns, keep_rows
 from enginewright.passes.pruning.factorize import Factorize
 from enginewright.passes.pruning.sparsify_2_4 import Sparsify24
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
-from enginewright.passes.surgery import head_indices, keep_columns, keep_rows
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from enginewright.passes.audit import Call, Seen, first_call, form, leaves, quietly, raised, see
 from enginewright.passes.contract import Context
-from enginewright.passes.surgery import share
+from enginewright.passes.kernel.audit import Call, Seen, first_call, form, leaves, quietly, raised, see
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from enginewright.passes.dynamic.contributions import LeftOut, Watched
-from enginewright.passes.tokens.running import TokenRun
 from enginewright.passes.traits import BlockStack, layers_of
 
 
@@ -19,9 +17,5 @@ def stacks_of(model: nn.Module) -> tuple[dict[str, BlockStack], dict[str, str]]:
 
 
 def why_no_stack(blocks: nn.ModuleList) -> str:
-    """What a pass made of the blocks of a list; empty where none did."""
-    if any(isinstance(block, TokenRun) for block in blocks):
-        return "its blocks run as one since a pass changed their tokens; what takes blocks out goes before that pass"
-    if any(isinstance(block, Watched | LeftOut) for block in blocks):
-        return "reuse_blocks runs some of its blocks at some steps only; what takes blocks out goes before it"
-    return ""
+    """What a pass made of the blocks of a list, as the modules in their place say; empty where none did."""
+    return next((reason for block in blocks if (reason := getattr(block, "why_no_stack", ""))), "")

@@ -10,9 +10,9 @@ from enginewright.ground.driver import Driver
 from enginewright.ground.program import Table, by_timestep
 from enginewright.ground.signature import Dim, InputSpec, rows_of, shared_by_rows
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.rows import one_call, shared_inputs, some_rows, two_of_each
 from enginewright.passes.networks import Networks
 from enginewright.passes.recovery.feeding import joined
-from enginewright.passes.rows import one_call, shared_inputs, some_rows, two_of_each
 from enginewright.passes.specialize.merge_guidance import MergeGuidance
 from tests.passes.joint import flux, sharing
 
