@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import struct
-import zlib
+import io
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from enginewright.reports.record import TokenMap
 
@@ -38,12 +38,7 @@ def token_map_png(tokens: TokenMap) -> str:
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Pixels (H, W, C), C 1 (grey) or 3 (RGB) -> a PNG file (ISO/IEC 15948), every row unfiltered."""
-    height, width, channels = pixels.shape
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    """Pixels (H, W, C), C 1 (grey) or 3 (RGB) -> a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG", optimize=True)
+    return file.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -108,3 +109,37 @@ def test_nothing_of_ours_is_imported_under_another_name() -> None:
             continue
         for name in imports_of(path):
             assert name.partition(".")[0] not in ("toolchain", *ROOMS), f"{path.relative_to(ROOT)} imports {name}"
+
+
+MODULES = {
+    "nvidia-modelopt": "modelopt",
+    "onnxruntime-gpu": "onnxruntime",
+    "tensorrt-rtx-cu13": "tensorrt_rtx",
+    "pillow": "PIL",
+}
+"""What is imported, where it is not called as its distribution is."""
+
+
+def libraries_of(path: Path) -> set[str]:
+    """Top names of what a file imports: by a statement, ``require``, ``import_module`` or a target's ``module``."""
+    found = {name.partition(".")[0] for name in imports_of(path)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("require", "import_module"):
+                found.add(str(node.args[0].value).partition(".")[0])
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "module":
+            found |= {node.value.value} if isinstance(node.value, ast.Constant) else set()
+    return found
+
+
+def test_every_dependency_and_every_extra_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    files = [path for room in (*ROOMS, "toolchain") for path in (ROOT / room).rglob("*.py")]
+    imported = set().union(*map(libraries_of, files))
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dev"}
+    for extra, needs in {"": project["dependencies"], **extras}.items():
+        for need in needs:
+            name = re.split(r"[<>=\[]", need)[0]
+            module = MODULES.get(name, name.replace("-", "_"))
+            assert module in imported, f"{extra or 'dependencies'}: nothing imports {name}"

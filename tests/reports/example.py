@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-import struct
-import zlib
 
+import numpy as np
+
+from enginewright.reports.pictures import png
 from enginewright.reports.record import (
     BeforeAfter,
     Curve,
@@ -185,13 +186,6 @@ def _tensorrt_rtx() -> TargetRecord:
 
 def _png(phase: int, width: int = 140, height: int = 28) -> str:
     """Grey rings as a PNG file in base64."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    rows = b"".join(
-        b"\0" + bytes(((x % 28 - 14) ** 2 + (y - 14) ** 2 + phase) % 256 for x in range(width)) for y in range(height)
-    )
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + content).decode()
+    y, x = np.indices((height, width))
+    rings = ((x % 28 - 14) ** 2 + (y - 14) ** 2 + phase) % 256
+    return base64.b64encode(png(rings.astype(np.uint8)[..., None])).decode()

@@ -32,6 +32,25 @@ class TestFrechetDistance:
         few = np.random.default_rng(0).normal(size=(5, 20))
         assert frechet_distance(few + 1, few) == pytest.approx(20, rel=1e-5)
 
+    def test_torchmetrics_has_the_same_number_and_loses_digits_where_a_covariance_is_singular(self):
+        import torch
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        def theirs(a, b):
+            judge = torch.nn.Identity()
+            judge.num_features = a.shape[1]
+            fid = FrechetInceptionDistance(feature=judge, normalize=True, input_img_size=(a.shape[1],))
+            fid.set_dtype(torch.float64)
+            fid.update(torch.from_numpy(a), real=False)
+            fid.update(torch.from_numpy(b), real=True)
+            return fid.compute().item()
+
+        rng = np.random.default_rng(0)
+        a, b = rng.normal(size=(500, 64)), rng.normal(0.1, 1.2, size=(800, 64))
+        assert frechet_distance(a, b) == pytest.approx(theirs(a, b), rel=1e-6)
+        few = a[:20]
+        assert abs(frechet_distance(few, few)) < 1e-9 < abs(theirs(few, few))
+
     def test_one_feature(self):
         assert frechet_distance(np.array([[0.0], [2.0]]), np.array([[5.0], [7.0]])) == pytest.approx(25)
 

@@ -22,6 +22,8 @@ def test_every_file_is_a_metric_under_its_own_name():
         "judged_as_asked",
         "frechet_distance",
         "frechet_ratio",
+        "kid",
+        "ssim",
     }
 
 
@@ -34,6 +36,7 @@ def test_a_metric_knows_its_direction_and_says_what_it_is():
         "snr_db",
         "psnr_db",
         "judged_as_asked",
+        "ssim",
     }
 
 
