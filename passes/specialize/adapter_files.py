@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError, require
 from enginewright.ground.reading import first_line, read_json
+from enginewright.passes.kernel.plain import is_turned_linear
 from enginewright.passes.kernel.surgery import share
-from enginewright.passes.plain import is_turned_linear
 
 Kind = Literal["lora", "dora", "loha", "lokr"]
 
