@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes import plain
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel import plain
 from enginewright.passes.specialize import fold_adapters
 from enginewright.passes.specialize.fold_adapters import FoldAdapters
 
