@@ -15,6 +15,7 @@ from typing import Any
 from enginewright import sources
 from enginewright.artifact import digest
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.reading import expanded
 from enginewright.recipe import Recipe
 from enginewright.sources.contract import Model
 
@@ -60,7 +61,7 @@ def located(recipe: Recipe, record: Record | None, places: Sequence[Path | None]
     for place in places:
         if place is None and record is not None and not record["local"]:
             return recipe  # on a hub; checked once it was fetched
-        found = old_place(recipe) if place is None else place.expanduser()
+        found = old_place(recipe) if place is None else expanded(place)
         assert found is not None
         faults = faults_of(files, {name: Path(os.path.normpath(found / name)) for name in files})
         if not faults:

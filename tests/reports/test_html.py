@@ -208,3 +208,13 @@ def test_captions_stand_outside_what_scrolls(report: Report) -> None:
         assert "<caption" not in scroller
         (described,) = re.findall(r'aria-describedby="([^"]+)"', scroller)
         assert f'id="{described}"' in html.render(report)
+
+
+def test_a_record_without_some_figures_over_all_rows_is_shown_without_them(report: Report) -> None:
+    target = report.targets[0]
+    [output, *_] = target.fidelity
+    odd = output.model_copy(update={"everywhere": {"relative_l2": 0.5}, "mask": "m"})
+    changed = report.model_copy(update={"targets": [target.model_copy(update={"fidelity": [odd]})]})
+    text = Page(html.render(changed)).text
+    assert "all rows, also those that m leaves out" in text
+    assert "0.5" in text

@@ -171,3 +171,11 @@ def read_tensors(path: Path, *, what: str, absent: str = "") -> dict[str, Tensor
         raise ToolchainError(f"{what} cannot be read: {cause.strerror or first_line(cause)}", where=where) from cause
     except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError, AttributeError) as cause:
         raise ToolchainError(f"{what} is not a whole safetensors file: {first_line(cause)}", where=where) from cause
+
+
+def expanded(text: str | Path) -> Path:
+    """A path with a leading ``~`` or ``~user`` replaced; as it stands where there is no such user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError, require, unknown
-from enginewright.ground.reading import read_json
+from enginewright.ground.reading import expanded, read_json
 from enginewright.sources import short
 from enginewright.sources.autoencoders import DECODERS, ENCODERS
 from enginewright.sources.contract import Model, files_from
@@ -131,7 +131,7 @@ def components(text: str) -> list[str]:
 def split(text: str) -> tuple[str, str]:
     """``diffusers:FOLDER#COMPONENT`` -> folder, and component or nothing."""
     place = text.removeprefix(PREFIX)
-    if Path(place).expanduser().is_dir():  # a folder's own name may hold a '#'
+    if expanded(place).is_dir():  # a folder's own name may hold a '#'
         return place, ""
     place, _, name = place.rpartition("#") if "#" in place else (place, "", "")
     return place, name

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.ground.errors import FaultsError, ToolchainError, require, unknown
+from enginewright.ground.reading import expanded
 from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.sources import short
 from enginewright.sources.arguments import left_out, reason_for
@@ -138,10 +139,10 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
 def split(text: str) -> tuple[str, str, dict[str, Limits]]:
     """``hf:FOLDER#PART?NAME=SIZE`` -> folder, part or nothing, and the sizes that are asked for."""
     place = text.partition(":")[2]
-    if Path(place).expanduser().is_dir():  # a folder's own name may hold such signs
+    if expanded(place).is_dir():  # a folder's own name may hold such signs
         return place, "", {}
     place, _, asked = place.partition("?")
-    if not Path(place).expanduser().is_dir():
+    if not expanded(place).is_dir():
         place, _, part = place.partition("#")
         return place, part, limits_from(asked, text)
     return place, "", limits_from(asked, text)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from enginewright.ground.errors import ToolchainError, require
+from enginewright.ground.reading import expanded
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """What can be the name of a repository on the hub: ``owner/name``."""
@@ -22,7 +23,7 @@ def folder_of(text: str, patterns: Sequence[str]) -> Path:
     Raises:
         ToolchainError: no such folder, and no such repository; or the hub cannot be reached.
     """
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     if text and folder.is_dir():
         return folder
     if not REPOSITORY.fullmatch(text):

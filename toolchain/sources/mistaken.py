@@ -15,6 +15,7 @@ from typing import Any
 
 from enginewright import catalog, sources
 from enginewright.ground.errors import ToolchainError, nearest
+from enginewright.ground.reading import expanded
 
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """What a name on the model hub looks like."""
@@ -54,7 +55,7 @@ def answer(text: str) -> tuple[str, str]:
     if "\0" in text:
         return f"{text[:80]!r} can be no path", choices()
     try:
-        path = Path(text).expanduser()
+        path = expanded(text)
         if path.is_dir():
             return of_folder(text, path)
         if path.is_file():

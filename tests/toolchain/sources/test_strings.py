@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from enginewright import sources
+from enginewright.ground.errors import ToolchainError
 from enginewright.sources import short, with_path
 
 
@@ -40,3 +42,9 @@ def test_reports_call_a_model_by_its_last_folder(tmp_path: Path) -> None:
     assert short(f"onnx:{tmp_path}/net.onnx") == "onnx:net.onnx"
     assert short("hf:owner/name") == "hf:owner/name"
     assert short("dit:digits") == "dit:digits"
+
+
+def test_a_user_that_there_is_not_is_no_traceback() -> None:
+    for text in ("~0", "~nobody-of-that-name/model", "hf:~0/model", "diffusers:~0"):
+        with pytest.raises(ToolchainError):
+            sources.load(text)
