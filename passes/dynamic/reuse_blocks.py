@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, ONE_NETWORK, SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way
+from enginewright.ground.signature import Dim, Signature, rows_of
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
 from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
 from enginewright.passes.dynamic.schedule import at, calls_at, even, span_of, timestep_of
@@ -92,6 +93,8 @@ class ReuseBlocks(Pass):
         rows = len(example[told.input])
         skipped |= {path: r for path in stacks if path not in skipped and (r := why_not(found.get(path), rows))}
         fit = [path for path in stacks if path not in skipped]
+        skipped |= of_no_one_size(model, {path: stacks[path] for path in fit}, found, example, context)
+        fit = [path for path in fit if path not in skipped]
         skipped |= {path: r for path in fit if (r := why_not_without(model, path, stacks[path], (), context))}
         fit = [path for path in fit if path not in skipped]
         if not fit:
@@ -278,6 +281,36 @@ def forms(model: nn.Module, stacks: Mapping[str, BlockStack], example: Inputs) -
     with hooked(hooks):
         cost = macs(model, example)
     return {path: seen if len(seen) == len(stacks[path].blocks) + 1 else [] for path, seen in found.items()}, cost
+
+
+def of_no_one_size(
+    model: nn.Module, stacks: Mapping[str, BlockStack], found: Mapping[str, Form], example: Inputs, context: Context
+) -> dict[str, str]:
+    """Why stacks must run whole whose stream changes its shape with a size that a caller may change, by path.
+
+    The tensor that is kept from step to step has one shape.
+    """
+    smaller, names = at_least_sizes(context.signature, example)
+    if not names or not stacks:
+        return {}
+    try:
+        seen, _ = forms(model, stacks, smaller)
+    except Exception:
+        return {}  # the model does not take these sizes, so nothing is known
+    moved = [path for path in stacks if seen.get(path) and seen[path][0].shape[1:] != found[path][0].shape[1:]]
+    said = f"its stream changes its shape with {', '.join(names)}, and what is reused has one: export it at fixed sizes"
+    return dict.fromkeys(moved, said)
+
+
+def at_least_sizes(signature: Signature, example: Inputs) -> tuple[Inputs, list[str]]:
+    """A call cut to the smallest sizes that its inputs may have, the rows apart; and the names of these dimensions."""
+    rows, call, names = rows_of(signature.inputs), dict(example), dict[str, None]()
+    for spec in signature.inputs:
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, Dim) and dim != rows and spec.name in call and call[spec.name].shape[axis] > dim.low:
+                call[spec.name] = call[spec.name].narrow(axis, 0, dim.low)
+                names[dim.name] = None
+    return call, list(names)
 
 
 def why_not(seen: Form | None, rows: int) -> str:

@@ -99,6 +99,6 @@ class SkipSpatialTokens(Pass):
                 return Step(block, stack.block)
             weight, bias = (plan.arrays[f"{path}.router.{name}"] for name in ("weight", "bias"))
             router = interpreter(weight, bias, next(block.parameters()))
-            return SkipStep(block, stack.block, router, count=entry["tokens"], leading=stack.leading)
+            return SkipStep(block, stack.block, router, count=entry["tokens"], of=entry["of"], leading=stack.leading)
 
         return replace_stacks(model, plan, step, restore=False)

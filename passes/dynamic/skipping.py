@@ -29,22 +29,25 @@ class SkipStep(Step):
         block: the block.
         kind: how a call of it is taken apart.
         router: scores each token, with one head.
-        count: how many run.
+        count: how many run,
+        of: of so many content tokens; of more or fewer as large a share does, counted as those that do not run.
         leading: tokens at the front that run anyway.
     """
 
     def __init__(
-        self, block: nn.Module, kind: type[TokenBlock], router: Interpreter, *, count: int, leading: int
+        self, block: nn.Module, kind: type[TokenBlock], router: Interpreter, *, count: int, of: int, leading: int
     ) -> None:
         super().__init__(block, kind)
-        self.router, self.count, self.leading = router.train(block.training), count, leading
+        self.router, self.count, self.of, self.leading = router.train(block.training), count, of, leading
         self.learns = False
 
     def feed(self, tokens: Tokens, call: TokenBlock) -> None:
         """Gather, feed-forward, and the tokens that ran back in their places."""
         x = tokens.x
         scores = self.router.products(x)[..., 0]  # (B, N)
-        picked = best(scores, self.count, call.ahead + self.leading)
+        content = x.shape[1] - call.ahead - self.leading
+        count = content - content * (self.of - self.count) // self.of
+        picked = best(scores, count, call.ahead + self.leading)
         run = rows(x, picked)  # (B, m, D)
         y = call.feed_forward(
             rows(call.feed_forward_input(x), picked) if call.parallel else call.feed_forward_input(run)

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Dim, InputSpec, Signature
 from enginewright.models.diffusion.dit import Config, DiT
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
@@ -272,3 +275,27 @@ def test_the_two_forms_are_one_module(deep):
     _, result = reusing(deep)
     assert isinstance(result.model, Networks)
     assert not result.model.training
+
+
+def test_a_stream_that_grows_with_the_picture_is_not_reused_unless_the_picture_has_one_size():
+    rows, side = Dim(name="batch", low=1, typical=2, high=8), Dim(name="height", low=4, typical=8, high=16)
+
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(list(deep_dit().model.blocks))
+
+        def forward(self, x, t):
+            c = torch.zeros(len(x), 32) + t[:, None] / 1000
+            for block in self.blocks:
+                x = block(x, c)
+            return x
+
+    call = {"x": torch.randn(2, 8, 32), "t": torch.tensor([3.0, 700.0])}
+    inputs = (InputSpec(name="x", shape=(rows, side, 32)), InputSpec(name="t", shape=(rows,)))
+    open_size = Context(example=call, signature=Signature(inputs))
+    plan = ReuseBlocks(steps=4).plan(Growing().eval(), open_size)
+    assert plan.choice == {}
+    assert "its stream changes its shape with height" in plan.skipped["blocks"]
+    one_size = Context(example=call, signature=Signature((replace(inputs[0], shape=(rows, 8, 32)), inputs[1])))
+    assert ReuseBlocks(steps=4).plan(Growing().eval(), one_size).choice

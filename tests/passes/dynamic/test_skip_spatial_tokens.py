@@ -9,6 +9,7 @@ from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTime
 from enginewright.passes.tokens.running import TokenRun
 from enginewright.passes.traits import TokenStack, layers_of
 from tests.passes.conftest import SUBJECTS
+from tests.passes.joint import JOINT
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
 
 PICTURES = ("reference_dit", "diffusers_dit_sdpa", "vit_sdpa")
@@ -205,3 +206,13 @@ def test_without_calibration_it_says_so(dit):
 def test_a_run_is_no_stack_any_more(dit):
     _, result = skipping(dit)
     assert not list(layers_of(result.model, TokenStack))
+
+
+def test_a_smaller_picture_runs_as_large_a_share_of_its_tokens():
+    subject = JOINT["sd3"]()
+    _, result = skipping(subject, ratio=0.75)
+    small = {**subject.inputs, "hidden_states": subject.inputs["hidden_states"][..., :2, :4]}
+    steps = [module for module in result.model.modules() if isinstance(module, SkipStep)]
+    assert {(step.count, step.of) for step in steps} == {(4, 16)}
+    with torch.no_grad():
+        assert result.model(**small)[0].isfinite().all(), "2 tokens, of which 1 runs"
