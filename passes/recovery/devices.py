@@ -1,4 +1,4 @@
-"""Where training computes: one device, or the several processes that ``accelerate launch`` started."""
+"""Where training computes: accelerate's device, in one process or in the several that ``accelerate launch`` started."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from enginewright.passes.contract import Inputs
 
 
 class Devices:
-    """One device."""
+    """One device of each process; gradients are averaged, so that all processes keep the same weights.
 
-    number, count = 0, 1
+    Args:
+        device: ``cpu`` or ``cuda``.
+        share: whether the processes share each step's calls; otherwise each of them trains on all.
+    """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, share: bool = False) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise UnavailableError("device is 'cuda', and PyTorch finds no such device", help="take device = 'cpu'")
-        self.device = torch.device(device)
+        self.accelerator = accelerator_on(device)
+        self.device: torch.device = self.accelerator.device
+        self.number: int = self.accelerator.process_index if share else 0
+        self.count: int = self.accelerator.num_processes if share else 1
 
     def own(self, calls: list[Inputs]) -> list[Inputs]:
         """This process's share of a step's calls, on its device."""
@@ -31,19 +37,27 @@ class Devices:
         return [{name: tensor.to(self.device) for name, tensor in call.items()} for call in calls]
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The mean of each tensor over processes."""
-        return list(tensors)
-
-
-class Accelerated(Devices):
-    """One device of each process; gradients are averaged, so that all processes keep the same weights."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__(device)
-        self.accelerator: Any = require("accelerate", extra="accelerate").Accelerator(cpu=device == "cpu")
-        self.device = self.accelerator.device
-        self.number, self.count = self.accelerator.process_index, self.accelerator.num_processes
-
-    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The mean of each tensor over processes."""
+        """The mean of each tensor over the processes that share calls."""
+        if self.count == 1:
+            return list(tensors)
         return [self.accelerator.reduce(tensor, reduction="mean") for tensor in tensors]
+
+
+def accelerator_on(device: str) -> Any:
+    """accelerate's handle on the processes, on this kind of device.
+
+    It keeps the first device of a process for good, though one step of a recipe may train on another than the next.
+
+    Raises:
+        UnavailableError: several processes are on another kind of device already.
+    """
+    accelerate = require("accelerate", extra="accelerate")
+    state = accelerate.state.AcceleratorState
+    known = state() if state._shared_state else None
+    if known is not None and known.device.type != device:
+        if known.num_processes > 1:
+            raise UnavailableError(
+                f"{known.num_processes} processes train on {known.device.type} already, not {device}"
+            )
+        state._reset_state(reset_partial_state=True)
+    return accelerate.Accelerator(cpu=device == "cpu")

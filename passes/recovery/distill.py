@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, Fact
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, digest_of
-from enginewright.passes.recovery.devices import Accelerated, Devices
+from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.feeding import Cycled, Generated
 from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide, named
 from enginewright.passes.recovery.low_rank import adapt
@@ -100,7 +100,7 @@ class Distill(Pass):
         if context.original is None:
             raise ToolchainError(f"{self.name()} learns from the original model, and there is none here")
         calls, kind = self.calls(context)
-        devices = Accelerated(self.device) if self.accelerate else Devices(self.device)
+        devices = Devices(self.device, share=self.accelerate)
         if self.batch < devices.count:
             raise ToolchainError(f"batch is {self.batch}; {devices.count} processes need a call each")
         student = copy_of(model, devices)

@@ -27,7 +27,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import UNTOUCHED, Fact
 from enginewright.ground.reading import read_tensors
 from enginewright.passes.contract import Context, Inputs, NewInput, Pass, Plan
-from enginewright.passes.recovery.devices import Accelerated, Devices
+from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.distill import KINDS, Distill, copy_of, decision, put_weights, six, still
 from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide
 from enginewright.passes.recovery.styles import (
@@ -109,7 +109,7 @@ class MergeModels(Pass):
         names, skipped = school.trained(model)
         calls, kind = school.calls(context)
         teachers = {text: teacher_of(text, model, context) for text in self.teachers}
-        devices = Accelerated(self.device) if self.accelerate else Devices(self.device)
+        devices = Devices(self.device, share=self.accelerate)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(context.seed)
             first = devices.everything(calls(0))

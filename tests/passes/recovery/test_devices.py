@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.passes.contract import Context
-from enginewright.passes.recovery.devices import Accelerated, Devices
+from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.distill import Distill
 
 CALLS = [{"x": torch.tensor([float(i)])} for i in range(5)]
@@ -34,8 +35,12 @@ def test_processes_share_calls_and_average_gradients(monkeypatch) -> None:
             assert reduction == "mean"
             return (tensor + 1) / 2
 
-    monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(Accelerator=Accelerator))
-    devices = Accelerated("cpu")
+    state = SimpleNamespace(AcceleratorState=SimpleNamespace(_shared_state={}))
+    monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(Accelerator=Accelerator, state=state))
+    alone = Devices("cpu")
+    assert [float(call["x"]) for call in alone.own(CALLS)] == [0, 1, 2, 3, 4]
+    assert float(alone.mean([torch.tensor(3.0)])[0]) == 3
+    devices = Devices("cpu", share=True)
     assert [float(call["x"]) for call in devices.own(CALLS)] == [1, 3]
     assert float(devices.mean([torch.tensor(3.0)])[0]) == 2
     assert devices.number == 1
@@ -48,5 +53,28 @@ def test_processes_share_calls_and_average_gradients(monkeypatch) -> None:
 def test_accelerate_is_asked_for_by_name_where_it_is_not_installed(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(UnavailableError, match="'accelerate', which could not be imported") as caught:
-        Accelerated("cpu")
+        Devices("cpu")
     assert "enginewright[accelerate]" in caught.value.help
+
+
+class Known:
+    """accelerate's state, as an earlier step left it on a GPU."""
+
+    _shared_state: ClassVar = {"device": "cuda"}
+    resets: ClassVar[list[bool]] = []
+    device, num_processes = torch.device("cuda"), 1
+
+    @classmethod
+    def _reset_state(cls, *, reset_partial_state: bool) -> None:
+        cls.resets.append(reset_partial_state)
+
+
+def test_a_step_may_train_on_another_device_than_the_one_before(monkeypatch) -> None:
+    made = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
+    accelerate = SimpleNamespace(Accelerator=lambda cpu: made, state=SimpleNamespace(AcceleratorState=Known))
+    monkeypatch.setitem(sys.modules, "accelerate", accelerate)
+    assert Devices("cpu").device.type == "cpu"
+    assert Known.resets == [True]
+    monkeypatch.setattr(Known, "num_processes", 2)
+    with pytest.raises(UnavailableError, match="2 processes train on cuda already, not cpu"):
+        Devices("cpu")
