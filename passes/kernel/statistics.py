@@ -113,12 +113,15 @@ class LargestRow:
 
     def add(self, x: Tensor) -> None:
         """Rows (R, K) of one call."""
-        if not len(x):
-            return
-        sizes = x.detach().abs().amax(dim=1)
-        number = int(sizes.argmax())
-        if self.row is None or float(sizes[number]) > self.size:
-            self.size, self.row = float(sizes[number]), x.detach()[number][None].float().cpu()
+        if len(x):
+            sizes = x.detach().abs().amax(dim=1)
+            number = int(sizes.argmax())
+            self.offer(float(sizes[number]), lambda: x.detach()[number])
+
+    def offer(self, size: float, take: Callable[[], Tensor]) -> None:
+        """The largest magnitude of one call, whose row (K,) is asked for if it is the largest so far."""
+        if size > self.size:
+            self.size, self.row = size, take()[None].float().cpu()
 
 
 STEPS = 1024
@@ -144,6 +147,13 @@ class Histogram:
         bins = (exponent.long() - LOWEST) * STEPS + ((mantissa - 0.5) * 2 * STEPS).long()
         self.counts += bins.clamp(0, len(self.counts) - 1).cpu().bincount(minlength=len(self.counts))
 
+    @staticmethod
+    def of(x: Tensor) -> Histogram:
+        """That of some values alone."""
+        found = Histogram()
+        found.add(x)
+        return found
+
     def percentile(self, percent: float) -> float:
         """The magnitude that so many percent of all values do not exceed; 0 without values."""
         total = self.zeros + int(self.counts.sum())
@@ -157,3 +167,49 @@ class Histogram:
         inside = (wanted - (int(upto[number]) - int(self.counts[number]))) / max(int(self.counts[number]), 1)
         power, step = divmod(number, STEPS)
         return math.ldexp(0.5 + (step + min(inside, 1.0)) / (2 * STEPS), power + LOWEST)
+
+
+class InputStatistics:
+    """What scales and roundings of a layer are chosen by: sizes, a sample of rows, and what else an algorithm asks for.
+
+    Args:
+        seed: of the sample.
+        histogram: count every value by its magnitude, for percentiles.
+        products: add up X^T X.
+        most: rows kept.
+    """
+
+    def __init__(self, seed: int, *, histogram: bool = False, products: bool = False, most: int = ROWS) -> None:
+        self.sizes, self.sample, self.largest = Magnitudes(), SampledRows(seed, most), LargestRow()
+        self.histogram = Histogram() if histogram else None
+        self.sums = Products() if products else None
+
+    def add(self, x: Tensor) -> None:
+        """Rows (R, K) of one call."""
+        self.count(x)
+        for statistic in (self.sample, self.largest, self.sums):
+            if statistic is not None:
+                statistic.add(x)
+
+    def count(self, x: Tensor) -> None:
+        """Values (R, K) of one call, by their magnitude alone; for those whose rows are offered otherwise."""
+        self.sizes.add(x)
+        if self.histogram is not None:
+            self.histogram.add(x)
+
+    @property
+    def products(self) -> Tensor:
+        """X^T X (K, K) over all rows, where it was asked for."""
+        assert self.sums is not None
+        assert self.sums.total is not None
+        return self.sums.total
+
+    def rows(self) -> Tensor:
+        """The sample, and behind it the row of the largest magnitude of all: (S + 1, K)."""
+        assert self.largest.row is not None
+        return torch.cat([self.sample.rows, self.largest.row])
+
+
+def bytes_of(inputs: int, *, histogram: bool = False, products: bool = False) -> int:
+    """What the statistics of a layer of so many inputs take."""
+    return 4 * ROWS * inputs + 8 * ((HIGHEST - LOWEST) * STEPS if histogram else 0) + 8 * inputs**2 * products
