@@ -16,8 +16,7 @@ Shapes: B batch, N tokens, D width, L blocks, T timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -33,7 +32,7 @@ from enginewright.ground.signature import Dim, Signature, rows_of
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
 from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
 from enginewright.passes.dynamic.schedule import at, calls_at, even, span_of, timestep_of
-from enginewright.passes.kernel.probes import evaluating
+from enginewright.passes.kernel.observe import Look, evaluating, looking
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share
@@ -269,16 +268,16 @@ def forms(model: nn.Module, stacks: Mapping[str, BlockStack], example: Inputs) -
     By stack that ran: the stream before the first block and after each; nothing where a block gives no tensor.
     """
     found: dict[str, Form] = {}
-    hooks: list[tuple[nn.Module, Callable[..., None]]] = []
+    looks: list[Look] = []
     for path, stack in stacks.items():
 
-        def note(_: nn.Module, args: Any, named: Any, output: Any, path: str = path) -> None:
+        def note(args: Any, named: Any, output: Any, path: str = path) -> None:
             seen = found.setdefault(path, [stream(args, named)])
             if isinstance(output, Tensor):
                 seen.append(output)
 
-        hooks += [(block, note) for block in stack.blocks]
-    with hooked(hooks):
+        looks += [Look(block, after=note) for block in stack.blocks]
+    with looking(looks):
         cost = macs(model, example)
     return {path: seen if len(seen) == len(stacks[path].blocks) + 1 else [] for path, seen in found.items()}, cost
 
@@ -330,20 +329,10 @@ def streams(model: nn.Module, path: str, call: Inputs) -> Form:
     """The stream before the first block of a stack and after each."""
     seen: Form = []
 
-    def note(_: nn.Module, args: Any, named: Any, output: Tensor) -> None:
+    def note(args: Any, named: Any, output: Tensor) -> None:
         seen.extend([output.double()] if seen else [stream(args, named).double(), output.double()])
 
-    with torch.no_grad(), evaluating(model), hooked([(b, note) for b in layer_at(model, path, BlockStack).blocks]):
+    looks = [Look(block, after=note) for block in layer_at(model, path, BlockStack).blocks]
+    with torch.no_grad(), evaluating(model), looking(looks):
         model(**call)
     return seen
-
-
-@contextmanager
-def hooked(hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Have functions called after modules, for a while."""
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -5,13 +5,13 @@ Shapes: B batch, N tokens, m that are picked, D width, S samples (tokens of all 
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.observe import observe
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.dropping import best
 from enginewright.passes.tokens.interpreter import Interpreter, fit
 from enginewright.passes.tokens.matching import rows
@@ -92,15 +92,11 @@ class Watch(Step):
 
 def watched(model: nn.Module, found: Found, context: Context) -> list[Watch]:
     """What each block of a stack did on the calibration inputs; the model stays as it was."""
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    twin = share(model)
     stack = stack_at(twin, found.path)
     steps = [Watch(block, stack.block, leading=stack.leading) for block in stack.blocks]
     stack.put(TokenRun(steps, restore=False))
-    with torch.no_grad():
-        for done, call in enumerate(context.calibration, start=1):
-            twin(**call)
-            context.say(done, len(context.calibration), "watching feed-forwards")
+    observe(twin, (), context, doing="watching feed-forwards")
     return steps
 
 

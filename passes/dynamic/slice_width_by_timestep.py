@@ -31,7 +31,8 @@ from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.masking import columns_of, mask_units
 from enginewright.passes.dynamic.schedule import calls_at, even, span_of, timestep_of
 from enginewright.passes.kernel.audit import unproven
-from enginewright.passes.kernel.probes import Call, calls_of, evaluating, probe
+from enginewright.passes.kernel.observe import evaluating
+from enginewright.passes.kernel.probes import Call, linear_calls, probe
 from enginewright.passes.kernel.rows import shared_inputs
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
@@ -184,7 +185,7 @@ class SliceWidthByTimestep(Pass):
             if self.importance == "taylor":
                 probe(model, linears, replace(context, calibration=[call], say=silent), use, at="input", what="units")
             else:
-                with torch.no_grad(), evaluating(model), calls_of(linears, at="output") as seen:
+                with torch.no_grad(), evaluating(model), linear_calls(linears, at="output") as seen:
                     model(**call)
                 use(seen, [entry.input for entry in seen])
             for path, total in totals.items():

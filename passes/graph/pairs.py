@@ -10,7 +10,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from enginewright.passes.graph.products import Product
-from enginewright.passes.quantization.linear import QMAX, QMIN, weight_scales
+from enginewright.passes.kernel.rounding import QMAX, QMIN, weight_scales
 
 
 class PairWriter:

@@ -5,6 +5,7 @@ Shapes: R rows, K inputs, N outputs, B batch, C channels, G groups of a convolut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.kernel.graph_module import PAIR
-from enginewright.passes.quantization.scales import some_rows
+from enginewright.passes.kernel.statistics import InputStatistics, rows_of
 
 KINDS = ("MatMul", "Gemm", "Conv")
-PATCHES = 64
-"""Places of a convolution's input kept from each calibration call."""
+PATCHES = 256
+"""Places of a convolution's input that are kept of all calibration calls together."""
 IN_8_BITS = ("QLinearMatMul", "QLinearConv", "MatMulInteger", "ConvInteger")
 
 
@@ -49,16 +50,17 @@ class Product:
         weight = weight * self.node.attributes.get_float("alpha", 1.0)
         return weight if self.node.attributes.get_int("transB", 0) else weight.T
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Some rows of the input, the largest value's among them: (R, K), or (R, P * C) for a convolution."""
+    def look(self, x: Tensor, seen: InputStatistics) -> None:
+        """Add the input of one call: (…, K), or (B, C, …) for a convolution, whose rows are patches (P * C)."""
         if not self.is_convolution:
-            return some_rows(x.reshape(-1, x.shape[-1]))
+            seen.add(rows_of(x))
+            return
         kernel = self.constant().shape[2:]
-        return some_patches(x, kernel, self.node.attributes.get_ints("dilations", [1] * len(kernel)))
+        look_at_patches(x, kernel, self.node.attributes.get_ints("dilations", [1] * len(kernel)), seen)
 
-    def output_rows(self, y: Tensor) -> Tensor:
-        """Some rows of a convolution's output y (B, N, …), the largest value's among them: (R, N)."""
-        return some_rows(y.movedim(1, -1).flatten(0, -2))
+    def look_at_output(self, y: Tensor, seen: InputStatistics) -> None:
+        """Add a convolution's output y (B, N, …) of one call."""
+        seen.add(rows_of(y.movedim(1, -1)))
 
     def by_group(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Rows and weights of each group that is multiplied for itself: (R, K) and (N / G, K)."""
@@ -69,22 +71,28 @@ class Product:
         return [(parts[:, :, g].flatten(1), part) for g, part in enumerate(self.matrix().chunk(groups))]
 
 
-def some_patches(x: Tensor, kernel: Sequence[int], dilations: Sequence[int]) -> Tensor:
-    """What a convolution's kernel sees of x (B, C, …) at some places, the largest value's among them: (R, P * C)."""
+def look_at_patches(x: Tensor, kernel: Sequence[int], dilations: Sequence[int], seen: InputStatistics) -> None:
+    """Add what a convolution's kernel sees of x (B, C, …): every value counts, and rows are patches (P * C)."""
+    seen.count(x.reshape(-1, 1))
     reach = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
     missing = [max(0, r - size) for r, size in zip(reach, x.shape[2:], strict=True)]
     x = nn.functional.pad(x, [side for more in reversed(missing) for side in (0, more)])
     last = [size - r for r, size in zip(reach, x.shape[2:], strict=True)]
     room = [x.shape[0], *(place + 1 for place in last)]
-    spaced = torch.linspace(0, float(torch.tensor(room).prod()) - 1, PATCHES, dtype=torch.float64).long().unique()
-    batch, _, *highest = torch.unravel_index(x.abs().argmax(), x.shape)
-    places = torch.stack(torch.unravel_index(spaced, room), dim=1).tolist()
-    places.append([int(batch), *(min(int(at), most) for at, most in zip(highest, last, strict=True))])
-    patches = []
-    for b, *starts in places:
+
+    def patch(batch: int, *starts: int) -> Tensor:
         window = [slice(s, s + r, d) for s, r, d in zip(starts, reach, dilations, strict=True)]
-        patches.append(x[(b, slice(None), *window)].movedim(0, -1).flatten())
-    return torch.stack(patches)
+        return x[batch][(slice(None), *window)].movedim(0, -1).flatten()
+
+    def patches(places: Tensor) -> Tensor:
+        return torch.stack([patch(*place) for place in torch.stack(torch.unravel_index(places, room), dim=1).tolist()])
+
+    def largest() -> Tensor:
+        batch, _, *highest = torch.unravel_index(x.abs().argmax(), x.shape)
+        return patch(int(batch), *(min(int(at), most) for at, most in zip(highest, last, strict=True)))
+
+    seen.sample.offer(math.prod(room), patches)
+    seen.largest.offer(float(x.abs().max()), largest)
 
 
 def product_of(node: ir.Node) -> Product | str:

@@ -19,35 +19,30 @@ from typing import ClassVar, Literal, NamedTuple
 
 import onnx
 import onnx_ir as ir
-import torch
 from onnx_ir.passes import common
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_GRAPH, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.graph.pairs import PairWriter
-from enginewright.passes.graph.products import KINDS, Product, product_of, reason_for_other
+from enginewright.passes.graph.products import KINDS, PATCHES, Product, product_of, reason_for_other
 from enginewright.passes.kernel.graph_module import GraphModule, graph_of
+from enginewright.passes.kernel.observe import calls_of
+from enginewright.passes.kernel.scales import Observer, arithmetic, error_in_8_bits, scale_of, unusable
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
-from enginewright.passes.quantization.scales import Observer, arithmetic, error_in_8_bits, scale_of, unusable
+from enginewright.passes.kernel.statistics import ROWS, InputStatistics
 
 OPSET = 13
 """First opset whose QuantizeLinear knows an axis."""
 
 
 class Seen(NamedTuple):
-    """Rows (R, K) that a product met, and rows (R, N) that a convolution gave."""
+    """What was seen of a product's input, and of a convolution's output."""
 
-    input: Tensor
-    output: Tensor | None
-
-    @staticmethod
-    def joined(parts: list[Seen]) -> Seen:
-        """All calls together."""
-        outputs = [part.output for part in parts if part.output is not None]
-        return Seen(torch.cat([part.input for part in parts]), torch.cat(outputs) if outputs else None)
+    input: InputStatistics
+    output: InputStatistics | None
 
 
 class QuantizeGraphInt8(Pass):
@@ -79,7 +74,7 @@ class QuantizeGraphInt8(Pass):
         graph = at_opset(before)
         products, skipped = self.sort(graph)
         check_patterns(self.exclude, [*products, *skipped], what="node")
-        seen = record(graph, products, context)
+        seen = record(graph, products, context, histogram=self.observer == "percentile")
         choice = {}
         for number, (name, product) in enumerate(products.items()):
             context.say(number, len(products), f"choosing scales: {name}")
@@ -87,7 +82,7 @@ class QuantizeGraphInt8(Pass):
                 skipped[name] = reason
                 continue
             decision = self.choose(product, seen[name])
-            error = error_in_8_bits(product.by_group(seen[name].input), float(decision["input_scale"]))
+            error = error_in_8_bits(product.by_group(seen[name].input.rows()), float(decision["input_scale"]))
             if error > self.max_error:
                 skipped[name] = f"its own relative error in 8 bits is {error:.2g} on the calibration inputs"
             else:
@@ -130,7 +125,7 @@ class QuantizeGraphInt8(Pass):
         if seen.output is not None and not unusable(seen.output):
             choice["output_scale"] = scale(seen.output)
         plain = product.node.op_type != "Conv"
-        sums = [arithmetic(rows, weight, products=plain) for rows, weight in product.by_group(seen.input)]
+        sums = [arithmetic(rows, weight, products=plain) for rows, weight in product.by_group(seen.input.rows())]
         return choice | max(sums, key=lambda found: (found["reduced_range"], found["saturating_share"]))
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -167,22 +162,29 @@ def at_opset(graph: ir.Model) -> ir.Model:
     return model
 
 
-def record(graph: ir.Model, products: Mapping[str, Product], context: Context) -> dict[str, Seen]:
-    """Rows of what flows into each product, and out of each convolution, over the calibration calls."""
+def record(graph: ir.Model, products: Mapping[str, Product], context: Context, *, histogram: bool) -> dict[str, Seen]:
+    """Statistics of what flows into each product, and out of each convolution, over the calibration calls."""
     wanted = [p.activation.name or "" for p in products.values()]
     wanted += [p.node.outputs[0].name or "" for p in products.values() if p.is_convolution]
     given = {value.name for value in graph.graph.inputs}
     names = [name for name in dict.fromkeys(wanted) if name not in given]
     runner = probe(graph, names) if names else None
-    seen: dict[str, list[Seen]] = {name: [] for name in products}
-    for number, inputs in enumerate(context.calibration):
-        context.say(number, len(context.calibration), "calibrating")
+
+    def empty(most: int) -> InputStatistics:
+        return InputStatistics(context.seed, histogram=histogram, most=most)
+
+    seen = {
+        name: Seen(empty(PATCHES), empty(PATCHES)) if product.is_convolution else Seen(empty(ROWS), None)
+        for name, product in products.items()
+    }
+    for inputs in calls_of(context, "calibrating"):
         met = {**inputs, **(dict(zip(names, runner(**inputs), strict=True)) if runner else {})}
         for name, product in products.items():
-            rows = product.rows(met[product.activation.name or ""])
-            output = met[product.node.outputs[0].name or ""] if product.is_convolution else None
-            seen[name].append(Seen(rows, None if output is None else product.output_rows(output)))
-    return {name: Seen.joined(parts) for name, parts in seen.items()}
+            found = seen[name]
+            product.look(met[product.activation.name or ""], found.input)
+            if found.output is not None:
+                product.look_at_output(met[product.node.outputs[0].name or ""], found.output)
+    return seen
 
 
 def probe(graph: ir.Model, names: list[str]) -> GraphModule:

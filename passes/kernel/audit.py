@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from enginewright.passes.contract import Context, Inputs
+from enginewright.passes.kernel.observe import After, Look, evaluating, looking, tensors_in
 from enginewright.passes.kernel.on_shapes import on_shapes
-from enginewright.passes.kernel.probes import evaluating
 from enginewright.passes.kernel.surgery import linear_like, share
 from enginewright.passes.traits import FeedForward, HeadedAttention, layers_of, trait_of
 
@@ -67,20 +67,17 @@ def see(model: nn.Module, paths: Iterable[str], context: Context) -> Seen | None
     shapes = partial(on_shapes, model, FakeTensorMode(allow_non_fake_inputs=True))
     seen = Seen(exact=exact, again=nullcontext if exact else shapes)
 
-    def note(path: str) -> Callable[..., None]:
-        return lambda _, inputs, named, output: seen.calls.setdefault(path, []).append(Call(inputs, named, output))
+    def note(path: str) -> After:
+        return lambda inputs, named, output: seen.calls.setdefault(path, []).append(Call(inputs, named, output))
 
-    hooks = [model.get_submodule(path).register_forward_hook(note(path), with_kwargs=True) for path in {*paths, ""}]
+    looks = [Look(model.get_submodule(path), after=note(path)) for path in {*paths, ""}]
     try:
-        with quietly(model), seen.again():
+        with quietly(model), seen.again(), looking(looks):
             model(**call)
     except Exception:
         if exact:
             raise
         return None  # shapes depend on values here, and there are none
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
 
 
@@ -139,7 +136,7 @@ def difference(wanted: Any, got: Any, *, exact: bool) -> str:
         return f"it gives {words(got)}, and {words(wanted)} is wanted"
     if not exact:
         return ""
-    worst = max((distance(a, b) for a, b in zip(leaves(wanted), leaves(got), strict=True)), default=0.0)
+    worst = max((distance(a, b) for a, b in zip(tensors_in(wanted), tensors_in(got), strict=True)), default=0.0)
     return "" if worst <= 1 else "it gives other values"
 
 
@@ -178,18 +175,6 @@ def words(answer: Any) -> str:
     if isinstance(answer, tuple | list):
         return f"({', '.join(words(part) for part in answer)})"
     return "None" if answer is None else f"a {type(answer).__name__}"
-
-
-def leaves(answer: Any) -> Iterator[Tensor]:
-    """The tensors of an answer, or of arguments, in order."""
-    if isinstance(answer, Tensor):
-        yield answer
-    elif isinstance(answer, Mapping):
-        for part in answer.values():
-            yield from leaves(part)
-    elif isinstance(answer, tuple | list):
-        for part in answer:
-            yield from leaves(part)
 
 
 def without_proof(
@@ -257,7 +242,7 @@ def looks(module: nn.Module, trait: type) -> str:
 
 def first(answer: Any) -> Any:
     """The tensor that goes on: maps of attention that come along have a row for each head."""
-    return next(leaves(answer), None)
+    return next(tensors_in(answer), None)
 
 
 def silence(module: nn.Module, layer: Any, number: int) -> None:

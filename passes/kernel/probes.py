@@ -8,7 +8,7 @@ Shapes: K inputs, N outputs of a linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.observe import After, Before, Look, floats_in, looking, observe
 
 PROBES = 4
 """Random signs drawn for each calibration batch; each costs one backward pass."""
@@ -60,45 +61,45 @@ def probe(
         ToolchainError: no floating-point output, or one that gradients cannot be traced back from.
     """
     generator = torch.Generator().manual_seed(context.seed)
-    with torch.enable_grad(), evaluating(model):
-        for done, inputs in enumerate(context.calibration, start=1):
-            with calls_of(linears, at=at) as calls:
-                output = first_floating(model(**inputs))
-            if calls and not output.requires_grad:
-                raise ToolchainError(
-                    f"taylor cannot trace the model's output back to its {what}: its forward cuts gradients"
-                )
-            tensors = [call.input if at == "input" else call.output for call in calls]
-            for _ in range(PROBES if calls else 0):
-                signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-                loss = (output * signs).sum()
-                use(calls, torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True))
-            context.say(done, len(context.calibration), f"scoring {what}")
+    calls: list[Call] = []
+
+    def score(result: Any) -> None:
+        output = first_floating(result)
+        if calls and not output.requires_grad:
+            raise ToolchainError(
+                f"taylor cannot trace the model's output back to its {what}: its forward cuts gradients"
+            )
+        tensors = [call.input if at == "input" else call.output for call in calls]
+        for _ in range(PROBES if calls else 0):
+            signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+            loss = (output * signs).sum()
+            use(calls, torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True))
+        calls.clear()
+
+    looks = [Look(linear, *collecting(calls, key, at=at)) for key, linear in linears.items()]
+    observe(model, looks, context, doing=f"scoring {what}", each=score, gradients=True)
 
 
 @contextmanager
-def calls_of(linears: Mapping[Any, nn.Linear], *, at: Literal["input", "output"]) -> Iterator[list[Call]]:
+def linear_calls(linears: Mapping[Any, nn.Linear], *, at: Literal["input", "output"]) -> Iterator[list[Call]]:
     """Collect the calls of some layers, with a gradient to come where it is wanted."""
     calls: list[Call] = []
+    with looking(Look(linear, *collecting(calls, key, at=at)) for key, linear in linears.items()):
+        yield calls
 
-    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+
+def collecting(calls: list[Call], key: Any, *, at: Literal["input", "output"]) -> tuple[Before, After]:
+    """What is done before and after each call of one layer, so that it is among the calls."""
+
+    def before(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         return (traced(inputs[0]) if at == "input" else inputs[0], *inputs[1:])
 
-    def after(key: Hashable, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def after(inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
         output = traced(output) if at == "output" else output
         calls.append(Call(key, inputs[0], output))
         return output
 
-    hooks = [linear.register_forward_pre_hook(before) for linear in linears.values()]
-    hooks += [
-        linear.register_forward_hook(lambda _, inputs, output, key=key: after(key, inputs, output))
-        for key, linear in linears.items()
-    ]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return before, after
 
 
 def traced(tensor: Tensor) -> Tensor:
@@ -106,32 +107,9 @@ def traced(tensor: Tensor) -> Tensor:
     return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def first_floating(output: object) -> Tensor:
     """A model's first floating-point output."""
-    tensor = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
+    tensor = next(iter(floats_in(output)), None)
     if tensor is None:
         raise ToolchainError(f"taylor needs a floating-point output; this model gives a {type(output).__name__}")
     return tensor
-
-
-def tensors_in(output: object) -> Iterator[Tensor]:
-    """The tensors of an output: itself, or those of a tuple, list or mapping, in order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from tensors_in(tuple(output.values()))
-    elif isinstance(output, (tuple, list)):
-        for part in output:
-            yield from tensors_in(part)

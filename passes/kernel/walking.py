@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context
-from enginewright.passes.kernel.audit import Call, Seen, first_call, form, leaves, quietly, raised, see
+from enginewright.passes.kernel.audit import Call, Seen, first_call, form, quietly, raised, see
+from enginewright.passes.kernel.observe import tensors_in
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
 
@@ -59,14 +60,14 @@ def why_not_without(model: nn.Module, path: str, stack: BlockStack, gone: Sequen
 def unchained(calls: Sequence[Call], seen: Seen) -> str:
     """Where a block reads something else than what the one before it gave, or also what an earlier one gave."""
     for number, call in enumerate(calls[1:], start=1):
-        before = list(leaves(calls[number - 1].output))
+        before = list(tensors_in(calls[number - 1].output))
         x = stream_of(call)
         alike = [tensor for tensor in before if tensor.shape == x.shape]
         if seen.exact and alike and not any(same(tensor, x) for tensor in alike):
             return f"block {number} reads something else than what block {number - 1} gave: the model adds to it"
-        earlier = {id(t): i for i, past in enumerate(calls[: number - 1]) for t in leaves(past.output)}
+        earlier = {id(t): i for i, past in enumerate(calls[: number - 1]) for t in tensors_in(past.output)}
         earlier = {key: i for key, i in earlier.items() if key not in {id(t) for t in before}}
-        for tensor in leaves([call.inputs, call.named]):
+        for tensor in tensors_in([call.inputs, call.named]):
             if id(tensor) in earlier:
                 return f"block {number} also reads what block {earlier[id(tensor)]} gave (a long skip)"
     return ""
@@ -104,7 +105,7 @@ def walked(model: nn.Module, path: str, calls: Sequence[Call], kept: Sequence[in
 def handing_on(output: Any, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
     """An answer of a block's form, made of tensors that it was given; zeros where it was given none of a shape."""
     text = [named["encoder_hidden_states"]] if named.get("encoder_hidden_states") is not None else []
-    free = list(leaves([text, inputs, named]))
+    free = list(tensors_in([text, inputs, named]))
 
     def answer(part: Any) -> Any:
         if isinstance(part, Tensor):
@@ -124,12 +125,12 @@ def changed(before: tuple[Any, Any] | None, after: tuple[Any, Any] | None, outpu
     """What a block is given otherwise than before, streams apart; empty when nothing is."""
     if before is None or after is None:
         return "" if before is after else "is not called any more"
-    streams = {tuple(tensor.shape) for tensor in leaves(output)}
+    streams = {tuple(tensor.shape) for tensor in tensors_in(output)}
     if form(before) != form(after):
         return "is given something of another form"
     names = [*map(str, range(len(before[0]))), *before[1]]
     for name, old, new in zip(names, [*before[0], *before[1].values()], [*after[0], *after[1].values()], strict=True):
-        for a, b in zip(leaves(old), leaves(new), strict=True):
+        for a, b in zip(tensors_in(old), tensors_in(new), strict=True):
             if tuple(a.shape) not in streams and not same(a, b):
                 return f"is given another {name!r}"
         if isinstance(old, bool | int | float | str) and old != new:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context
-from enginewright.passes.kernel.probes import evaluating
+from enginewright.passes.kernel.observe import Look, first_argument, observe
 from enginewright.passes.moe.experts import samples
 from enginewright.passes.traits import FeedForward
 
@@ -19,29 +17,19 @@ See = Callable[[str, Tensor, Tensor], Tensor | None]
 
 def watch(model: nn.Module, layers: Mapping[str, FeedForward], context: Context, see: See, *, doing: str) -> None:
     """Run every calibration call without gradients and show what each layer sees; leaves the model as it was."""
-    with torch.no_grad(), evaluating(model), hooked(layers, see):
-        for number, inputs in enumerate(context.calibration):
-            context.say(number, len(context.calibration), doing)
-            model(**inputs)
+    looks = [look for path, layer in layers.items() for look in looks_into(path, layer, see)]
+    observe(model, looks, context, doing=doing)
 
 
-@contextmanager
-def hooked(layers: Mapping[str, FeedForward], see: See) -> Iterator[None]:
-    """Call ``see`` before the output projection of each layer."""
-    entered: dict[str, Tensor] = {}
-    hooks = []
-    for path, layer in layers.items():
+def looks_into(path: str, layer: FeedForward, see: See) -> tuple[Look, Look]:
+    """Note a layer's input, and call ``see`` before its output projection."""
+    entered: list[Tensor] = []
 
-        def enter(_: nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
-            entered[path] = inputs[0]
+    def enter(inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+        entered[:] = [first_argument(inputs, named)]
 
-        def leave(_: nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> tuple[Tensor, ...] | None:
-            units = see(path, samples(entered.pop(path)), samples(inputs[0]))
-            return None if units is None else (units.view(inputs[0].shape), *inputs[1:])
+    def leave(inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
+        units = see(path, samples(entered.pop()), samples(inputs[0]))
+        return None if units is None else (units.view(inputs[0].shape), *inputs[1:])
 
-        hooks += [layer.inputs[0].register_forward_pre_hook(enter), layer.output.register_forward_pre_hook(leave)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return Look(layer.inputs[0], before=enter), Look(layer.output, before=leave)

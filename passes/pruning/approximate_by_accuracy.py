@@ -23,7 +23,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
 from enginewright.passes.contract import SCORE_HELP, Context, Losses, Pass, Plan, Score
 from enginewright.passes.kernel.audit import unproven
-from enginewright.passes.kernel.probes import evaluating
+from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.pruning.elements import Element, Entry, carry_out, elements_of

@@ -13,7 +13,7 @@ Shapes: K inputs, N outputs, R rows (all leading dimensions together), r rank. K
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, WHOLE_MATRICES, Fact
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.kernel.probes import evaluating
+from enginewright.passes.kernel.observe import observe, reading, rounds
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices
+from enginewright.passes.kernel.statistics import Products
 from enginewright.passes.kernel.surgery import linear_like, put_at
 
 DAMPING = 1e-4
@@ -64,15 +65,15 @@ class Factorize(Pass):
         skipped |= {path: reason for path, layer in found.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in found.items() if path not in skipped}
         refuse_meta(layers)
-        squares = squares_of_inputs(model, layers, context) if self.method == "activation" else {}
+        read = products_of(model, layers, context if self.method == "activation" else None)
         choice: dict[str, dict[str, Any]] = {}
         arrays: dict[str, Tensor] = {}
-        for number, (path, layer) in enumerate(layers.items()):
+        for number, (path, layer, squares) in enumerate(read):
             context.say(number, len(layers), f"decomposing {path}")
-            if self.method == "activation" and path not in squares:
+            if self.method == "activation" and squares is None:
                 skipped[path] = "the calibration inputs never reach it"
                 continue
-            u, s, v = decompose(layer.weight.detach(), squares.get(path), where=path)
+            u, s, v = decompose(layer.weight.detach(), squares, where=path)
             rank, before, after = self.rank_of(s, layer), layer.weight.numel(), sum(layer.weight.shape)
             if rank * after >= before:
                 skipped[path] = f"rank {rank} would need {rank * after} weights in place of {before}"
@@ -135,27 +136,23 @@ def refuse_meta(layers: Mapping[str, nn.Linear]) -> None:
             )
 
 
-def squares_of_inputs(model: nn.Module, layers: Mapping[str, nn.Linear], context: Context) -> dict[str, Tensor]:
-    """X^T X (K, K) of each layer's inputs over all rows of all calls, for layers that ran."""
-    squares: dict[str, Tensor] = {}
+def products_of(
+    model: nn.Module, layers: Mapping[str, nn.Linear], context: Context | None
+) -> Iterator[tuple[str, nn.Linear, Tensor | None]]:
+    """Each layer with X^T X (K, K) of its inputs over all rows of all calls; None where it never ran.
 
-    def add(path: str, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()  # (R, K)
-        squares[path] = squares[path].addmm_(x.T, x) if path in squares else x.T @ x
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, path=path: add(path, inputs))
-        for path, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad(), evaluating(model):
-            for done, call in enumerate(context.calibration, start=1):
-                model(**call)
-                context.say(done, len(context.calibration), "reading inputs")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return squares
+    As many layers are looked at in one run of the calls as fit into memory. Without a context nothing runs.
+    """
+    if context is None:
+        yield from ((path, layer, None) for path, layer in layers.items())
+        return
+    sizes = {path: 8 * layer.in_features**2 for path, layer in layers.items()}
+    for paths in rounds(sizes):
+        products = {path: Products() for path in paths}
+        looks = [reading(layers[path], products[path]) for path in paths]
+        observe(model, looks, context, doing="reading inputs")
+        for path in paths:
+            yield path, layers[path], products.pop(path).total
 
 
 def decompose(weight: Tensor, squares: Tensor | None, *, where: str) -> tuple[Tensor, Tensor, Tensor]:

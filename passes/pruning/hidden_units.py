@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context
-from enginewright.passes.kernel.probes import Call, evaluating, probe
+from enginewright.passes.kernel.observe import observe, reading
+from enginewright.passes.kernel.probes import Call, probe
+from enginewright.passes.kernel.statistics import Squares
 from enginewright.passes.traits import FeedForward
 
 Layers = Mapping[str, FeedForward]
@@ -44,31 +46,15 @@ def activation_scores(model: nn.Module, layers: Layers, context: Context) -> dic
     Wanda (Sun et al. 2023, arXiv:2306.11695, equation 1) scores the weight from unit j to output i by
     |W_ij| * ||X_j||; a unit gets the sum over i.
     """
-    squares: dict[str, Tensor] = {}
-
-    def add(path: str, first: int, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].detach().flatten(0, -2)[:, first:]  # (R, H)
-        sums = rows.double().square().sum(dim=0)
-        squares[path] = squares[path] + sums if path in squares else sums
-
-    hooks = [
-        layer.output.register_forward_pre_hook(
-            lambda _, inputs, path=path, first=layer.first_column: add(path, first, inputs)
-        )
-        for path, layer in layers.items()
+    squares = {path: Squares() for path in layers}
+    looks = [
+        reading(layer.output, squares[path], columns=slice(layer.first_column, None)) for path, layer in layers.items()
     ]
-    try:
-        with torch.no_grad(), evaluating(model):
-            for done, call in enumerate(context.calibration, start=1):
-                model(**call)
-                context.say(done, len(context.calibration), "scoring hidden units")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    observe(model, looks, context, doing="scoring hidden units")
     return {
-        path: squares[path].sqrt() * columns(layer).abs().sum(dim=0, dtype=torch.float64)
+        path: total.sqrt() * columns(layer).abs().sum(dim=0, dtype=torch.float64)
         for path, layer in layers.items()
-        if path in squares
+        if (total := squares[path].total) is not None
     }
 
 

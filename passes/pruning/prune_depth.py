@@ -10,11 +10,10 @@ Shapes: B batch, N tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan, Score
-from enginewright.passes.kernel.probes import evaluating, tensors_in
+from enginewright.passes.kernel.observe import Look, evaluating, observe, tensors_in
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share
@@ -217,41 +216,26 @@ def judged_without(model: nn.Module, gone: Gone, score: Score) -> float:
 def influences(model: nn.Module, stacks: Stacks, context: Context) -> dict[str, float]:
     """1 minus the mean cosine of a block's input and output over all tokens, for blocks that ran."""
     sums: dict[str, tuple[float, int]] = {}
-    with torch.no_grad(), evaluating(model), watching(stacks, sums):
-        for done, call in enumerate(context.calibration, start=1):
-            model(**call)
-            context.say(done, len(context.calibration), "comparing streams")
-    found = {path: 1 - total / rows for path, (total, rows) in sums.items()}
-    for path, value in found.items():
-        if not math.isfinite(value):
-            raise ToolchainError(f"its influence is not finite: {value}", where=path)
-    return {path: float(f"{value:.6g}") for path, value in found.items()}
 
-
-@contextmanager
-def watching(stacks: Stacks, sums: dict[str, tuple[float, int]]) -> Iterator[None]:
-    """Add the cosines of each block's input and output, and how many there are."""
-
-    def add(path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        after = stream(output, before, second="encoder_hidden_states" in kwargs)
+    def add(path: str, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+        before = named["hidden_states"] if "hidden_states" in named else args[0]
+        after = stream(output, before, second="encoder_hidden_states" in named)
         if after is not None:
             cosines = F.cosine_similarity(before.double(), after.double(), dim=-1)  # (B, N)
             total, rows = sums.get(path, (0.0, 0))
             sums[path] = total + float(cosines.sum()), rows + cosines.numel()
 
-    hooks = [
-        block.register_forward_hook(
-            lambda _, args, kwargs, output, path=f"{name}.{i}": add(path, args, kwargs, output), with_kwargs=True
-        )
+    looks = [
+        Look(block, after=partial(add, f"{name}.{i}"))
         for name, stack in stacks.items()
         for i, block in enumerate(stack.blocks)
     ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    observe(model, looks, context, doing="comparing streams")
+    found = {path: 1 - total / rows for path, (total, rows) in sums.items()}
+    for path, value in found.items():
+        if not math.isfinite(value):
+            raise ToolchainError(f"its influence is not finite: {value}", where=path)
+    return {path: float(f"{value:.6g}") for path, value in found.items()}
 
 
 def stream(output: Any, like: Tensor, *, second: bool) -> Tensor | None:

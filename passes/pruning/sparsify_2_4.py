@@ -25,7 +25,7 @@ from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.patterns import PATTERN
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices
 from enginewright.passes.kernel.surgery import linear_like, put_at
-from enginewright.passes.pruning.factorize import refuse_meta, squares_of_inputs
+from enginewright.passes.pruning.factorize import products_of, refuse_meta
 
 DAMPING = 0.01
 """Of the mean of the diagonal of X^T X, added to the diagonal; the release's value."""
@@ -66,19 +66,19 @@ class Sparsify24(Pass):
         skipped |= {path: reason for path, layer in found.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in found.items() if path not in skipped}
         refuse_meta(layers)
-        squares = squares_of_inputs(model, layers, context) if self.method == "sparsegpt" else {}
+        read = products_of(model, layers, context if self.method == "sparsegpt" else None)
         choice: dict[str, dict[str, Any]] = {}
         arrays: dict[str, Tensor] = {}
-        for number, (path, layer) in enumerate(layers.items()):
+        for number, (path, layer, squares) in enumerate(read):
             context.say(number, len(layers), f"sparsifying {path}")
             weight = layer.weight.detach()
             if not weight.isfinite().all():
                 raise ToolchainError("its weight is not finite", where=path)
             if self.method == "sparsegpt":
-                if path not in squares:
+                if squares is None:
                     skipped[path] = "the calibration inputs never reach it"
                     continue
-                arrays[f"{path}/weight"] = sparsegpt(weight, squares[path], where=path)
+                arrays[f"{path}/weight"] = sparsegpt(weight, squares, where=path)
             norm = kept_norm(arrays[f"{path}/weight"] if arrays else sparse(weight), weight)
             choice[path] = {"pattern": PATTERN, "kept_norm": norm}
         facts = {"method": self.method, "gains": "time on GPUs with sparse tensor cores alone; none on a CPU"}

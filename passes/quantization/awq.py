@@ -15,14 +15,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.quantization.blocks import Weights, in_blocks
 
 STEPS = 20
 
 
-def awq_factors(matrices: Sequence[Tensor], rows: Sequence[Tensor], weights: Weights, block: int) -> Tensor | None:
-    """What input channels are divided by, (K,), for weights (K, N) that read rows (R, K); None where nothing helps."""
-    size = torch.stack([x.abs().mean(dim=0) for x in rows]).mean(dim=0).clamp(min=1e-8)
+def awq_factors(
+    matrices: Sequence[Tensor], seen: Sequence[InputStatistics], weights: Weights, block: int
+) -> Tensor | None:
+    """What input channels are divided by, (K,), for weights (K, N) that read the same; None where nothing helps.
+
+    Sizes are means over all rows of all calls; errors are those on the sampled rows.
+    """
+    size = torch.stack([each.sizes.mean for each in seen]).mean(dim=0).clamp(min=1e-8)
+    rows = [each.sample.rows for each in seen]
     best, least = None, errors(matrices, rows, None, weights, block)
     for step in range(1, STEPS):
         s = size.pow(step / STEPS)

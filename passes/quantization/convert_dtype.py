@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -28,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FULL_PRECISION, Fact
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.kernel.observe import Look, calls_of, evaluating, floats_in, looking, observe
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import networks_of
@@ -150,7 +152,7 @@ class ConvertDtype(Pass):
         """Whether the model runs with these layers kept: some operators take no operands of two types."""
         converted = self.rewrite(share(model), self.drafted(owners, kept, wide))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(converted):
                 converted(**context.calibration[0])
         except RuntimeError:
             return False
@@ -167,9 +169,8 @@ class ConvertDtype(Pass):
         converted = self.rewrite(share(model), plan)
         owners = {*plan.choice, *plan.facts["kept"]}
         worst = 0.0
-        with torch.no_grad():
-            for number, inputs in enumerate(context.calibration):
-                context.say(number, len(context.calibration), f"trying {self.dtype}")
+        with torch.no_grad(), evaluating(model), evaluating(converted):
+            for inputs in calls_of(context, f"trying {self.dtype}"):
                 with OverflowWatch(model, owners) as usual:
                     wanted = vector(model, inputs)
                 with OverflowWatch(converted, owners, usual.places) as watch:
@@ -262,38 +263,36 @@ class OverflowWatch(TorchDispatchMode):
 
     def __enter__(self) -> OverflowWatch:
         """Begin; hooks tell in which module the operators run."""
-        self.hooks = [
-            hook
-            for path, module in self.model.named_modules()
-            for hook in (
-                module.register_forward_pre_hook(partial(self.enter, path), with_kwargs=True),
-                module.register_forward_hook(partial(self.leave, path)),
+        self.looks = ExitStack()
+        self.looks.enter_context(
+            looking(
+                Look(module, before=partial(self.enter, path), after=partial(self.leave, path))
+                for path, module in self.model.named_modules()
             )
-        ]
+        )
         super().__enter__()
         return self
 
     def __exit__(self, *failure: Any) -> None:
         """End, and take the hooks away."""
         super().__exit__(*failure)
-        for hook in self.hooks:
-            hook.remove()
+        self.looks.close()
 
-    def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, path: str, args: Any, kwargs: Any) -> None:
         """Note that a module begins."""
         self.inside.append(path)
 
-    def leave(self, path: str, module: nn.Module, args: Any, result: Any) -> None:
+    def leave(self, path: str, args: Any, kwargs: Any, result: Any) -> None:
         """Note that a module ends, and whose output this is."""
         self.inside.pop()
         if path in self.owners:
-            for tensor in floats(result):
+            for tensor in floats_in(result):
                 self.origins[tensor] = (path,)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and look at what it gives."""
         result = func(*args, **(kwargs or {}))
-        given, got = floats([list(args), dict(kwargs or {})]), floats(result)
+        given, got = floats_in([list(args), dict(kwargs or {})]), floats_in(result)
         where = (self.inside or [""])[-1], str(func)
         place = (*where, self.counts[where])
         self.counts[where] += 1
@@ -374,22 +373,14 @@ def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def floats(value: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, in order."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    return [tensor for part in parts for tensor in floats(part)]
-
-
 def finite(value: Any) -> bool:
     """Whether all floating-point numbers in a value are finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in floats(value))
+    return all(bool(tensor.isfinite().all()) for tensor in floats_in(value))
 
 
 def vector(model: nn.Module, inputs: Inputs) -> Tensor:
     """All floating-point outputs of a call, end to end."""
-    return torch.cat([tensor.double().flatten() for tensor in floats(model(**inputs))])
+    return torch.cat([tensor.double().flatten() for tensor in floats_in(model(**inputs))])
 
 
 def watch(
@@ -400,21 +391,14 @@ def watch(
 
     def look(path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         values = seen.setdefault(path, {"input": 0.0, "output": 0.0, "error": 0.0})
-        given, got = floats([args, kwargs]), floats(result)
+        given, got = floats_in([args, kwargs]), floats_in(result)
         values["input"] = max(values["input"], *(largest(t) for t in given), 0.0)
         values["output"] = max(values["output"], *(largest(t) for t in got), 0.0)
         if not list(module.children()) and got:
             values["error"] = max(values["error"], error_of(module, args, kwargs, got[0], dtype))
 
-    hooks = [module.register_forward_hook(partial(look, path), with_kwargs=True) for path, module in owners.items()]
-    try:
-        with torch.no_grad():
-            for number, inputs in enumerate(context.calibration):
-                context.say(number, len(context.calibration), "calibrating")
-                model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    looks = [Look(module, after=partial(look, path, module)) for path, module in owners.items()]
+    observe(model, looks, context, doing="calibrating")
     return seen
 
 
@@ -433,6 +417,6 @@ def error_of(module: nn.Module, args: Any, kwargs: Any, exact: Tensor, dtype: to
     twin = share(module)
     twin._forward_hooks.clear()
     result = torch.func.functional_call(twin, weights, in_dtype(args, dtype), in_dtype(kwargs, dtype))
-    got = floats(result)[0].to(exact.dtype)
+    got = floats_in(result)[0].to(exact.dtype)
     error = float((got - exact).norm() / exact.norm().clamp(min=1e-12))
     return error if error < float("inf") else 0.0

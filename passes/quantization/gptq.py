@@ -3,7 +3,7 @@
 Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1 and section 3.3 (Cholesky form, updates batched in steps).
 Departures: no reordering of inputs; the damping of 1 % of the mean diagonal grows tenfold where that is not enough.
 
-Shapes: R rows, K inputs, N outputs, B inputs that share a scale.
+Shapes: K inputs, N outputs, B inputs that share a scale.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ DAMPING = 0.01
 """Share of the mean diagonal that is added to the Hessian's."""
 
 
-def inverse_factor(rows: Tensor) -> Tensor:
-    """Upper Cholesky factor (K, K) of the inverse of the damped Hessian x^T x of inputs (R, K).
+def inverse_factor(products: Tensor) -> Tensor:
+    """Upper Cholesky factor (K, K) of the inverse of the damped Hessian, X^T X (K, K) over all inputs.
 
     An input that is always zero gets a one on the diagonal, as in the authors' code: its weights matter nothing.
     """
-    rows = rows.double()
-    hessian = rows.T @ rows
+    hessian = products.double().clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     added = DAMPING * float(diagonal.mean())
@@ -38,13 +37,13 @@ def inverse_factor(rows: Tensor) -> Tensor:
     raise AssertionError("a damped Hessian is positive definite")
 
 
-def gptq(weight: Tensor, rows: Tensor, weights: Weights, block: int) -> Blocks:
-    """Round a weight (K, N) for inputs of which rows (R, K) are given.
+def gptq(weight: Tensor, products: Tensor, weights: Weights, block: int) -> Blocks:
+    """Round a weight (K, N) for inputs of which X^T X (K, K) is given.
 
     The scales of a block are chosen when its turn comes, from the weights as they then are; those of nvfp4, which
     share a scale, from the weights as they were.
     """
-    upper = inverse_factor(rows)
+    upper = inverse_factor(products)
     left = weight.double().clone()
     codes = torch.empty_like(left)
     scales, scale = block_scales(weight.float(), weights, block)

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context, Plan
-from enginewright.passes.quantization.reading import read
-from enginewright.passes.quantization.scales import calibration_facts, unusable
+from enginewright.passes.kernel.scales import calibration_facts, unusable
+from enginewright.passes.kernel.statistics import InputStatistics
+from enginewright.passes.quantization.reading import readings
 from enginewright.passes.quantization.smoothing import divided, multiplied
 
 NEVER = "never called on the calibration inputs"
@@ -34,29 +35,47 @@ class Chosen:
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Choose = Callable[[Mapping[str, nn.Linear], Mapping[str, Tensor]], Chosen]
-"""From layers that read the same and rows (R, K) that each read, by path."""
+Choose = Callable[[Mapping[str, nn.Linear], Mapping[str, InputStatistics]], Chosen]
+"""From layers that read the same and what was seen of the input of each, by path."""
 
 Build = Callable[[str, nn.Linear, Mapping[str, Any], Tensor | None], nn.Module]
 """From a path, its layer (with s in its weight), its decision and what its input is multiplied by (1/s, or None)."""
 
 
 def plan_groups(
-    model: nn.Module, layers: Mapping[str, nn.Linear], skipped: Mapping[str, str], context: Context, choose: Choose
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    skipped: Mapping[str, str],
+    context: Context,
+    choose: Choose,
+    *,
+    histogram: bool = False,
+    products: bool = False,
 ) -> Plan:
-    """A plan for the layers that the calibration inputs reach; ``skipped`` goes into it."""
-    reading = read(model, layers, context)
-    reasons = dict(skipped)
-    reasons |= {path: NEVER for path in layers if path not in reading.rows}
-    reasons |= {path: reason for path, rows in reading.rows.items() if (reason := unusable(rows))}
+    """A plan for the layers that the calibration inputs reach; ``skipped`` goes into it.
+
+    Args:
+        model: that has the layers.
+        layers: by path.
+        skipped: others, with the reason.
+        context: has the calibration calls.
+        choose: decides for layers that read the same.
+        histogram: whether it asks for percentiles.
+        products: whether it asks for X^T X.
+    """
+    reasons = {**skipped, **dict.fromkeys(layers, NEVER)}
     choice: dict[str, Any] = {}
     arrays: dict[str, Tensor] = {}
-    for group in reading.groups:
+    for group, seen in readings(model, layers, context, histogram=histogram, products=products):
+        for path, statistics in seen.items():
+            reasons.pop(path)
+            if reason := unusable(statistics):
+                reasons[path] = reason
         paths = [path for path in group.layers if path not in reasons]
         if not paths:
             continue
         context.say(len(choice), len(layers), f"choosing: {paths[0]}")
-        chosen = choose({path: layers[path] for path in paths}, {path: reading.rows[path] for path in paths})
+        chosen = choose({path: layers[path] for path in paths}, {path: seen[path] for path in paths})
         choice |= chosen.decisions
         arrays |= chosen.arrays
         if chosen.s is not None:

@@ -9,16 +9,9 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 
-QMIN, QMAX = -127, 127
-"""Symmetric: -128 is left out, so that a weight and its negative round alike."""
+from enginewright.passes.kernel.rounding import QMAX, QMIN, weight_scales
 
 ops = torch.ops.quantized_decomposed
-
-
-def weight_scales(weight: Tensor) -> Tensor:
-    """Largest magnitude of each output's weights over 127: weight (N, K) -> (N,); 1 where all are zero."""
-    largest = weight.abs().amax(dim=1)
-    return torch.where(largest > 0, largest / QMAX, torch.ones_like(largest))
 
 
 class QuantizedLinear(nn.Module):

@@ -12,15 +12,16 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.scales import scale_of
+from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.quantization.fp8 import Fp8Linear
 from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
 from enginewright.passes.quantization.pairs import FP8_LARGEST
 from enginewright.passes.quantization.reading import linear_layers
-from enginewright.passes.quantization.scales import scale_of
 
 
 class QuantizeFp8(Pass):
@@ -46,15 +47,16 @@ class QuantizeFp8(Pass):
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose a scale for each layer's input."""
         layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest)
-        return plan_groups(model, layers, skipped, context, self.choose)
+        histogram = self.observer == "percentile"
+        return plan_groups(model, layers, skipped, context, self.choose, histogram=histogram)
 
-    def choose(self, layers: Mapping[str, nn.Linear], rows: Mapping[str, Tensor]) -> Chosen:
+    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen:
         """Decide for layers that read the same."""
-        return Chosen({path: {"precision": "fp8", "input_scale": self.scale(rows[path])} for path in layers})
+        return Chosen({path: {"precision": "fp8", "input_scale": self.scale(seen[path])} for path in layers})
 
-    def scale(self, rows: Tensor) -> float:
-        """The scale of an input of which rows (R, K) are given."""
-        return scale_of(rows, observer=self.observer, percentile=self.percentile, largest=FP8_LARGEST)
+    def scale(self, seen: InputStatistics) -> float:
+        """The scale of an input."""
+        return scale_of(seen, observer=self.observer, percentile=self.percentile, largest=FP8_LARGEST)
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Put an ``Fp8Linear`` in the place of each planned layer."""

@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.scales import arithmetic, scale_of
+from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.reading import linear_layers
-from enginewright.passes.quantization.scales import arithmetic, scale_of
 from enginewright.passes.quantization.smoothing import multiplied, shared_factors
 
 
@@ -50,17 +51,18 @@ class QuantizeInt8(Pass):
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose a scale for each layer's input, and find where a CPU's 16-bit sums would saturate."""
         layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest)
-        return plan_groups(model, layers, skipped, context, self.choose)
+        histogram = self.observer == "percentile" and not self.smooth
+        return plan_groups(model, layers, skipped, context, self.choose, histogram=histogram)
 
-    def choose(self, layers: Mapping[str, nn.Linear], rows: Mapping[str, Tensor]) -> Chosen:
+    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen:
         """Decide for layers that read the same."""
-        s = shared_factors(layers.values(), rows.values(), self.smooth)
+        s = shared_factors(layers.values(), seen.values(), self.smooth)
         decisions = {}
         for path, layer in layers.items():
-            x = rows[path] if s is None else rows[path] / s
+            x = seen[path].rows() if s is None else seen[path].rows() / s
             decisions[path] = {
                 "precision": "int8",
-                "input_scale": scale_of(x, observer=self.observer, percentile=self.percentile),
+                "input_scale": scale_of(seen[path], observer=self.observer, percentile=self.percentile, s=s),
                 **arithmetic(x, multiplied(layer, s).weight),
             }
         return Chosen(decisions, s)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.scales import scale_of
+from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.kernel.surgery import linear_like
 from enginewright.passes.quantization.blocks import BlockLinear, in_blocks
 from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.reading import linear_layers
-from enginewright.passes.quantization.scales import scale_of
 from enginewright.passes.quantization.smoothing import multiplied, shared_factors
 
 
@@ -64,17 +65,16 @@ class QuantizeSvd(Pass):
             return f"its {layer.in_features} inputs are no multiple of the block of {self.block}"
         return ""
 
-    def choose(self, layers: Mapping[str, nn.Linear], rows: Mapping[str, Tensor]) -> Chosen:
+    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen:
         """Decide for layers that read the same."""
-        s = shared_factors(layers.values(), rows.values(), self.smooth)
+        s = shared_factors(layers.values(), seen.values(), self.smooth)
         decisions: dict[str, dict[str, Any]] = {}
         arrays: dict[str, Tensor] = {}
         for path, layer in layers.items():
-            x = rows[path] if s is None else rows[path] / s
             rank = max(1, min(self.rank, min(layer.weight.shape) // 4))
             decisions[path] = {"precision": self.residual, "rank": rank, "block": self.block}
             if self.residual == "int8" or self.activations == "int8":
-                decisions[path]["input_scale"] = scale_of(x, observer="max", percentile=100)
+                decisions[path]["input_scale"] = scale_of(seen[path], observer="max", percentile=100, s=s)
             down, up = largest_directions(multiplied(layer, s).weight, rank)
             arrays |= {f"{path}.down": down, f"{path}.up": up}
         return Chosen(decisions, s, arrays)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.scales import scale_of
+from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.quantization.awq import awq_factors
 from enginewright.passes.quantization.blocks import FORMATS, BlockLinear, Blocks, Weights, in_blocks
 from enginewright.passes.quantization.gptq import gptq
 from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
 from enginewright.passes.quantization.reading import linear_layers
-from enginewright.passes.quantization.scales import scale_of
 
 
 class QuantizeWeights(Pass):
@@ -91,7 +92,8 @@ class QuantizeWeights(Pass):
             return Plan(choice={path: self.decision() for path in layers}, skipped=skipped)
         asked = f"algorithm {self.algorithm!r}" if self.algorithm != "rtn" else "activations 'int8'"
         self.check_calibration(context, asked, otherwise="take algorithm = 'rtn' and activations = 'none'")
-        return plan_groups(model, layers, skipped, context, self.choose)
+        products = self.algorithm == "gptq"
+        return plan_groups(model, layers, skipped, context, self.choose, products=products)
 
     def reason_to_skip(self, layer: nn.Linear) -> str:
         """Why a layer cannot be cut into blocks; empty when it can."""
@@ -103,21 +105,20 @@ class QuantizeWeights(Pass):
         """What the plan says of a layer."""
         return {"precision": self.weights, "block": self.size, "algorithm": self.algorithm, **more}
 
-    def choose(self, layers: Mapping[str, nn.Linear], rows: Mapping[str, Tensor]) -> Chosen:
+    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen:
         """Decide for layers that read the same."""
         s = None
         if self.algorithm == "awq":
             matrices = [layer.weight.detach().float().T for layer in layers.values()]
-            s = awq_factors(matrices, list(rows.values()), self.weights, self.size)
+            s = awq_factors(matrices, list(seen.values()), self.weights, self.size)
         decisions: dict[str, dict[str, Any]] = {}
         arrays: dict[str, Tensor] = {}
         for path, layer in layers.items():
-            x = rows[path] if s is None else rows[path] / s
             decisions[path] = self.decision()
             if self.activations == "int8":
-                decisions[path]["input_scale"] = scale_of(x, observer="max", percentile=100)
+                decisions[path]["input_scale"] = scale_of(seen[path], observer="max", percentile=100, s=s)
             if self.algorithm == "gptq":
-                found = gptq(layer.weight.detach().float().T, x, self.weights, self.size)
+                found = gptq(layer.weight.detach().float().T, seen[path].products, self.weights, self.size)
                 arrays |= as_arrays(path, found)
         return Chosen(decisions, s, arrays)
 

@@ -1,4 +1,4 @@
-"""What linear layers read on calibration inputs: rows of it, and who else reads the same tensor.
+"""What linear layers read on calibration inputs: statistics of it, and who else reads the same tensor.
 
 Shapes: R rows (all leading dimensions together), K inputs.
 """
@@ -6,6 +6,7 @@ Shapes: R rows (all leading dimensions together), K inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.observe import Look, first_argument, observe, reading, rounds, tensors_in
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, never_called, other_matrices
-from enginewright.passes.quantization.scales import some_rows
+from enginewright.passes.kernel.statistics import InputStatistics, bytes_of, rows_of
 from enginewright.passes.quantization.smoothing import scales_with_weight
-
-TRAIL = "_enginewright_trail"
-"""The attribute of a tensor under which its readers are noted, so that the note goes when the tensor does."""
 
 LOOKS = {
     torch.Tensor.size,
@@ -43,14 +43,6 @@ class Group:
     norm: str | None
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Rows (R, K) that each layer read, by path, and the layers in groups; those never called are in neither."""
-
-    rows: Mapping[str, Tensor]
-    groups: tuple[Group, ...]
-
-
 @dataclass
 class Trail:
     """Who wrote a tensor, which layers and how many functions read it."""
@@ -66,25 +58,46 @@ class Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.paused = False
+        self.trails: list[Trail] = []
+        self.marked = WeakTensorKeyDictionary()  # goes with the tensor, and with this run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the readers and call on."""
         if not self.paused and func not in LOOKS:
-            for trail in trails_in((args, kwargs)):
-                trail.reads += 1
+            self.count((args, kwargs))
         return func(*args, **(kwargs or {}))
 
+    def count(self, value: Any) -> None:
+        """One more reader of each marked tensor in nested arguments, or in a model's output."""
+        for tensor in tensors_in(value):
+            if (trail := self.marked.get(tensor)) is not None:
+                trail.reads += 1
 
-def trails_in(value: Any) -> Iterator[Trail]:
-    """Trails of the tensors in nested arguments, or in a model's output."""
-    if isinstance(value, Tensor):
-        if (trail := getattr(value, TRAIL, None)) is not None:
-            yield trail
-    elif isinstance(value, Mapping):
-        yield from trails_in(tuple(value.values()))
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from trails_in(part)
+    def mark(self, tensor: Tensor, norm: str | None) -> Trail:
+        """A new trail of a tensor."""
+        self.trails.append(Trail(norm))
+        self.marked[tensor] = self.trails[-1]
+        return self.trails[-1]
+
+    def wrote(self, norm: str, inputs: Any, named: Any, output: Any) -> None:
+        """A norm gave a tensor."""
+        if isinstance(output, Tensor):
+            self.mark(output, norm)
+
+    def reads(self, path: str, inputs: Any, named: Any) -> None:
+        """A layer is called."""
+        tensor = first_argument(inputs, named)
+        trail = self.marked.get(tensor)
+        (self.mark(tensor, None) if trail is None else trail).layers.append(path)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What reads tensors in this block does not count."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
 
 
 def linear_layers(
@@ -116,44 +129,73 @@ def linear_layers(
     return layers, skipped
 
 
-def read(model: nn.Module, layers: Mapping[str, nn.Linear], context: Context) -> Reading:
-    """Run the calibration calls; keeps evenly spaced rows of each call, and always the row of the largest value."""
-    rows: dict[str, list[Tensor]] = {}
-    trails: list[Trail] = []
+def read(
+    model: nn.Module, layers: Mapping[str, nn.Linear], context: Context, seen: Mapping[str, InputStatistics]
+) -> list[Group]:
+    """Run the calibration calls and find which layers read the same tensor, while some of them fill their statistics.
+
+    Args:
+        model: that has the layers.
+        layers: by path.
+        context: has the calls.
+        seen: statistics to fill, by path.
+    """
     watch = Watch()
 
-    def wrote(norm: str, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            trails.append(Trail(norm))
-            setattr(output, TRAIL, trails[-1])
-
-    def reads(path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        trail = getattr(inputs[0], TRAIL, None)
-        if trail is None:
-            trail = Trail(None)
-            trails.append(trail)
-            setattr(inputs[0], TRAIL, trail)
-        trail.layers.append(path)
-        watch.paused = True
-        rows.setdefault(path, []).append(some_rows(inputs[0].detach().flatten(0, -2).float()))
-        watch.paused = False
+    def reads(path: str, inputs: Any, named: Any) -> None:
+        watch.reads(path, inputs, named)
+        if path in seen:
+            with watch.pause():
+                seen[path].add(rows_of(first_argument(inputs, named)).float())
 
     norms = {path: module for path, module in model.named_modules() if scales_with_weight(module)}
-    hooks = [layer.register_forward_pre_hook(partial(reads, path)) for path, layer in layers.items()]
-    hooks += [norm.register_forward_hook(partial(wrote, path)) for path, norm in norms.items()]
-    try:
-        with torch.no_grad():
-            for number, inputs in enumerate(context.calibration):
-                context.say(number, len(context.calibration), "calibrating")
-                with watch:
-                    output = model(**inputs)
-                for trail in trails_in(output):
-                    trail.reads += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {path: torch.cat(rows[path]) for path in layers if path in rows}
-    return Reading(rows=found, groups=tuple(grouped(found, trails)))
+    looks = [Look(layer, before=partial(reads, path)) for path, layer in layers.items()]
+    looks += [Look(norm, after=partial(watch.wrote, path)) for path, norm in norms.items()]
+    with watch:
+        observe(model, looks, context, doing="calibrating", each=watch.count)
+    called = {path for trail in watch.trails for path in trail.layers}
+    return list(grouped([path for path in layers if path in called], watch.trails))
+
+
+def readings(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    context: Context,
+    *,
+    histogram: bool = False,
+    products: bool = False,
+) -> Iterator[tuple[Group, dict[str, InputStatistics]]]:
+    """The layers in groups, and what was seen of the input of each, by path; those never called are in none.
+
+    As many groups are looked at in one run of the calls as fit into memory.
+
+    Args:
+        model: that has the layers.
+        layers: by path.
+        context: has the calls, and the seed of samples.
+        histogram: whether percentiles are to be asked for.
+        products: whether X^T X is.
+    """
+
+    def empty(paths: Iterable[str]) -> dict[str, InputStatistics]:
+        return {path: InputStatistics(context.seed, histogram=histogram, products=products) for path in paths}
+
+    sizes = {
+        path: bytes_of(layer.in_features, histogram=histogram, products=products) for path, layer in layers.items()
+    }
+    if len(rounds(sizes)) <= 1:
+        seen = empty(layers)
+        for group in read(model, layers, context, seen):
+            yield group, {path: seen.pop(path) for path in group.layers}
+        return
+    groups = {group.layers[0]: group for group in read(model, layers, context, {})}
+    whole = {first: sum(sizes[path] for path in group.layers) for first, group in groups.items()}
+    for together in rounds(whole):
+        seen = empty(path for first in together for path in groups[first].layers)
+        looks = [reading(layers[path], statistics) for path, statistics in seen.items()]
+        observe(model, looks, context, doing="calibrating")
+        for first in together:
+            yield groups[first], {path: seen.pop(path) for path in groups[first].layers}
 
 
 def grouped(layers: Iterable[str], trails: Sequence[Trail]) -> Iterator[Group]:

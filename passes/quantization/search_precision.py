@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan, cost, macs_by_module
+from enginewright.passes.kernel.rounding import weight_scales
+from enginewright.passes.kernel.scales import as_bytes
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.quantization.budget import Option, Trade, at_most, best_trades, within
-from enginewright.passes.quantization.linear import QuantizedLinear, weight_scales
-from enginewright.passes.quantization.scales import as_bytes
+from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.smoothing import multiplied
 
 ROUNDS = 6

@@ -15,14 +15,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.kernel.surgery import linear_like
 
 
-def shared_factors(layers: Iterable[nn.Linear], rows: Iterable[Tensor], strength: float) -> Tensor | None:
-    """Factors (K,) for layers that read the same, of which rows (R, K) are given; None with a strength of 0."""
+def shared_factors(layers: Iterable[nn.Linear], seen: Iterable[InputStatistics], strength: float) -> Tensor | None:
+    """Factors (K,) for layers that read the same, by what was seen of that; None with a strength of 0."""
     if strength == 0:
         return None
-    inputs = torch.stack([x.abs().amax(dim=0) for x in rows]).amax(dim=0)
+    inputs = torch.stack([each.sizes.largest for each in seen]).amax(dim=0)
     weights = torch.stack([layer.weight.detach().float().abs().amax(dim=0) for layer in layers]).amax(dim=0)
     return factors(inputs, weights, strength)
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Inputs
+from enginewright.passes.kernel.observe import floats_in
 from enginewright.passes.recovery.losses import TINY, attention_loss, feature_loss, output_loss, relation_loss
-from enginewright.passes.recovery.watching import Pairs, Watch, attention_pairs, block_pairs, floating
+from enginewright.passes.recovery.watching import Pairs, Watch, attention_pairs, block_pairs
 
 
 class Teacher(BaseModel):
@@ -74,7 +75,7 @@ class Guide:
             align: whether anything but outputs counts.
         """
         with torch.no_grad(), self.watch() as theirs:
-            wanted = floating(self.module(**inputs))
+            wanted = floats_in(self.module(**inputs))
         bare = (
             output_loss(result, wanted)
             if scale is None or self.teacher.output
@@ -110,9 +111,9 @@ def guide(teacher: Teacher, module: nn.Module, student: nn.Module, inputs: Input
     theirs = Watch(module, sorted(set(blocks.values())), sorted(set(maps.values())))
     with torch.no_grad():
         with ours:
-            result = floating(student(**inputs))
+            result = floats_in(student(**inputs))
         with theirs:
-            wanted = floating(module(**inputs))
+            wanted = floats_in(module(**inputs))
     if teacher.output and shapes(result) != shapes(wanted):
         raise ToolchainError(
             f"{named(teacher)} gives outputs {shapes(wanted)}, the student {shapes(result)}",
@@ -186,5 +187,5 @@ def map_reason(ours: list[Tensor], theirs: list[Tensor]) -> str:
 def gap(student: Callable[..., object], teacher: Callable[..., object], calls: list[Inputs]) -> float:
     """Root of the mean relative squared error of the student's outputs over these calls."""
     with torch.no_grad():
-        errors = [output_loss(floating(student(**call)), floating(teacher(**call))) for call in calls]
+        errors = [output_loss(floats_in(student(**call)), floats_in(teacher(**call))) for call in calls]
     return float(torch.stack(errors).mean().clamp(min=TINY**2).sqrt()) if errors else 0.0

@@ -15,13 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs
+from enginewright.passes.kernel.observe import floats_in
 from enginewright.passes.kernel.patterns import mask_of
 from enginewright.passes.recovery import checkpoints
 from enginewright.passes.recovery.checkpoints import State
 from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.feeding import joined
 from enginewright.passes.recovery.guides import Guide
-from enginewright.passes.recovery.watching import Watch, floating
+from enginewright.passes.recovery.watching import Watch
 from enginewright.passes.traits import BlockStack, layers_of
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Training:
         blocks = sorted({path for guide in guides for path in (*guide.features, *guide.relation)})
         layers = sorted({path for guide in guides for path in guide.attention})
         with Watch(self.student, blocks if align else [], layers if align else []) as watched, self.autocast():
-            result = floating(self.student(**call))
+            result = floats_in(self.student(**call))
         bases, aligned, scale = [], [], None
         for guide in guides:
             base, extra, bare = guide.losses(question, result, watched, scale, align=align)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
+from enginewright.passes.kernel.observe import Look, floats_in, looking
 from enginewright.passes.recovery.losses import log_map
 from enginewright.passes.traits import BlockStack, FixedAttention, HeadedAttention, layers_of
 
@@ -78,19 +79,17 @@ class Watch(TorchFunctionMode):
     maps: dict[str, list[Tensor]] = field(default_factory=dict)
     asked: list[tuple[str, Callable[[], Tensor]]] = field(default_factory=list)
     inside: list[str] = field(default_factory=list)
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    looks: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __enter__(self) -> Watch:
-        for path in self.blocks:
-            block = self.model.get_submodule(path)
-            self.hooks.append(block.register_forward_hook(lambda _m, _i, result, path=path: self.keep(path, result)))
+        looks = [Look(self.model.get_submodule(path), after=partial(self.keep, path)) for path in self.blocks]
         for path in self.attentions:
             layer = self.model.get_submodule(path)
-            self.hooks.append(layer.register_forward_pre_hook(lambda _m, _i, path=path: self.inside.append(path)))
-            self.hooks.append(layer.register_forward_hook(lambda _m, _i, _r: self.leave(), always_call=True))
+            looks.append(Look(layer, before=partial(self.enter, path), after=self.leave, always=True))
+        self.looks.enter_context(looking(looks))
         if self.attentions:
             super().__enter__()
         return self
@@ -101,15 +100,17 @@ class Watch(TorchFunctionMode):
         # Not before: inside a block that is computed again on the way back, only the block's own work may be done.
         for path, compute in self.asked:
             self.maps.setdefault(path, []).append(compute())
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
+        self.looks.close()
 
-    def keep(self, path: str, result: object) -> None:
+    def keep(self, path: str, inputs: Any, named: Any, result: object) -> None:
         """Note what a block gave."""
-        self.results[path] = floating(result)
+        self.results[path] = floats_in(result)
 
-    def leave(self) -> None:
+    def enter(self, path: str, inputs: Any, named: Any) -> None:
+        """An attention layer begins."""
+        self.inside.append(path)
+
+    def leave(self, inputs: Any, named: Any, result: Any) -> None:
         """An attention layer is done."""
         self.inside.pop()
 
@@ -134,11 +135,3 @@ def map_of(
 ) -> Tensor:
     """Logarithm of the map (B, H, N, M) of one call; the arguments are PyTorch's."""
     return log_map(query, key, attn_mask, causal=is_causal, scale=scale)
-
-
-def floating(result: object) -> list[Tensor]:
-    """The floating-point tensors of a result: itself, or those of a tuple, list or mapping, in order."""
-    if isinstance(result, Tensor):
-        return [result] if result.is_floating_point() else []
-    parts = result.values() if isinstance(result, Mapping) else result if isinstance(result, tuple | list) else ()
-    return [tensor for part in parts for tensor in floating(part)]

@@ -7,7 +7,7 @@ is assumed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Context, Inputs, Json
+from enginewright.passes.kernel.observe import After, Look, looking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +185,8 @@ def seeing(model: nn.Module, mode: Following) -> Iterator[dict[str, Seen | None]
     """By path, what each module gave; None for one that depends on other inputs or on none."""
     seen: dict[str, Seen | None] = {}
 
-    def look(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            del module
+    def look(path: str) -> After:
+        def after(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             marks = frozenset().union(*(mode.of(tensor) for tensor in tensors))
             if marks != {"bound"} or (path in seen and seen[path] is None):
@@ -197,16 +197,10 @@ def seeing(model: nn.Module, mode: Following) -> Iterator[dict[str, Seen | None]
             before = seen.get(path)
             seen[path] = now if before is None else agreed(before, now)
 
-        return hook
+        return after
 
-    hooks = [
-        module.register_forward_hook(look(path), with_kwargs=True) for path, module in model.named_modules() if path
-    ]
-    try:
+    with looking(Look(module, after=look(path)) for path, module in model.named_modules() if path):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def agreed(before: Seen, now: Seen) -> Seen:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.observe import Look, looking
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
@@ -116,23 +118,19 @@ def watching(model: nn.Module, stack: BlockStack) -> Iterator[list[str]]:
     given: list[Tensor] = []
     norms: list[str] = []
 
-    def last(module: nn.Module, args: Any, result: Any) -> None:
-        del module, args
+    def last(args: Any, named: Any, result: Any) -> None:
         given[:] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
-    def look(path: str, args: tuple[Any, ...]) -> None:
+    def look(path: str, args: tuple[Any, ...], named: Any) -> None:
         if any(arg is tensor for arg in args for tensor in given):
             norms.append(path)
 
     inside = {module for block in stack.blocks for module in block.modules()}
-    hooks = [stack.blocks[-1].register_forward_hook(last)]
-    hooks += [
-        module.register_forward_pre_hook(lambda _, args, path=path: look(path, args))
+    looks = [Look(stack.blocks[-1], after=last)]
+    looks += [
+        Look(module, before=partial(look, path))
         for path, module in model.named_modules()
         if "norm" in type(module).__name__.lower() and module not in inside
     ]
-    try:
+    with looking(looks):
         yield norms
-    finally:
-        for hook in hooks:
-            hook.remove()

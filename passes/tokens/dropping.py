@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Inputs
+from enginewright.passes.kernel.observe import Look, looking
 from enginewright.passes.tokens.interpreter import Interpreter
 from enginewright.passes.tokens.matching import ascending
 from enginewright.passes.tokens.running import Step, TokenRun, Tokens, joined
@@ -130,11 +131,10 @@ def keep_maps(model: nn.Module, inputs: Inputs) -> Tensor:
     maps: list[Tensor] = []
     runs = [module for module in model.modules() if isinstance(module, TokenRun)]
     borders = [step for run in runs for step in run.steps if isinstance(step, (DropStep, PolicyStep))]
-    hooks = [step.register_forward_hook(lambda _, given, __: maps.append(given[0].place >= 0)) for step in borders]
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def note(inputs: tuple[Tokens, ...], named: Mapping[str, Any], output: None) -> None:
+        maps.append(inputs[0].place >= 0)
+
+    with torch.no_grad(), looking(Look(step, after=note) for step in borders):
+        model(**inputs)
     return torch.stack(maps, dim=1)

@@ -5,7 +5,6 @@ Shapes: B batch, N tokens (leading ones apart), H heads, D width, S samples (tok
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.observe import observe
+from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.dropping import probabilities, received
 from enginewright.passes.tokens.interpreter import fit, interpreter
 from enginewright.passes.tokens.running import Found, Step, TokenRun, Tokens, stack_at
@@ -47,16 +48,12 @@ class Watch(Step):
 
 def watched(model: nn.Module, found: Found, context: Context) -> list[Watch]:
     """What each block of a stack saw on the calibration inputs; the model stays as it was."""
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    twin = share(model)
     stack = stack_at(twin, found.path)
     by_class = stack.leading > 0 and not stack.padded
     steps = [Watch(block, stack.block, by_class=by_class, leading=stack.leading) for block in stack.blocks]
     stack.put(TokenRun(steps, restore=True))
-    with torch.no_grad():
-        for done, call in enumerate(context.calibration, start=1):
-            twin(**call)
-            context.say(done, len(context.calibration), "watching attention")
+    observe(twin, (), context, doing="watching attention")
     return steps
 
 

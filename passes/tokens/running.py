@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.kernel.audit import Call, disagreement, first_call, quietly, repeats, see, signature
+from enginewright.passes.kernel.observe import Look, looking
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.matching import rows
 from enginewright.passes.traits import TokenBlock, TokenStack, layers_of
@@ -191,15 +192,14 @@ def count_tokens(model: nn.Module, stack: TokenStack, context: Context) -> int |
         return None
     seen: list[int] = []
 
-    def look(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    block = stack.blocks[0]
+
+    def look(inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         x, inputs, named = stack.block.enter(*inputs, **named)
         seen.append(x.shape[1] - stack.block(block, *inputs, **named).ahead)
 
-    hook = stack.blocks[0].register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with looking([Look(block, before=look)]):
         macs(model, example)  # on shapes alone where that is possible
-    finally:
-        hook.remove()
     return seen[0] if seen else None
 
 

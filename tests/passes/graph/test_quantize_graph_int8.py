@@ -11,9 +11,10 @@ from onnx import TensorProto, helper
 from enginewright import sources
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan, Result
-from enginewright.passes.graph.products import Product, product_of, some_patches
+from enginewright.passes.graph.products import Product, look_at_patches, product_of
 from enginewright.passes.graph.quantize_graph_int8 import QuantizeGraphInt8
 from enginewright.passes.kernel.graph_module import GraphModule, graph_of
+from enginewright.passes.kernel.statistics import InputStatistics
 from tests.graphs import mixed, noise, tensor, write
 
 CALLS = [{"x": torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(seed))} for seed in range(4)]
@@ -219,11 +220,13 @@ def test_an_old_opset_that_cannot_be_raised_says_so(tmp_path: Path, monkeypatch:
 
 def test_patches_are_what_an_unfolded_convolution_reads() -> None:
     x, weight = torch.randn(1, 3, 5, 6), torch.randn(4, 3, 3, 2)
-    patches = some_patches(x, (3, 2), (1, 2))  # (R, P * C): all 3 * 4 places, and one again
+    seen = InputStatistics(0)
+    look_at_patches(x, (3, 2), (1, 2), seen)
+    patches = seen.rows()  # (R, P * C): all 3 * 4 places, and one again
     wanted = torch.nn.functional.conv2d(x, weight, dilation=(1, 2)).flatten(2)[0].T  # (12, 4)
     got = patches[:-1] @ weight.movedim(1, -1).flatten(1).T
     torch.testing.assert_close(got, wanted)
-    assert patches[-1].abs().max() == x.abs().max()
+    assert patches[-1].abs().max() == x.abs().max() == seen.sizes.largest.max()
 
 
 def test_a_grouped_convolution_is_read_group_by_group(graph: Path) -> None:
@@ -231,8 +234,9 @@ def test_a_grouped_convolution_is_read_group_by_group(graph: Path) -> None:
     product = product_of(node)
     assert isinstance(product, Product)
     x = torch.randn(1, 32, 4, 4)
-    weight = product.constant()
-    parts = product.by_group(product.rows(x)[:4])  # the 2 x 2 places without padding
+    weight, seen = product.constant(), InputStatistics(0)
+    product.look(x, seen)
+    parts = product.by_group(seen.sample.rows)  # the 2 x 2 places without padding
     got = torch.cat([rows @ part.T for rows, part in parts], dim=1)
     wanted = torch.nn.functional.conv2d(x, weight, groups=4).flatten(2)[0].T
     torch.testing.assert_close(got, wanted)

@@ -274,7 +274,7 @@ def test_progress_is_told():
 
     plan = PruneHeads(importance="taylor").plan(SelfAttention(8, 4), context)
 
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert plan.facts["calibration_batches"] == 3
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from enginewright.passes.quantization.linear import QuantizedLinear, weight_scales
+from enginewright.passes.kernel.rounding import weight_scales
+from enginewright.passes.quantization.linear import QuantizedLinear
 
 
 def test_integers_times_scales_are_the_product() -> None:

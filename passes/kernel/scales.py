@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context
-from enginewright.passes.quantization.linear import QMAX, QMIN, weight_scales
-
-ROWS = 256
-"""Rows of a layer's input kept from each calibration call, enough to choose a scale by."""
+from enginewright.passes.kernel.rounding import QMAX, QMIN, significant, weight_scales
+from enginewright.passes.kernel.statistics import Histogram, InputStatistics
 
 ROWS_ABOVE, ROWS_GAIN = 0.01, 0.7
 """A scale for each row takes time, so a layer is marked for it where its relative error with one scale is above the
@@ -38,42 +36,47 @@ def calibration_facts(context: Context) -> dict[str, Any]:
         if len(values) == len(context.calibration):
             every = torch.cat(values).double()
             quantiles = torch.quantile(every, torch.linspace(0, 1, 5, dtype=torch.float64))
-            mixes[name] = {"samples": len(every), "quantiles": [float(f"{q:.6g}") for q in quantiles]}
+            mixes[name] = {"samples": len(every), "quantiles": [significant(float(q)) for q in quantiles]}
     return {"calibration_calls": len(context.calibration)} | ({"calibration_mix": mixes} if mixes else {})
 
 
-def some_rows(rows: Tensor) -> Tensor:
-    """Evenly spaced rows of an input (R, K), and always the row of the largest value."""
-    spaced = rows[:: max(1, len(rows) // ROWS)]
-    largest = rows[rows.abs().amax(dim=1).argmax()][None]
-    return torch.cat([spaced, largest])
-
-
-def unusable(x: Tensor) -> str:
-    """Why no scale can be chosen by an input; empty when one can."""
-    if not torch.isfinite(x).all():
+def unusable(seen: InputStatistics) -> str:
+    """Why no scale can be chosen by what was seen of an input; empty when one can."""
+    if not seen.sizes.rows:
+        return "its input has no rows on the calibration inputs"
+    if not seen.sizes.largest.isfinite().all():
         return "its input is not finite on the calibration inputs"
-    if float(x.abs().max()) == 0:
+    if float(seen.sizes.largest.max()) == 0:
         return "its input is zero on the calibration inputs"
     return ""
 
 
-MOST_VALUES = 1 << 23
-"""Values that a percentile is taken of."""
+def scale_of(
+    seen: InputStatistics, *, observer: Observer, percentile: float, largest: float = QMAX, s: Tensor | None = None
+) -> float:
+    """The scale of an input for a type with this largest value, rounded to 6 digits; ``mse`` is for int8 alone.
 
+    The largest value and percentiles are of every value of all calls. Least squares, and percentiles of inputs that are
+    divided by ``s``, are of the sampled rows.
 
-def scale_of(x: Tensor, *, observer: Observer, percentile: float, largest: float = QMAX) -> float:
-    """The scale of x (R, K) for a type with this largest value, rounded to 6 digits; ``mse`` is for int8 alone."""
-    magnitude = x.abs()
+    Args:
+        seen: what was seen of the input.
+        observer: how the scale is chosen.
+        percentile: of magnitudes, for the observer of that name.
+        largest: value of the type.
+        s: what channels (K,) are divided by first.
+    """
+    top = float((seen.sizes.largest if s is None else seen.sizes.largest / s).max())
+    sample = seen.sample.rows if s is None else seen.sample.rows / s
     if observer == "max":
-        limit = float(magnitude.max())
+        limit = top
     elif observer == "percentile":
-        flat = magnitude.flatten()
-        spaced = flat[:: -(-flat.numel() // MOST_VALUES)]  # evenly over all calls
-        limit = float(torch.quantile(spaced, percentile / 100)) or float(magnitude.max())
+        histogram = seen.histogram if s is None else Histogram.of(sample)
+        assert histogram is not None, "a percentile needs the histogram of what was seen"
+        limit = min(histogram.percentile(percentile), top) or top
     else:
-        limit = least_squares_limit(x)
-    return float(f"{limit / largest:.6g}")
+        limit = least_squares_limit(sample, top)
+    return significant(limit / largest)
 
 
 def error_in_8_bits(parts: Iterable[tuple[Tensor, Tensor]], scale: float) -> float:
@@ -110,9 +113,13 @@ def arithmetic(x: Tensor, weight: Tensor, *, products: bool = True) -> dict[str,
     return {"rows": rows, "saturating_share": float(f"{share:.3g}"), "reduced_range": full > reduced}
 
 
-def least_squares_limit(x: Tensor) -> float:
-    """The clipping limit with the least squared rounding and clipping error of x, among 40 shares of its maximum."""
-    largest = float(x.abs().max())
+def least_squares_limit(x: Tensor, largest: float) -> float:
+    """The clipping limit with the least squared rounding and clipping error of x, among 40 shares of the largest value.
+
+    Args:
+        x: a sample of what is rounded.
+        largest: magnitude of all, the sample's included.
+    """
 
     def error(limit: float) -> float:
         scale = limit / QMAX
