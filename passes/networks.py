@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from enginewright.ground.driver import Driver, Kind, Memory, Values
 from enginewright.ground.program import SOLE, Hoisted, Program, Table, by_timestep
+from enginewright.passes.kernel.selection import is_within
 
 TENSORS = Kind(join=lambda parts: torch.cat(list(parts)), equal=torch.equal, copy=torch.clone)
 """Of PyTorch."""
@@ -76,6 +77,12 @@ def place_of(model: nn.Module, name: str) -> str:
     return f"networks.{name or ONLY}" if isinstance(model, Networks) else ""
 
 
+def only_network(model: nn.Module) -> tuple[nn.Module, str]:
+    """The network of a model that has one, and its path in the model."""
+    [(name, network)] = networks_of(model).items()
+    return network, place_of(model, name)
+
+
 def each_network(model: nn.Module, change: Callable[[nn.Module, str], nn.Module]) -> nn.Module:
     """A model changed as a whole (how it is called, what it gives), or each of its networks.
 
@@ -108,14 +115,18 @@ def hoist(model: nn.Module, found: Mapping[str, Hoisted]) -> Networks:
     return Networks(networks_of(model), program).train(model.training)
 
 
+def at_timestep(call: Mapping[str, Tensor], time: float, *, input: str) -> dict[str, Tensor]:
+    """A call with another timestep in the input that holds it, the same for every row."""
+    return {**call, input: torch.full_like(call[input], time)}
+
+
 def at_its_time(model: nn.Module, name: str, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A call of one network of a model: at a timestep at which that network runs."""
     program = program_of(model)
     time = program.time_of(name)
     if program.table is None or time is None:
         return dict(call)
-    input = program.table.input
-    return {**call, input: torch.full_like(call[input], time)}
+    return at_timestep(call, time, input=program.table.input)
 
 
 def without_inputs(model: nn.Module, names: Collection[str]) -> nn.Module:
@@ -134,9 +145,7 @@ def local(paths: Mapping[str, Any], network: str) -> dict[str, Any]:
     if not network:
         return dict(paths)
     return {
-        path.removeprefix(network).removeprefix("."): entry
-        for path, entry in paths.items()
-        if path == network or path.startswith(f"{network}.")
+        path.removeprefix(network).removeprefix("."): entry for path, entry in paths.items() if is_within(path, network)
     }
 
 

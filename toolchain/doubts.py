@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -10,31 +9,29 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.signature import Arrays
-from enginewright.passes.contract import Pass
 from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.recipe import Recipe
 from enginewright.reports import record, words
 from enginewright.sources.contract import Model
-from enginewright.targets.element_types import DTYPES, IR_TYPES, in_type
+from enginewright.targets.element_types import DTYPES, hollow, in_type
 from enginewright.targets.pytorch_engine import flat
 
 COPIED_UP_TO = 4 * 10**9
 """Bytes of weights that are copied to try half precision."""
 
 
-def of_guessed_ranges(recipe: Recipe, model: Model, steps: Sequence[Pass], target: record.TargetRecord) -> str:
+def of_guessed_ranges(recipe: Recipe, model: Model, target: record.TargetRecord) -> str:
     """Why no gate may rest on the fidelity of a target: its static scales were calibrated on ranges that were guessed.
 
     Empty where inputs are like those in use, where somebody said which values they take, or where scales are dynamic.
     """
-    guessed = [spec.name for spec in model.inputs if spec.guessed]
-    calibrated = any(step.needs_calibration and step.formats for step in steps)
+    calibrated = any(step.needs_calibration and step.formats for step in recipe.steps)
     static = target.parameters.get("int8", "static") == "static"
-    if not (guessed and calibrated and static) or model.realistic or recipe.head.calibration.file:
+    if not (model.guessed and calibrated and static) or recipe.head.calibration.file:
         return ""
     return (
-        f"scales were calibrated on guessed ranges of {words.listing(guessed)}: say which values they take (ranges, "
-        "realistic), or give calibration inputs"
+        f"scales were calibrated on guessed ranges of {words.listing(model.guessed)}: say which values they take "
+        "(ranges, realistic), or give calibration inputs"
     )
 
 
@@ -49,11 +46,10 @@ class InHalf:
 
     def __init__(self, module: nn.Module, dtype: str, outputs: Sequence[str]) -> None:
         self.dtype, self.outputs = DTYPES[dtype], tuple(outputs)
-        self.module = copy.deepcopy(module)
-        persistent = {id(tensor) for tensor in self.module.state_dict(keep_vars=True).values()}
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
-            if tensor.dtype in IR_TYPES and id(tensor) in persistent:
-                tensor.data = tensor.data.to(self.dtype)
+        self.module, originals = hollow(module, self.dtype)
+        for parameter in self.module.parameters():
+            if parameter.numel() and (original := originals.get(parameter.data_ptr())) is not None:
+                parameter.data.copy_(original)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Named inputs -> named outputs. Raises ``ToolchainError`` where PyTorch cannot compute it in that type."""

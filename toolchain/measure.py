@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from enginewright.at_sizes import SEED as SIZES_SEED
@@ -76,9 +76,11 @@ def measure(
                 found[name] |= tried
     if untouched is not None:
         with progress.stage("compare with the untouched original"):
-            calls = validation_calls(untouched, settings.calls, seed)
+            plain = eager(untouched, threads)
+            calls = answerable(untouched, plain, validation_calls(untouched, settings.calls, seed))
+            answers, taken = answers_of(plain, calls), {spec.name for spec in model.inputs}
             for name, runner in runners.items():
-                found[name] |= beside_untouched(runner, untouched, model, calls, threads)
+                found[name] |= beside_untouched(runner, taken, calls, answers, untouched.mask)
     if sized:
         with progress.stage("compare outputs at other sizes"):
             again = again_with(model, original, seed + SIZES_SEED)
@@ -112,15 +114,11 @@ def in_half(half: Runner, inputs: Sequence[Arrays], wanted: Sequence[Arrays], ma
 
 
 def beside_untouched(
-    runner: Runner, untouched: Model, intended: Model, calls: Sequence[Arrays], threads: int
+    runner: Runner, taken: Collection[str], calls: Sequence[Arrays], wanted: Sequence[Arrays], mask: str
 ) -> dict[str, Any]:
-    """Fidelity of one engine to the untouched original, on its own calls; inputs that are gone are left out."""
-    taken = {spec.name for spec in intended.inputs}
-    original = eager(untouched, threads)
-    calls = answerable(untouched, original, calls)
+    """Fidelity of one engine to the untouched original, on its own calls; inputs that the engine lacks are left out."""
     got = [runner({name: array for name, array in call.items() if name in taken}) for call in calls]
-    masks = masks_of(untouched.mask, calls)
-    found = compared(answers_of(original, calls), got, masks, untouched.mask) if not non_finite(got) else {}
+    found = {} if non_finite(got) else compared(wanted, got, masks_of(mask, calls), mask)
     return {"fidelity_to_original": found["fidelity"]} if found.get("fidelity") else {}
 
 

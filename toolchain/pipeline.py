@@ -409,7 +409,7 @@ def validate(
         told = notes_of(runners[found.name]) if found.name in runners else []
         told += [f"half precision was not tried in PyTorch: {why_not}"] if why_not else []
         found.notes = [*found.notes, *told, *own.pop("notes", [])]
-        found.doubt = doubts.of_guessed_ranges(run.recipe, run.model, run.recipe.steps, found)
+        found.doubt = doubts.of_guessed_ranges(run.recipe, run.model, found)
     return [t.model_copy(update=measured.get(t.name, {})) for t in targets], pictures, how
 
 
@@ -431,8 +431,7 @@ def kind_of_inputs(model: Model) -> str:
         return "met on sampling runs"
     kind = "made by the model's source" if model.realistic else "random, within the input contract"
     own = "the model's own example; then " if model.example is not None else ""
-    guessed = [spec.name for spec in model.inputs if spec.guessed]
-    doubt = "" if model.realistic or not guessed else f"; the ranges of {', '.join(guessed)} were guessed"
+    doubt = f"; the ranges of {', '.join(model.guessed)} were guessed" if model.guessed else ""
     return f"{own}{kind}{doubt}"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from enginewright.added import with_inputs
-from enginewright.ground.driver import Driver, Memory
+from enginewright.ground.driver import Driver
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import PREPARE, SOLE, STEP, Network, Program, parted
 from enginewright.ground.reading import read_json
@@ -152,7 +152,7 @@ def runner_of(step: TargetStep, folder: Path, threads: int, module: Callable[[],
     program = read_program(folder)
     if program == SOLE:
         return load("")
-    return Driver(program=program, networks={name: load(name) for name in program.networks}, memory=Memory())
+    return Driver(program=program, networks={name: load(name) for name in program.networks})
 
 
 def notes_of(runner: Any) -> list[str]:

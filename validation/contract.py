@@ -56,7 +56,7 @@ class Metric(ABC):
     relative_tolerance: ClassVar[float | None] = 0.25
     """How much worse a figure may be than a baseline's, as a share of it."""
     absolute_tolerance: ClassVar[float | None] = None
-    """How much worse it may be, in its own unit; beside a relative one both are added."""
+    """How much worse it may be, in its own unit; beside a relative one the larger counts."""
     kept: ClassVar[bool] = True
     """Whether a baseline keeps it; not where another figure says the same."""
     compares: ClassVar[bool] = False

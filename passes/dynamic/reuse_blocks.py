@@ -31,13 +31,13 @@ from enginewright.ground.program import Call, Network, Program, StateTensor, Tab
 from enginewright.ground.signature import Dim, Signature, rows_of
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
 from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
-from enginewright.passes.dynamic.schedule import at, calls_at, even, span_of, timestep_of
+from enginewright.passes.dynamic.schedule import calls_at, even, span_of, timestep_of
 from enginewright.passes.kernel.observe import Look, evaluating, looking
-from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.kernel.walking import why_not_without
-from enginewright.passes.networks import Networks, local, networks_of, place_of, program_of
+from enginewright.passes.networks import Networks, at_timestep, local, only_network, program_of
 from enginewright.passes.traits import BlockStack, layer_at
 
 WHOLE, SHORT = "whole", "short"
@@ -122,8 +122,8 @@ class ReuseBlocks(Pass):
             count = len(layer_at(model, path, BlockStack).blocks)
             if count != entry["of"]:
                 raise ToolchainError(f"the plan is for a stack of {entry['of']} blocks; this has {count}", where=path)
-            [(name, network)] = networks_of(model).items()
-            [own] = local({path: None}, place_of(model, name))
+            network, place = only_network(model)
+            [own] = local({path: None}, place)
             short = taking(share(network), own, entry["blocks"])
             whole = giving(network, own, entry["blocks"])
             once = {
@@ -197,7 +197,7 @@ class ReuseBlocks(Pass):
             if not table[step]:
                 last = step
                 continue
-            now, then = (streams(model, path, at(call, times[k], input=self.input)) for k in (step, last))
+            now, then = (streams(model, path, at_timestep(call, times[k], input=self.input)) for k in (step, last))
             for a in starts:
                 change = (now[a + wanted] - now[a]) - (then[a + wanted] - then[a])
                 moved[a] += float(change.square().sum())
@@ -213,17 +213,12 @@ def moved(modules: Sequence[str], path: str, blocks: Sequence[int], network: str
     """Paths of modules where they are in one of the two networks: blocks are wrapped in one, and gone in the other."""
     found = []
     for module in modules:
-        inside = next((block for block in blocks if within(module, f"{path}.{block}")), None)
+        inside = next((block for block in blocks if is_within(module, f"{path}.{block}")), None)
         if inside is None:
             found.append(module)
         elif network == WHOLE:
             found.append(f"{path}.{inside}.block{module.removeprefix(f'{path}.{inside}')}")
     return tuple(found)
-
-
-def within(module: str, path: str) -> bool:
-    """Whether a module is at a path or below it."""
-    return module == path or module.startswith(f"{path}.")
 
 
 def reusing(facts: Mapping[str, Any]) -> Program:

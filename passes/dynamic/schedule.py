@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs
 from enginewright.passes.kernel.roles import input_of
 from enginewright.passes.kernel.rows import one_call, shared_inputs, some_rows
+from enginewright.passes.networks import at_timestep
 
 
 def even(steps: int, high: float = 1000.0) -> tuple[float, ...]:
@@ -57,10 +57,5 @@ def calls_at(context: Context, timesteps: Sequence[float], *, input: str, rows: 
     calls = []
     for time in timesteps:
         order = (joined[input].double() - time).abs().argsort(stable=True)[:rows]
-        calls.append(at(some_rows(joined, order, shared), time, input=input))
+        calls.append(at_timestep(some_rows(joined, order, shared), time, input=input))
     return calls
-
-
-def at(call: Inputs, time: float, *, input: str) -> Inputs:
-    """The same call at another timestep."""
-    return {**call, input: torch.full_like(call[input], time)}

@@ -36,7 +36,7 @@ from enginewright.passes.kernel.probes import Call, linear_calls, probe
 from enginewright.passes.kernel.rows import shared_inputs
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
-from enginewright.passes.networks import local, networks_of, place_of, switched
+from enginewright.passes.networks import local, only_network, switched
 from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
 
 Layer = HeadedAttention | FeedForward
@@ -105,8 +105,7 @@ class SliceWidthByTimestep(Pass):
         if not plan.choice:
             return model
         times, numbers = plan.facts["timesteps"], torch.tensor(plan.facts["table"])
-        [(name, whole)] = networks_of(model).items()
-        place = place_of(model, name)
+        whole, place = only_network(model)
         own_plan = replace(plan, choice=local(plan.choice, place), arrays=local(plan.arrays, place))
         networks = {}
         for number in range(int(numbers.max()) + 1):

@@ -1,4 +1,4 @@
-"""Which layers a user wants left alone: glob patterns of module paths."""
+"""Layers by their module paths: which a user wants left alone, and which lie within others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from enginewright.ground.errors import ToolchainError
 def excluded_by(path: str, patterns: Sequence[str]) -> str:
     """The reason to skip a path that a pattern matches; empty when none does."""
     return next((f"excluded by {pattern!r}" for pattern in patterns if fnmatchcase(path, pattern)), "")
+
+
+def is_within(path: str, around: str) -> bool:
+    """Whether a module path is another one or lies below it; all lie below the empty one."""
+    return not around or path == around or path.startswith(f"{around}.")
 
 
 def other_matrices(model: nn.Module, named: Container[str], why: str) -> dict[str, str]:

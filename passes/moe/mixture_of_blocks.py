@@ -32,7 +32,7 @@ from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.kernel.walking import why_not_without
-from enginewright.passes.networks import local, networks_of, place_of, switched
+from enginewright.passes.networks import local, only_network, switched
 from enginewright.passes.traits import BlockStack, layer_at
 
 Stacks = Mapping[str, BlockStack]
@@ -141,8 +141,7 @@ class MixtureOfBlocks(Pass):
         # What lies in a range is nearest to its middle; from the last range down, so that a border is the upper's.
         middles = [(row["from"] + row["to"]) / 2 for row in reversed(rows)]
         ways = tuple(networks.index(kept) for kept in reversed(choices))
-        [(name, whole)] = networks_of(model).items()
-        place = place_of(model, name)
+        whole, place = only_network(model)
         each = {str(number): without(whole, local(kept, place)) for number, kept in enumerate(networks)}
         table = Table(input=plan.facts["input"], timesteps=tuple(middles), ways=ways)
         return switched(model, each, table, shared=plan.facts["shared"])

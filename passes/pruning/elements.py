@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.passes.kernel.selection import is_within
 from enginewright.passes.kernel.surgery import Zeros, put_at
 from enginewright.passes.pruning.hard_attention import HardAttention
 from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of
@@ -57,7 +58,7 @@ def elements_of(model: nn.Module) -> list[Element]:
     place = {path: number for number, (path, _) in enumerate(model.named_modules())}
 
     def order(element: Element) -> tuple[int, bool, int]:
-        around = [block for block in blocks if element.path == block or element.path.startswith(f"{block}.")]
+        around = [block for block in blocks if is_within(element.path, block)]
         return -place[max(around, key=len, default=element.path)], element.kind == "attention", -place[element.path]
 
     return sorted(found, key=order)

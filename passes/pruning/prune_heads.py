@@ -23,7 +23,7 @@ from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.probes import Call, probe
-from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
 from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
 
 Heads = Mapping[str, HeadedAttention]
@@ -139,14 +139,9 @@ def uncut(model: nn.Module, layers: Heads) -> dict[str, str]:
     for path, module in model.named_modules():
         if "attention" not in type(module).__name__.lower():
             continue
-        if not any(nested(path, other) or nested(other, path) for other in (*layers, *reasons)):
+        if not any(is_within(path, other) or is_within(other, path) for other in (*layers, *reasons)):
             reasons[path] = f"no family knows how the heads of a {type(module).__name__} are laid out"
     return reasons
-
-
-def nested(inner: str, outer: str) -> bool:
-    """Whether a module path is the other one or lies below it."""
-    return not outer or inner == outer or inner.startswith(f"{outer}.")
 
 
 def choose(scores: Sequence[float], number_removed: int) -> dict[str, object]:

@@ -25,7 +25,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
-from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
 from enginewright.passes.pruning.hidden_units import activation_scores, random_scores, taylor_scores, weight_norms
 from enginewright.passes.traits import FeedForward, layer_at, layers_of
 
@@ -146,14 +146,9 @@ def unknown_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
         kind = type(module).__name__
         if not any(name in kind.lower() for name in NAMES):
             continue
-        if not any(nested(path, other) or nested(other, path) for other in (*layers, *reasons)):
+        if not any(is_within(path, other) or is_within(other, path) for other in (*layers, *reasons)):
             reasons[path] = f"no family knows how the hidden units of a {kind} are laid out"
     return reasons
-
-
-def nested(inner: str, outer: str) -> bool:
-    """Whether a module path is the other one or lies below it."""
-    return not outer or inner == outer or inner.startswith(f"{outer}.")
 
 
 def refuse_meta(layers: Layers, importance: str) -> None:

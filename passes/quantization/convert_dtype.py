@@ -30,7 +30,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FULL_PRECISION, Fact
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
 from enginewright.passes.kernel.observe import Look, calls_of, evaluating, floats_in, looking, observe
-from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import networks_of
 
@@ -305,11 +305,6 @@ class OverflowWatch(TorchDispatchMode):
             if self.faulty is None and place not in self.usual:
                 self.faulty, self.sources = where[0], tuple(known)
         return result
-
-
-def is_within(path: str, around: str) -> bool:
-    """Whether a path is another one or lies below it; all lie below the empty one."""
-    return not around or path == around or path.startswith(f"{around}.")
 
 
 def worst_of(paths: Sequence[str], errors: Mapping[str, float]) -> list[str]:

@@ -63,6 +63,10 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of ``init_lora_weights`` with which training changed the base's own weights before it began."""
 
 
+UNKNOWN = (ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
+"""What diffusers' converters raise for keys that they do not know; they have no error of their own."""
+
+
 @dataclass(kw_only=True)
 class Adapter:
     """The tensors that adapt one layer, its alpha where the file says it, and whether somebody else must say it."""
@@ -164,7 +168,7 @@ def renamed(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
         else:
             strange = []
             found = converters._convert_xlabs_flux_lora_to_diffusers(dict(tensors))
-    except (ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError) as cause:
+    except UNKNOWN as cause:
         raise ToolchainError(f"diffusers cannot rename the adapter's keys: {first_line(cause)}") from cause
     # Alpha is in the factors now, which is what keys of kohya without one mean.
     found = {key.replace(".lora_A.", ".lora_down.").replace(".lora_B.", ".lora_up."): t for key, t in found.items()}
@@ -174,7 +178,7 @@ def renamed(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
 def converts(converters: Any, tensors: Mapping[str, Tensor], name: str) -> bool:
     """Whether diffusers' converter knows a layer of the original Flux: it drops others with a line in the log."""
     own = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] == name}
-    with contextlib.suppress(ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError):
+    with contextlib.suppress(*UNKNOWN):
         return bool(converters._convert_kohya_flux_lora_to_diffusers(own))
     return False
 

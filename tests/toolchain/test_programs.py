@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,22 +19,33 @@ from enginewright.recipe import make
 from enginewright.reports import record
 from enginewright.validation.inputs import draw
 
+HOIST = {"pass": "hoist_constants", "constant": ["y"]}
+SLICE = {"pass": "slice_width_by_timestep", "importance": "activation", "steps": 6, "buckets": 2}
+REUSE = {"pass": "reuse_blocks", "interval": 3, "steps": 4}
+BLOCKS = {"pass": "mixture_of_blocks", "buckets": 2}
+INT8 = {"pass": "quantize_int8", "smallest": 0}
+
+
+def exported(out: Path, *steps: dict[str, Any], **more: Any) -> Path:
+    """An artifact of ``dit:tiny`` after these steps, for ONNX Runtime and PyTorch."""
+    content = {
+        "model": "dit:tiny",
+        "steps": list(steps),
+        "targets": [{"target": "onnxruntime"}, {"target": "pytorch"}],
+        "validation": {"rounds": 3, "calls": 2},
+        "calibration": {"calls": 2},
+    }
+    _, code = pipeline.export(make(content | more), out, force=False, progress=Progress(quiet=True))
+    assert code == 0
+    return out
+
 
 @pytest.fixture(scope="module")
 def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("sliced") / "out"
-    recipe = make(
-        {
-            "model": "dit:tiny",
-            "steps": [{"pass": "slice_width_by_timestep", "importance": "activation", "steps": 6, "buckets": 2}],
-            "targets": [{"target": "onnxruntime"}, {"target": "pytorch"}],
-            "validation": {"rounds": 3, "calls": 2},
-            "calibration": {"calls": 2},
-        }
+    return exported(
+        tmp_path_factory.mktemp("sliced") / "out",
+        {"pass": "slice_width_by_timestep", "importance": "activation", "steps": 6, "buckets": 2},
     )
-    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
-    assert code == 0
-    return out
 
 
 def test_the_artifact_holds_an_engine_for_each_stretch(sliced: Path) -> None:
@@ -66,19 +78,7 @@ def test_engines_and_module_agree_for_rows_of_any_timestep(sliced: Path) -> None
 
 @pytest.fixture(scope="module")
 def reused(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("reused") / "out"
-    recipe = make(
-        {
-            "model": "dit:tiny",
-            "steps": [{"pass": "reuse_blocks", "interval": 3, "steps": 4}],
-            "targets": [{"target": "onnxruntime"}, {"target": "pytorch"}],
-            "validation": {"rounds": 3, "calls": 2},
-            "calibration": {"calls": 2},
-        }
-    )
-    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
-    assert code == 0
-    return out
+    return exported(tmp_path_factory.mktemp("reused") / "out", REUSE)
 
 
 def test_engines_that_reuse_keep_the_signature_and_walk_as_the_module_does(reused: Path) -> None:
@@ -103,20 +103,11 @@ def test_engines_that_reuse_keep_the_signature_and_walk_as_the_module_does(reuse
 
 @pytest.fixture(scope="module")
 def parted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("parted") / "out"
-    recipe = make(
-        {
-            "model": "dit:tiny",
-            "steps": [{"pass": "hoist_constants", "constant": ["t"]}],
-            "gates": ["fidelity.max_abs <= 1e-5"],
-            "targets": [{"target": "onnxruntime"}, {"target": "pytorch"}],
-            "validation": {"rounds": 3, "calls": 2},
-            "calibration": {"calls": 2},
-        }
+    return exported(
+        tmp_path_factory.mktemp("parted") / "out",
+        {"pass": "hoist_constants", "constant": ["t"]},
+        gates=["fidelity.max_abs <= 1e-5"],
     )
-    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
-    assert code == 0
-    return out
 
 
 def test_the_artifact_holds_two_engines_and_says_how_they_are_called(parted: Path) -> None:
@@ -155,11 +146,6 @@ def test_engines_and_module_agree_at_any_batch(parted: Path) -> None:
         np.testing.assert_allclose(engine(**call), wanted, atol=1e-5)
 
 
-HOIST = {"pass": "hoist_constants", "constant": ["y"]}
-SLICE = {"pass": "slice_width_by_timestep", "importance": "activation", "steps": 6, "buckets": 2}
-REUSE = {"pass": "reuse_blocks", "interval": 3, "steps": 4}
-BLOCKS = {"pass": "mixture_of_blocks", "buckets": 2}
-INT8 = {"pass": "quantize_int8", "smallest": 0}
 TOGETHER = {
     "hoisted, then sliced": (HOIST, SLICE),
     "sliced, then hoisted": (SLICE, HOIST),
@@ -175,18 +161,8 @@ TOGETHER = {
 @pytest.mark.parametrize("case", TOGETHER)
 def test_what_is_done_once_and_networks_by_timestep_go_together(case: str, tmp_path: Path) -> None:
     steps = TOGETHER[case]
-    recipe = make(
-        {
-            "model": "dit:tiny",
-            "steps": list(steps),
-            "targets": [{"target": "onnxruntime", "int8": "static"}, {"target": "pytorch"}],
-            "validation": {"rounds": 3, "calls": 2},
-            "calibration": {"calls": 4},
-        }
-    )
-    out = tmp_path / "out"
-    _, code = pipeline.export(recipe, out, force=False, progress=Progress(quiet=True))
-    assert code == 0
+    targets = [{"target": "onnxruntime", "int8": "static"}, {"target": "pytorch"}]
+    out = exported(tmp_path / "out", *steps, targets=targets, calibration={"calls": 4})
     program = json.loads((out / "program.json").read_text())
     parts = [name.rpartition("-")[2] for name in program["networks"]]
     count = 1 if BLOCKS in steps else 2  # of the two blocks it has, both ranges of timesteps keep the same

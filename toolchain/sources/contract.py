@@ -125,6 +125,11 @@ class Model:
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def guessed(self) -> tuple[str, ...]:
+        """Inputs whose random values keep to a range that nobody declared; none where calls are like those in use."""
+        return () if self.realistic else tuple(spec.name for spec in self.inputs if spec.guessed)
+
     def batches(self, count: int, seed: int) -> list[Arrays]:
         """``count`` sets of inputs at typical sizes: realistic where the model can make them, else random."""
         if self.realistic:

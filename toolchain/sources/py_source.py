@@ -1,8 +1,8 @@
 """A user's own model: ``py:FILE.py:FUNCTION``, where the function returns a module and example inputs.
 
 It returns ``(module, inputs)``, with ``inputs`` a dict of tensors by ``forward``'s argument names or a tuple in their
-order; or a ``enginewright.ModelSpec``; or a dict of that class's fields. The file runs as it would in Python: give only
-files that you trust.
+order; or an ``enginewright.ModelSpec``; or a dict of that class's fields. The file runs as it would in Python: give
+only files that you trust.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from enginewright.sources import examples, user_file
 from enginewright.sources.contract import Model, files_from
 from enginewright.spec import ModelSpec
 
-WANTED = "return (module, inputs), a enginewright.ModelSpec, or a dict of its fields"
+WANTED = "return (module, inputs), an enginewright.ModelSpec, or a dict of its fields"
 
 
 def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
