@@ -147,8 +147,3 @@ def local(paths: Mapping[str, Any], network: str) -> dict[str, Any]:
     return {
         path.removeprefix(network).removeprefix("."): entry for path, entry in paths.items() if is_within(path, network)
     }
-
-
-def guidance_rows(model: nn.Module) -> int:
-    """How often the rows of a call follow one another inside a model: twice after ``merge_guidance``, else once."""
-    return 2 if getattr(model, "guidance", {}).get("at_once") else 1

@@ -153,16 +153,17 @@ def time_in_turns(
     taken = {name: Samples(wall_s=[], cpu_s=[], interrupted=[]) for name in runners}
     last = None
     rounds = -(-samples // block)
-    for turn in range(rounds):
-        say(f"timing round {turn + 1} of {rounds}")
-        shuffle(order)
-        with _no_collection():
-            for name in order:
-                if name != last:
-                    _settle(runners[name], inputs, settle_s)
-                    last = name
-                for _ in range(min(block, samples - len(taken[name].wall_s))):
-                    _time_call(runners[name], inputs, taken[name])
+    with _collected_once():
+        for turn in range(rounds):
+            say(f"timing round {turn + 1} of {rounds}")
+            shuffle(order)
+            with _no_collection():
+                for name in order:
+                    if name != last:
+                        _settle(runners[name], inputs, settle_s)
+                        last = name
+                    for _ in range(min(block, samples - len(taken[name].wall_s))):
+                        _time_call(runners[name], inputs, taken[name])
     return taken
 
 
@@ -214,6 +215,23 @@ def _check_counts(runners: Mapping[str, Runner], warm_up: int, samples: int, blo
     for name, value, least in (("warm_up", warm_up, 0), ("samples", samples, 1), ("block", block, 1)):
         if value < least:
             raise ToolchainError(f"{name} is {value}; timing needs at least {least}")
+
+
+@contextmanager
+def _collected_once() -> Iterator[None]:
+    """Collect all garbage once; until the end of the block a collection looks only at what was made since.
+
+    Looking at all modules of a process takes as long as hundreds of short calls, and would be done in every round.
+    """
+    frozen = gc.get_freeze_count() > 0
+    gc.collect()
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 @contextmanager

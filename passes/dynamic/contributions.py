@@ -5,15 +5,14 @@ Shapes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from enginewright.passes.kernel.wrap import Around, Call, wrap
 from enginewright.passes.traits import BlockStack, layer_at
 
 REUSED = "reused"
@@ -85,7 +84,8 @@ def giving(model: nn.Module, path: str, blocks: Sequence[int]) -> nn.Module:
     stack, now = layer_at(model, path, BlockStack).blocks, Now()
     for number in blocks:
         stack[number] = Watched(stack[number], now, first=number == blocks[0], last=number == blocks[-1])
-    return become(model, now, gives)
+    wrap(model, Giving(now))
+    return model
 
 
 def taking(model: nn.Module, path: str, blocks: Sequence[int]) -> nn.Module:
@@ -93,44 +93,45 @@ def taking(model: nn.Module, path: str, blocks: Sequence[int]) -> nn.Module:
     stack, now = layer_at(model, path, BlockStack).blocks, Now()
     for number in blocks:
         stack[number] = LeftOut(now, first=number == blocks[0]).train(stack.training)
-    return become(model, now, takes)
-
-
-def become(model: nn.Module, now: Now, kind: Any) -> nn.Module:
-    """Give a model a class like its own with another ``forward``."""
-    object.__setattr__(model, "reuse", now)
-    model.__class__ = kind(type(model))
+    wrap(model, Taking(now))
     return model
 
 
-@cache
-def gives(base: type[Any]) -> type[nn.Module]:
-    """A class like ``base`` that also gives what was added."""
+@dataclass(frozen=True)
+class Giving(Around):
+    """A model that also gives what its watched blocks added."""
 
-    def forward(self: Any, **inputs: Any) -> Any:
+    by_name: ClassVar[bool] = True
+
+    now: Now
+
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """What the model gives, and what was added."""
+        assert not args
         try:
-            return base.forward(self, **inputs), self.reuse.added
+            return forward(**inputs), self.now.added
         finally:
-            self.reuse.clear()
-
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+            self.now.clear()
 
 
-@cache
-def takes(base: type[Any]) -> type[nn.Module]:
-    """A class like ``base`` that also takes what is to be added."""
+@dataclass(frozen=True)
+class Taking(Around):
+    """A model that also takes what is to be added in the place of the blocks left out."""
 
-    def forward(self: Any, **inputs: Any) -> Any:
-        self.reuse.added = inputs.pop(REUSED, None)
+    by_name: ClassVar[bool] = True
+
+    now: Now
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        """What is to be added."""
+        return (REUSED,)
+
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """What the model gives."""
+        assert not args
+        self.now.added = inputs.pop(REUSED, None)
         try:
-            return base.forward(self, **inputs)
+            return forward(**inputs)
         finally:
-            self.reuse.clear()
-
-    signature = inspect.signature(base.forward)
-    parameters = list(signature.parameters.values())
-    end = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    parameters.insert(end, inspect.Parameter(REUSED, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor))
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+            self.now.clear()

@@ -5,16 +5,15 @@ Shapes: B batch, T timesteps, U units (heads, groups of hidden units), W = U tim
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from enginewright.passes.networks import guidance_rows
+from enginewright.passes.kernel.rows import repeated_rows
+from enginewright.passes.kernel.wrap import Around, Call, wrap
 from enginewright.passes.traits import FeedForward, HeadedAttention
 
 
@@ -97,7 +96,7 @@ def mask_units(
         times: name of the input (B,) that holds the timestep.
         at: the timesteps (T) of the masks' rows; a call takes the nearest.
     """
-    now = Now(copies=guidance_rows(model))
+    now = Now(copies=repeated_rows(model))
     parts: dict[nn.Module, list[Part]] = {}
     for layer, mask in masks:
         first, width = columns_of(layer)
@@ -110,23 +109,31 @@ def mask_units(
         model.set_submodule(place, MaskedOutput(linear, own, now).train(linear.training))
     if not parts:
         return model
-    object.__setattr__(model, "masking", (now, times, tuple(at)))
-    kind: Any = type(model)
-    model.__class__ = timed(kind)
+    wrap(model, Timed(now=now, times=times, at=tuple(at)))
     return model
 
 
-@cache
-def timed(base: type[Any]) -> type[nn.Module]:
-    """A class like ``base`` that tells its masks the timestep of each call."""
+@dataclass(frozen=True, kw_only=True)
+class Timed(Around):
+    """A model that tells its masks the timestep of each call.
 
-    def forward(self: Any, **inputs: Any) -> Any:
-        now, times, at = self.masking
-        now.index = nearest(inputs[times].reshape(-1), at)
+    Args:
+        now: what the masks ask.
+        times: name of the input (B,) that holds the timestep.
+        at: the timesteps (T) of the masks' rows.
+    """
+
+    by_name: ClassVar[bool] = True
+
+    now: Now
+    times: str
+    at: tuple[float, ...]
+
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """Answer a call, all of it by name."""
+        assert not args
+        self.now.index = nearest(inputs[self.times].reshape(-1), self.at)
         try:
-            return base.forward(self, **inputs)
+            return forward(**inputs)
         finally:
-            now.index = None
-
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+            self.now.index = None

@@ -9,11 +9,10 @@ Shapes: B batch, N tokens, W = heads times their width, S chosen heads of the mo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from enginewright.passes.contract import Json, NewInput
+from enginewright.passes.kernel.rows import repeated_rows
 from enginewright.passes.kernel.surgery import linear_at
-from enginewright.passes.networks import guidance_rows
+from enginewright.passes.kernel.wrap import Around, Call, wrap
 from enginewright.passes.traits import BlockStack, HeadedAttention, Stream, layer_at, layers_of
 
 STRENGTH, WEIGHT = "pag_u", "pag_w"
@@ -64,7 +64,7 @@ class Perturbation:
         """
         if not choice and not names:
             return model
-        call = Call(copies=guidance_rows(model))
+        call = OngoingCall(copies=repeated_rows(model))
         for path, entry in choice.items():
             layer = layer_at(model, path, HeadedAttention)
             for stream in self.streams(layer):
@@ -72,10 +72,7 @@ class Perturbation:
         guides = self.guidance and bool(choice)
         if guides:
             share_what_comes_before(model, call)
-        steering = Steering(perturbation=replace(self, guidance=guides), call=call)
-        object.__setattr__(model, "steering", steering)
-        own: Any = type(model)
-        model.__class__ = steered(own, tuple(names))
+        wrap(model, Steering(perturbation=replace(self, guidance=guides), call=call, names=tuple(names)))
         return model
 
 
@@ -97,7 +94,7 @@ def names_of(choice: Mapping[str, Json]) -> list[str]:
 
 
 @dataclass
-class Call:
+class OngoingCall:
     """What the parts of a model tell one another while one call is made.
 
     Attributes:
@@ -126,7 +123,7 @@ class Call:
             self.u, self.phase, self.touched = None, "", False
             self.values.clear()
 
-    def once(self, block: nn.Module, run: Callable[[], Any]) -> Any:
+    def once(self, block: object, run: Callable[[], Any]) -> Any:
         """What a block gives; not computed again while nothing before it was perturbed."""
         if self.phase == "repeat" and not self.touched:
             return self.results[id(block)].pop(0)
@@ -139,7 +136,7 @@ class Call:
 class NotedValues(nn.Module):
     """A projection that writes values, and notes them for the one that reads the heads' results."""
 
-    def __init__(self, linear: nn.Module, call: Call, place: str) -> None:
+    def __init__(self, linear: nn.Module, call: OngoingCall, place: str) -> None:
         super().__init__()
         self.linear, self.call, self.place = linear, call, place
 
@@ -167,7 +164,15 @@ class BlendedHeads(nn.Module):
     columns: Tensor
 
     def __init__(
-        self, linear: nn.Module, call: Call, place: str, columns: Tensor, first: int, *, shared: int, head_dim: int
+        self,
+        linear: nn.Module,
+        call: OngoingCall,
+        place: str,
+        columns: Tensor,
+        first: int,
+        *,
+        shared: int,
+        head_dim: int,
     ) -> None:
         super().__init__()
         self.linear, self.call, self.place, self.first = linear, call, place, first
@@ -199,7 +204,9 @@ class BlendedHeads(nn.Module):
         return rows.view(-1, *[1] * (x.ndim - 2), rows.shape[1])
 
 
-def blend_in(stream: Stream, layer: HeadedAttention, entry: Mapping[str, Json], call: Call, *, place: str) -> None:
+def blend_in(
+    stream: Stream, layer: HeadedAttention, entry: Mapping[str, Json], call: OngoingCall, *, place: str
+) -> None:
     """Wrap the two projections of a stream."""
     values, output = linear_at(*stream.value), linear_at(*stream.output)
     columns = torch.zeros(len(entry["heads"]), layer.heads, layer.head_dim, device=output.weight.device)
@@ -212,17 +219,12 @@ def blend_in(stream: Stream, layer: HeadedAttention, entry: Mapping[str, Json], 
     setattr(*stream.output, blended.train(output.training))
 
 
-def share_what_comes_before(model: nn.Module, call: Call) -> None:
-    """Let the blocks of every stack that hold no chosen head give again what they gave in the plain run.
-
-    All of a stack get the same class, since a stack is known by that.
-    """
+def share_what_comes_before(model: nn.Module, call: OngoingCall) -> None:
+    """Let the blocks of every stack that hold no chosen head give again what they gave in the plain run."""
     for stack in [stack for _, stack in layers_of(model, BlockStack)]:
         for block in stack.blocks:
-            holds = any(isinstance(part, BlendedHeads) for part in block.modules())
-            object.__setattr__(block, "call", None if holds else call)
-            own: Any = type(block)
-            block.__class__ = repeating(own)
+            if not any(isinstance(part, BlendedHeads) for part in block.modules()):
+                wrap(block, GivenAgain(call))
 
 
 def blocks_before(model: nn.Module, choice: Mapping[str, Json]) -> dict[str, int]:
@@ -234,38 +236,51 @@ def blocks_before(model: nn.Module, choice: Mapping[str, Json]) -> dict[str, int
     return found
 
 
-@cache
-def repeating(base: type[Any]) -> type[nn.Module]:
-    """A class like ``base`` whose forward asks the call first; its name stays, for families know blocks by it."""
+@dataclass(frozen=True, eq=False)
+class GivenAgain(Around):
+    """A block that gives what it gave in the plain run, while nothing before it was perturbed."""
 
-    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
-        run = partial(base.forward, self, *args, **inputs)
-        return self.call.once(self, run) if self.call else run()
+    call: OngoingCall
 
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """What the block gives."""
+        return self.call.once(self, partial(forward, *args, **inputs))
 
 
-@dataclass
-class Steering:
-    """What a perturbed model carries."""
+@dataclass(frozen=True, kw_only=True)
+class Steering(Around):
+    """A model whose chosen heads are perturbed, and that may guide itself away from that.
+
+    Args:
+        perturbation: what becomes of the heads.
+        call: what the model's parts tell one another.
+        names: of the inputs that it takes beside its own.
+    """
 
     perturbation: Perturbation
-    call: Call
+    call: OngoingCall
+    names: tuple[str, ...]
 
-    def run(self, forward: Callable[[], Any], u: Tensor | float | None, w: Tensor | float | None) -> Any:
+    @property
+    def adds(self) -> tuple[str, ...]:
+        """Strength and weight, where they are inputs."""
+        return self.names
+
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
         """Call the model: perturbed, or plain and perturbed and the two put together."""
         how = self.perturbation
+        given = {name: inputs.pop(name, None) for name in self.names}
+        u, w = given.get(STRENGTH), given.get(WEIGHT)
         u = (how.u or 0.0) if u is None else u
         if not how.guidance:
             with self.call.during(u=u, phase=""):
-                return forward()
+                return forward(*args, **inputs)
         w = (how.w or 0.0) if w is None else w
         try:
             with self.call.during(u=None, phase="note"):
-                plain = forward()
+                plain = forward(*args, **inputs)
             with self.call.during(u=u, phase="repeat"):
-                perturbed = forward()
+                perturbed = forward(*args, **inputs)
         finally:
             self.call.results.clear()
         return guided(plain, perturbed, w, how.channels)
@@ -282,22 +297,3 @@ def guided(plain: Any, perturbed: Any, w: Tensor | float, channels: int | None) 
         head = e[:, :channels]
         moved = torch.cat([head + weight * (head - other[:, :channels]), e[:, channels:]], dim=1)
     return pytree.tree_unflatten([moved, *tensors[1:]], form)
-
-
-@cache
-def steered(base: type[Any], names: tuple[str, ...]) -> type[nn.Module]:
-    """A class like ``base`` whose forward takes further keyword arguments; paths of submodules stay as they were."""
-
-    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
-        given = {name: inputs.pop(name, None) for name in names}
-        run = partial(base.forward, self, *args, **inputs)
-        return self.steering.run(run, given.get(STRENGTH), given.get(WEIGHT))
-
-    signature = inspect.signature(base.forward)
-    kinds = inspect.Parameter
-    own = list(signature.parameters.values())
-    end = len(own) - (own[-1].kind is kinds.VAR_KEYWORD)
-    new = [kinds(name, kinds.KEYWORD_ONLY, default=None, annotation=Tensor) for name in names]
-    parameters = [*own[:end], *new, *own[end:]]
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})

@@ -10,14 +10,16 @@ Calls are of tensors or of arrays.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from enginewright.ground.driver import some_rows
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.wrap import Around, around
 
-__all__ = ["one_call", "shared_inputs", "some_rows", "two_of_each"]
+__all__ = ["Repeating", "one_call", "repeated_rows", "shared_inputs", "some_rows", "two_of_each"]
 
 
 def shared_inputs(context: Context, example: Mapping[str, Tensor], *, like: str) -> tuple[str, ...]:
@@ -31,6 +33,19 @@ def one_call(calls: Sequence[Mapping[str, Tensor]], shared: Collection[str]) -> 
     return {
         name: value if name in shared else torch.cat([call[name] for call in calls]) for name, value in calls[0].items()
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeating(Around):
+    """Something around a model that may run it with all rows of a call several times over, one after the other."""
+
+    copies: int = 1
+
+
+def repeated_rows(model: nn.Module) -> int:
+    """How often the rows of a call follow one another inside a model; mostly once."""
+    found = around(model, Repeating)
+    return found.copies if found else 1
 
 
 def two_of_each(call: Mapping[str, Tensor], shared: Collection[str]) -> dict[str, Tensor]:

@@ -9,10 +9,8 @@ Shapes: B batch, K styles, D width of the time embedding.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Inputs
+from enginewright.passes.kernel.wrap import Around, Call, around, wrap
 from enginewright.passes.recovery.feeding import joined
 from enginewright.passes.recovery.guides import Guide
 from enginewright.passes.recovery.training import Training
@@ -76,48 +75,45 @@ def add_styles(model: nn.Module, paths: Mapping[str, int], styles: int) -> nn.Mo
             nn.init.zeros_(zero)
         part.style_table.data = part.style_table.data.to(like)
         part.style_mlp.to(like).train(part.training)
-        object.__setattr__(part, "mixture", mixture)
-        own: Any = type(part)
-        part.__class__ = styled(own)
-    object.__setattr__(model, "mixture", mixture)
-    whole: Any = type(model)
-    model.__class__ = mixing(whole)
+        wrap(part, Styled(part, mixture))
+    wrap(model, Mixing(mixture))
     return model
 
 
-@cache
-def styled(base: type[Any]) -> type[nn.Module]:
-    """A class like ``base``, a time embedding, to whose answer the embedding of the call's styles is added."""
+@dataclass(frozen=True)
+class Styled(Around):
+    """A time embedding to whose answer (B, D) the embedding of the call's styles is added."""
 
-    def forward(self: Any, *args: Any, **named: Any) -> Any:
-        embedded = base.forward(self, *args, **named)  # (B, D)
-        weights = self.mixture.weights.to(self.style_table)
-        return embedded + self.style_mlp(weights @ self.style_table).to(embedded.dtype)
+    part: Any
+    mixture: Mixture
 
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """The sum of both embeddings."""
+        embedded: Tensor = forward(*args, **inputs)
+        weights = self.mixture.weights.to(self.part.style_table)
+        return embedded + self.part.style_mlp(weights @ self.part.style_table).to(embedded.dtype)
 
 
-@cache
-def mixing(base: type[Any]) -> type[nn.Module]:
-    """A class like ``base``, a model, whose forward takes the weights of styles too; left out, all weigh the same."""
+@dataclass(frozen=True)
+class Mixing(Around):
+    """A model that takes the weights of styles too; left out, all weigh the same."""
 
-    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+    mixture: Mixture
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        """The weights."""
+        return (STYLE,)
+
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """What the model gives for a mixture of styles."""
         mixture, given = self.mixture, inputs.pop(STYLE, None)
         mixture.weights = mixture.even if given is None else given
         try:
-            return base.forward(self, *args, **inputs)
+            return forward(*args, **inputs)
         finally:
             if not mixture.stays:
                 mixture.weights = mixture.even
-
-    signature = inspect.signature(base.forward)
-    parameters = list(signature.parameters.values())
-    end = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    new = inspect.Parameter(STYLE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
-    parameters.insert(end, new)
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
 
 
 def styles_of(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -142,21 +138,20 @@ def bake_in(
         mixed = torch.tensor([list(weights)]) @ table
         vector = F.linear(F.silu(F.linear(mixed, mlp[0], mlp[1])), mlp[2], mlp[3])  # (1, D)
         part.register_buffer("style_vector", vector.to(next(part.parameters())))
-        own: Any = type(part)
-        part.__class__ = shifted(own)
+        wrap(part, Shifted(part))
     return model
 
 
-@cache
-def shifted(base: type[Any]) -> type[nn.Module]:
-    """A class like ``base``, a time embedding, to whose answer a constant is added."""
+@dataclass(frozen=True)
+class Shifted(Around):
+    """A time embedding to whose answer a constant is added."""
 
-    def forward(self: Any, *args: Any, **named: Any) -> Any:
-        embedded = base.forward(self, *args, **named)
-        return embedded + self.style_vector.to(embedded.dtype)
+    part: Any
 
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """The sum of both."""
+        embedded: Tensor = forward(*args, **inputs)
+        return embedded + self.part.style_vector.to(embedded.dtype)
 
 
 def one_hot(number: int, styles: int) -> Tensor:
@@ -190,8 +185,9 @@ class Merging(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        mixture: Any = self.student.mixture
-        mixture.stays = True
+        mixing = around(self.student, Mixing)
+        assert mixing is not None
+        mixing.mixture.stays = True
 
     def groups(self, calls: list[Inputs]) -> list[Inputs]:
         """Calls of one style go together; no more than that, because each teacher is asked apart."""

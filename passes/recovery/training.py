@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs
 from enginewright.passes.kernel.observe import floats_in
 from enginewright.passes.kernel.patterns import mask_of
+from enginewright.passes.kernel.wrap import Around, Call, wrap
 from enginewright.passes.recovery import checkpoints
 from enginewright.passes.recovery.checkpoints import State
 from enginewright.passes.recovery.devices import Devices
@@ -68,7 +69,7 @@ class Training:
         self.aligns = any(guide.aligns for guide in self.guides)
         for module in self.student.modules():
             if hasattr(module, "learns"):  # routers: of experts, and of tokens that stay or that run
-                object.__setattr__(module, "learns", True)
+                module.learns = True  # type: ignore[assignment]
 
     def run(self, context: Context, *, folder: Path | None, made_for: str) -> None:
         """Train to the end, from the checkpoint in ``folder`` where there is one.
@@ -208,13 +209,16 @@ def balance_losses(model: nn.Module) -> list[Tensor]:
     return [loss for loss in found if isinstance(loss, Tensor)]
 
 
+class Recomputed(Around):
+    """A block that keeps no results inside for the way back: it is computed again there."""
+
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """What the block gives."""
+        return checkpoint(forward, *args, use_reentrant=False, **inputs)
+
+
 def recompute_blocks(model: nn.Module) -> None:
     """Keep no results inside the blocks of a model for the way back: each block is computed again there."""
     for _, stack in layers_of(model, BlockStack):
         for block in stack.blocks:
-            block.forward = recomputed(block.forward)  # type: ignore[method-assign]
-
-
-def recomputed(forward: Callable[..., object]) -> Callable[..., object]:
-    """The same function, computed again when gradients are asked for."""
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            wrap(block, Recomputed())

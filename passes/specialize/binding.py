@@ -6,12 +6,10 @@ is assumed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Context, Inputs, Json
 from enginewright.passes.kernel.observe import After, Look, looking
+from enginewright.passes.kernel.wrap import Around, Call, wrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,28 +100,27 @@ def common_dimensions(one: Tensor, other: Tensor, most: int) -> int:
 
 def call_without(model: nn.Module, bound: Mapping[str, Bound]) -> nn.Module:
     """Let a model be called without its bound inputs, in place; paths of its modules stay as they were."""
-    object.__setattr__(model, "bound", {**getattr(model, "bound", {}), **bound})
-    own: Any = type(model)
-    model.__class__ = narrower(own, tuple(bound))
+    wrap(model, Binding(bound))
     return model
 
 
-@cache
-def narrower(base: type[Any], names: tuple[str, ...]) -> type[nn.Module]:
-    """A class like ``base`` whose forward takes fewer arguments, all of them by name."""
+@dataclass(frozen=True)
+class Binding(Around):
+    """A model called with constants in the place of some inputs, and by name with the others."""
 
-    def forward(self: Any, **inputs: Any) -> Any:
-        more = {name: self.bound[name].tensor(inputs) for name in names}
-        return base.forward(self, **inputs, **more)
+    by_name: ClassVar[bool] = True
 
-    signature = inspect.signature(base.forward)
-    kept = [
-        each.replace(kind=inspect.Parameter.KEYWORD_ONLY) if each.kind is each.POSITIONAL_OR_KEYWORD and i else each
-        for i, each in enumerate(signature.parameters.values())
-        if each.name not in names
-    ]
-    forward.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    bound: Mapping[str, Bound]
+
+    @property
+    def removes(self) -> tuple[str, ...]:
+        """The bound inputs."""
+        return tuple(self.bound)
+
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """Answer a call without the bound inputs."""
+        assert not args
+        return forward(**inputs, **{name: constant.tensor(inputs) for name, constant in self.bound.items()})
 
 
 class Following(TorchDispatchMode):

@@ -15,11 +15,11 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, Fact
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan
+from enginewright.passes.kernel.rows import repeated_rows
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import (
     at_its_time,
     each_network,
-    guidance_rows,
     networks_of,
     place_of,
     program_of,
@@ -112,7 +112,7 @@ class FixInputs(Pass):
 def constants_of(network: nn.Module, call: Inputs, bound: list[str]) -> dict[str, Seen]:
     """Constant modules of one network; not those in which guided rows, with the condition and without, differ."""
     found = constant_modules(network, call, bound)
-    if (copies := guidance_rows(network)) == 1:
+    if (copies := repeated_rows(network)) == 1:
         return found
     rows = {copies * value.shape[0] for name, value in call.items() if name not in bound and value.ndim}
     apart = Seen(reason="merge_guidance runs it with the condition and without, and its rows differ")

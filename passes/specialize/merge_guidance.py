@@ -7,8 +7,7 @@ guided, and the rest is that of the row with the condition.
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +19,9 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
 from enginewright.passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
 from enginewright.passes.kernel.roles import input_of
-from enginewright.passes.kernel.rows import shared_inputs, two_of_each
+from enginewright.passes.kernel.rows import Repeating, shared_inputs, two_of_each
 from enginewright.passes.kernel.surgery import share
+from enginewright.passes.kernel.wrap import Call, wrap
 from enginewright.passes.networks import each_network
 
 SCALE = "guidance_scale"
@@ -82,45 +82,49 @@ class MergeGuidance(Pass):
 
 def guided(model: nn.Module, how: Json, scale: float, *, fixed: bool, at_once: bool) -> nn.Module:
     """Let a model guide its own output, in place."""
-    object.__setattr__(model, "guidance", {**how, "scale": scale, "at_once": at_once})
-    own: Any = type(model)
-    model.__class__ = guiding(own, fixed)
+    wrap(model, Guided(how=how, scale=scale, fixed=fixed, copies=2 if at_once else 1))
     return model
 
 
-@cache
-def guiding(base: type[Any], fixed: bool) -> type[nn.Module]:
-    """A class like ``base`` that is called with a scale too, and all by name."""
+@dataclass(frozen=True, kw_only=True)
+class Guided(Repeating):
+    """A model called with and without its condition.
 
-    def forward(self: Any, **inputs: Any) -> Any:
-        given = inputs.pop(SCALE, None)
-        how = self.guidance
-        scale = how["scale"] if given is None else given
+    Args:
+        how: condition, none, channels and shared, as the plan has them.
+        scale: w where a call says nothing.
+        fixed: whether a call cannot.
+        copies: 2: both in one call, the rows of one after those of the other; 1: in two calls.
+    """
+
+    by_name: ClassVar[bool] = True
+
+    how: Json
+    scale: float
+    fixed: bool
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        """The scale, unless it is fixed."""
+        return () if self.fixed else (SCALE,)
+
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """Answer a call, all of it by name."""
+        assert not args
+        given, how = inputs.pop(SCALE, None), self.how
+        scale = self.scale if given is None else given
         condition: Tensor = inputs[how["condition"]]
         none = torch.tensor(how["none"], dtype=condition.dtype, device=condition.device).expand_as(condition)
-        if not how["at_once"]:
-            with_it = base.forward(self, **inputs)
-            without = base.forward(self, **{**inputs, how["condition"]: none})
+        if self.copies == 1:
+            with_it, without = forward(**inputs), forward(**{**inputs, how["condition"]: none})
             return combined(with_it, without, scale, how["channels"])
         twice: Inputs = two_of_each(inputs, how.get("shared", ()))
         twice[how["condition"]] = torch.cat([condition, none])
-        leaves, form = pytree.tree_flatten(base.forward(self, **twice))
+        leaves, form = pytree.tree_flatten(forward(**twice))
         # Not ``chunk``, which rounds: what it asks of an open number of rows the exporter cannot prove.
         halves = [leaf.unflatten(0, (2, -1)).unbind(0) for leaf in leaves]
         with_it, without = (pytree.tree_unflatten([half[i] for half in halves], form) for i in (0, 1))
         return combined(with_it, without, scale, how["channels"])
-
-    signature = inspect.signature(base.forward)
-    parameters = [
-        each.replace(kind=each.KEYWORD_ONLY) if each.kind is each.POSITIONAL_OR_KEYWORD and i else each
-        for i, each in enumerate(signature.parameters.values())
-    ]
-    if not fixed:
-        end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        new = inspect.Parameter(SCALE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor)
-        parameters.insert(end, new)
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
 
 
 def combined(with_it: Any, without: Any, scale: Tensor | float, channels: int | None) -> Any:

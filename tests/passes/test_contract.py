@@ -38,6 +38,9 @@ EXPORTED_OTHERWISE = {"hoist_constants"}
 """Passes that change what is exported, and nothing of what the module computes."""
 
 
+OF_MODULES = [name for name in catalog.entries("passes") if catalog.pass_class(name).works_on == "module"]
+
+
 def example_of(name: str) -> Pass:
     return catalog.pass_class(name)(**PARAMETERS.get(name, {}))
 
@@ -112,6 +115,26 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
         outputs = [flat(net(**inputs))[0] for net, inputs in calls]
     assert torch.equal(outputs[1], outputs[2])
     assert torch.equal(outputs[0], outputs[1]) == (name in EXPORTED_OTHERWISE), "the rewrite changed nothing"
+
+
+@pytest.mark.parametrize("name", OF_MODULES)
+def test_a_rewritten_model_is_pickled_and_copied_whole(name: str, tmp_path: Path) -> None:
+    step = example_of(name)
+    module, context = model_and_context(type(step), tmp_path)
+    plan = step.plan(module, context)
+    rewritten = step.rewrite(module, plan)
+    torch.save(rewritten, tmp_path / "saved.pt")  # not pickle alone, which cannot write 8-bit floats
+    others = [copy.deepcopy(rewritten), torch.load(tmp_path / "saved.pt", weights_only=False)]
+    call = without(context, step.removed_inputs(plan)).calibration[0]
+    rows = len(next(iter(call.values())))
+    new = {each.name: torch.full((rows, *each.shape), 2.0) for each in step.new_inputs(plan)}
+    with torch.no_grad():
+        wanted = flat(rewritten(**call, **new))[0]
+        for parameter in rewritten.parameters():
+            parameter.zero_()  # a copy that still asked its first would be seen
+        for other in others:
+            assert torch.equal(flat(other(**call, **new))[0], wanted)
+            assert [path for path, _ in other.named_modules()] == [path for path, _ in rewritten.named_modules()]
 
 
 TRAINED = {"merge_models"}

@@ -8,6 +8,8 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.models.blocks.transformer import SelfAttention
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.heads.perturb_heads import PerturbHeads
+from enginewright.passes.heads.softpag import Steering
+from enginewright.passes.kernel.wrap import around
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 from enginewright.passes.traits import BlockStack, HeadedAttention, layers_of
 from tests.passes.conftest import diffusers_dit, reference_dit
@@ -34,6 +36,11 @@ def call(subject, net, **more):
     with torch.no_grad():
         result = net(**subject.inputs, **more)
     return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def steering_of(net):
+    """What the parts of a perturbed model tell one another."""
+    return around(net, Steering).call
 
 
 # What the mechanism does
@@ -248,9 +255,9 @@ def test_a_call_that_fails_leaves_nothing_behind():
     with pytest.raises(RuntimeError):
         net(**{**subject.inputs, "y": torch.tensor([0, 1, 2])}, pag_u=torch.ones(2, 8), pag_w=torch.ones(2))
 
-    assert net.steering.call.u is None
-    assert not net.steering.call.values
-    assert not net.steering.call.results
+    assert steering_of(net).u is None
+    assert not steering_of(net).values
+    assert not steering_of(net).results
     torch.testing.assert_close(call(subject, net), subject.output(subject.model), atol=1e-6, rtol=1e-6)
 
 
@@ -329,7 +336,7 @@ def test_a_copy_is_a_model_of_its_own(model):
     more = {"pag_u": torch.ones(2, 4 * len(model.paths)), "pag_w": torch.ones(2)}
 
     assert torch.equal(call(model, net, **more), call(model, twin, **more))
-    assert net.steering.call is not twin.steering.call
+    assert steering_of(net) is not steering_of(twin)
 
 
 def test_8_bits_come_afterwards_and_the_heads_are_still_perturbed():
