@@ -44,6 +44,22 @@ def test_rooms_do_not_import_one_another(room: str) -> None:
                 assert name.startswith((f"enginewright.{room}", GROUND)), f"{path.relative_to(ROOT)} imports {name}"
 
 
+COMMON = {"contract", "families", "kernel", "networks", "traits"}
+"""What every family of passes may stand on."""
+
+
+@pytest.mark.parametrize(
+    "family", sorted(p.name for p in (ROOT / "passes").iterdir() if p.is_dir() and p.name not in COMMON)
+)
+def test_no_family_of_passes_imports_another(family: str) -> None:
+    if family == "__pycache__":
+        return
+    for path in (ROOT / "passes" / family).rglob("*.py"):
+        for name in imports_of(path):
+            if name.startswith("enginewright.passes."):
+                assert name.split(".")[2] in {family, *COMMON}, f"{path.name} imports {name}"
+
+
 def test_nothing_imports_a_benchmark() -> None:
     for room in (*ROOMS, "toolchain"):
         for path in (ROOT / room).rglob("*.py"):

@@ -31,8 +31,8 @@ from enginewright.ground.program import Call, Network, Program, StateTensor, Tab
 from enginewright.ground.signature import Dim, Signature, rows_of
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
 from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
-from enginewright.passes.dynamic.schedule import calls_at, even, span_of, timestep_of
 from enginewright.passes.kernel.observe import Look, evaluating, looking
+from enginewright.passes.kernel.schedule import calls_at, even, span_of, timestep_of
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share

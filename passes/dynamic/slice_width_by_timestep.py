@@ -29,11 +29,11 @@ from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.masking import columns_of, mask_units
-from enginewright.passes.dynamic.schedule import calls_at, even, span_of, timestep_of
 from enginewright.passes.kernel.audit import unproven
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.probes import Call, linear_calls, probe
 from enginewright.passes.kernel.rows import shared_inputs
+from enginewright.passes.kernel.schedule import calls_at, even, span_of, timestep_of
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import local, only_network, switched

@@ -22,10 +22,10 @@ from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, UNBLENDED_
 from enginewright.passes.contract import Context, NewInput, Pass, Plan
 from enginewright.passes.heads.softpag import Perturbation, blocks_before, entries, names_of
 from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.heads import uncut
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import each_network, local
-from enginewright.passes.pruning.prune_heads import uncut
 from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
 
 

@@ -27,9 +27,9 @@ from enginewright.passes.heads.perturb_heads import perturbed, perturbed_referen
 from enginewright.passes.heads.search_log import SearchLog
 from enginewright.passes.heads.softpag import Perturbation, entries, names_of
 from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.heads import keep_heads, uncut
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
-from enginewright.passes.pruning.prune_heads import PruneHeads, uncut
 from enginewright.passes.traits import HeadedAttention, layers_of
 
 Head = tuple[str, int]
@@ -132,7 +132,7 @@ class SelectHeads(Pass):
     def carried_out(self, model: nn.Module, plan: Plan, *, baked: bool) -> nn.Module:
         """The model with the chosen heads perturbed or gone."""
         if self.mode == "prune":
-            return PruneHeads().rewrite(model, plan)
+            return keep_heads(model, plan.choice)
         return perturbed(model, plan, self.perturbation(baked=baked))
 
     def perturbation(self, *, baked: bool) -> Perturbation:

@@ -29,6 +29,14 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import DENSE_FEED_FORWARDS, FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.hidden_units import (
+    finite,
+    random_scores,
+    refuse_meta,
+    taylor_scores,
+    unknown_layers,
+    weight_norms,
+)
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.moe.experts import (
     CapacityExperts,
@@ -41,8 +49,6 @@ from enginewright.passes.moe.experts import (
     expert_parts,
 )
 from enginewright.passes.moe.routers import Groups, Loads, balance, fit, measure_loads
-from enginewright.passes.pruning.hidden_units import random_scores, taylor_scores, weight_norms
-from enginewright.passes.pruning.prune_width import finite, refuse_meta, unknown_layers
 from enginewright.passes.traits import FeedForward, layer_at, layers_of
 
 HELD_OUT = 8

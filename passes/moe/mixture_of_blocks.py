@@ -23,11 +23,11 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ONE_NETWORK, Fact
 from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
-from enginewright.passes.dynamic.schedule import refuse_no_timestep, span_of
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.probes import first_floating
 from enginewright.passes.kernel.roles import input_of
 from enginewright.passes.kernel.rows import shared_inputs
+from enginewright.passes.kernel.schedule import refuse_no_timestep, span_of
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share

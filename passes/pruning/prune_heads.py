@@ -11,7 +11,7 @@ are divided by the L2 norm of their layer first, as the paper does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -22,11 +22,11 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.heads import Heads, keep_heads, uncut
 from enginewright.passes.kernel.probes import Call, probe
-from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
-from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.traits import HeadedAttention, layers_of
 
-Heads = Mapping[str, HeadedAttention]
 Scores = dict[str, list[float]]
 
 
@@ -79,14 +79,7 @@ class PruneHeads(Pass):
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Cut, in place. Raises ``ToolchainError`` when a layer has not the heads that the plan was made for."""
-        for path, entry in plan.choice.items():
-            layer = layer_at(model, path, HeadedAttention)
-            if layer.heads != entry["of"]:
-                raise ToolchainError(
-                    f"the plan is for a layer of {entry['of']} heads; this one has {layer.heads}", where=path
-                )
-            layer.keep_heads(entry["kept"])
-        return model
+        return keep_heads(model, plan.choice)
 
     def number_removed(self, heads: int) -> int:
         """Heads to remove of so many: the nearest whole number, halves up, and never all."""
@@ -128,20 +121,6 @@ class PruneHeads(Pass):
         else:
             exact = {path: weight_norms(layer) for path, layer in layers.items()}
         return {path: finite(score, where=path) for path, score in exact.items()}
-
-
-def uncut(model: nn.Module, layers: Heads) -> dict[str, str]:
-    """Layers that look like attention but cannot be cut, and why.
-
-    A layer that no family knows is named by its class, unless it lies around or within one that has answered.
-    """
-    reasons = {path: fixed.reason for path, fixed in layers_of(model, FixedAttention)}
-    for path, module in model.named_modules():
-        if "attention" not in type(module).__name__.lower():
-            continue
-        if not any(is_within(path, other) or is_within(other, path) for other in (*layers, *reasons)):
-            reasons[path] = f"no family knows how the heads of a {type(module).__name__} are laid out"
-    return reasons
 
 
 def choose(scores: Sequence[float], number_removed: int) -> dict[str, object]:

@@ -14,10 +14,9 @@ and the traits do not tell of all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -25,15 +24,21 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
-from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
-from enginewright.passes.pruning.hidden_units import activation_scores, random_scores, taylor_scores, weight_norms
+from enginewright.passes.kernel.hidden_units import (
+    activation_scores,
+    finite,
+    random_scores,
+    refuse_meta,
+    taylor_scores,
+    unknown_layers,
+    weight_norms,
+)
+from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.traits import FeedForward, layer_at, layers_of
 
 Layers = Mapping[str, FeedForward]
 
 WITH_DATA = ("taylor", "activation")
-NAMES = ("mlp", "feedforward", "ffn")
-"""What classes of feed-forwards are called."""
 
 
 class PruneWidth(Pass):
@@ -137,36 +142,6 @@ class PruneWidth(Pass):
         ranked = sorted((value, place, path) for place, path in enumerate(rivals) for value in rivals[path])
         losers = [path for _, _, path in ranked[: math.floor(self.share * sum(map(len, scores.values())) + 0.5)]]
         return {path: self.rounded(len(score) - losers.count(path), len(score)) for path, score in scores.items()}
-
-
-def unknown_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
-    """Layers that are called feed-forwards and that no family knows, unless they lie around or within one that is."""
-    reasons: dict[str, str] = {}
-    for path, module in model.named_modules():
-        kind = type(module).__name__
-        if not any(name in kind.lower() for name in NAMES):
-            continue
-        if not any(is_within(path, other) or is_within(other, path) for other in (*layers, *reasons)):
-            reasons[path] = f"no family knows how the hidden units of a {kind} are laid out"
-    return reasons
-
-
-def refuse_meta(layers: Layers, importance: str) -> None:
-    """Raise when weights have no values to judge by."""
-    for path, layer in layers.items():
-        if any(linear.weight.is_meta for linear in (layer.output, *layer.inputs)):
-            raise ToolchainError(
-                f"{importance} must read the weights, and they are on the meta device, which holds no values",
-                where=path,
-                help="load the model's weights before planning, or replay a plan that was made with them",
-            )
-
-
-def finite(score: Tensor, *, where: str) -> Tensor:
-    """Scores (H,) to 6 significant digits, so that the last bits of another machine decide nothing."""
-    if not score.isfinite().all():
-        raise ToolchainError(f"the importance of {int((~score.isfinite()).sum())} units is not finite", where=where)
-    return torch.tensor([float(f"{value:.6g}") for value in score.tolist()], dtype=torch.float64)
 
 
 def rivalling(score: Tensor, floor: float) -> list[float]:

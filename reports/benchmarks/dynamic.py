@@ -28,11 +28,11 @@ from enginewright.ground.signature import Arrays
 from enginewright.models.diffusion.dit import PUBLISHED, DiT
 from enginewright.passes.contract import Context, Pass, Result
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
-from enginewright.passes.dynamic.schedule import even
-from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
 from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
+from enginewright.passes.kernel.schedule import even
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import networks_of, program_of
+from enginewright.passes.tokens.skip_spatial_tokens import SkipSpatialTokens
 from enginewright.targets.onnx_export import export_onnx
 from enginewright.targets.onnxruntime_engine import OnnxRuntime
 from enginewright.validation.latency import summarise, time_interleaved

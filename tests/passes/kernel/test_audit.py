@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
-from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
 from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
 from enginewright.passes.heads.perturb_heads import PerturbHeads
 from enginewright.passes.heads.select_heads import SelectHeads
@@ -20,6 +19,7 @@ from enginewright.passes.pruning.approximate_by_accuracy import ApproximateByAcc
 from enginewright.passes.pruning.prune_heads import PruneHeads
 from enginewright.passes.pruning.prune_width import PruneWidth
 from enginewright.passes.tokens.prune_tokens import PruneTokens
+from enginewright.passes.tokens.skip_spatial_tokens import SkipSpatialTokens
 from tests.passes.conftest import bert, randomise, vit
 from tests.passes.joint import JOINT
 

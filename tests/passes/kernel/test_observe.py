@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.hidden_units import activation_scores
 from enginewright.passes.kernel.observe import Look, floats_in, looking, observe, reading, rounds, tensors_in
 from enginewright.passes.kernel.statistics import Products, Squares
 from enginewright.passes.pruning.factorize import products_of
-from enginewright.passes.pruning.hidden_units import activation_scores
 from enginewright.passes.pruning.prune_depth import influences
 from enginewright.passes.quantization.convert_dtype import ConvertDtype
 from enginewright.passes.traits import BlockStack, FeedForward, layers_of

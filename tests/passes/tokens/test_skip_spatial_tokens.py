@@ -3,10 +3,10 @@ import torch
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
-from enginewright.passes.dynamic.skip_spatial_tokens import SkipSpatialTokens
-from enginewright.passes.dynamic.skipping import SkipStep, put_back
 from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
 from enginewright.passes.tokens.running import TokenRun
+from enginewright.passes.tokens.skip_spatial_tokens import SkipSpatialTokens
+from enginewright.passes.tokens.skipping import SkipStep, put_back
 from enginewright.passes.traits import TokenStack, layers_of
 from tests.passes.conftest import SUBJECTS
 from tests.passes.joint import JOINT

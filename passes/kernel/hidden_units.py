@@ -5,19 +5,24 @@ Shapes: D width of the layer, H hidden units, R rows (all leading dimensions tog
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.kernel.observe import observe, reading
 from enginewright.passes.kernel.probes import Call, probe
+from enginewright.passes.kernel.selection import is_within
 from enginewright.passes.kernel.statistics import Squares
 from enginewright.passes.traits import FeedForward
 
 Layers = Mapping[str, FeedForward]
+
+NAMES = ("mlp", "feedforward", "ffn")
+"""What classes of feed-forwards are called."""
 
 
 def weight_norms(layer: FeedForward) -> Tensor:
@@ -108,3 +113,33 @@ def bias_change(linear: nn.Linear, pairs: Sequence[tuple[Tensor, Tensor]]) -> Te
         return 0.0
     gradient = torch.stack([g.flatten(0, -2).sum(dim=0, dtype=torch.float64) for _, g in pairs]).sum(dim=0)
     return (gradient * linear.bias.detach()).abs()
+
+
+def unknown_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Layers that are called feed-forwards and that no family knows, unless they lie around or within one that is."""
+    reasons: dict[str, str] = {}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if not any(name in kind.lower() for name in NAMES):
+            continue
+        if not any(is_within(path, other) or is_within(other, path) for other in (*layers, *reasons)):
+            reasons[path] = f"no family knows how the hidden units of a {kind} are laid out"
+    return reasons
+
+
+def refuse_meta(layers: Layers, importance: str) -> None:
+    """Raise when weights have no values to judge by."""
+    for path, layer in layers.items():
+        if any(linear.weight.is_meta for linear in (layer.output, *layer.inputs)):
+            raise ToolchainError(
+                f"{importance} must read the weights, and they are on the meta device, which holds no values",
+                where=path,
+                help="load the model's weights before planning, or replay a plan that was made with them",
+            )
+
+
+def finite(score: Tensor, *, where: str) -> Tensor:
+    """Scores (H,) to 6 significant digits, so that the last bits of another machine decide nothing."""
+    if not score.isfinite().all():
+        raise ToolchainError(f"the importance of {int((~score.isfinite()).sum())} units is not finite", where=where)
+    return torch.tensor([float(f"{value:.6g}") for value in score.tolist()], dtype=torch.float64)

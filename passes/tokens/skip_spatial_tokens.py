@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_TOKENS, STATELESS_CALLS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.dynamic.skipping import SkipStep, fitted, watched
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.interpreter import interpreter
 from enginewright.passes.tokens.running import Found, Step, blocks_of, path_of, replace_stacks, token_stacks
+from enginewright.passes.tokens.skipping import SkipStep, fitted, watched
 from enginewright.passes.traits import TokenStack, layers_of
 
 
