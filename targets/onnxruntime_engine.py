@@ -12,18 +12,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import Field
 from torch import nn
 
+from enginewright.ground.distance import relative_l2
 from enginewright.ground.errors import ToolchainError, UnavailableError, require
 from enginewright.ground.reading import read_setting
 from enginewright.ground.runner import Runner
@@ -153,8 +153,7 @@ class OnnxRuntime(Target):
 
     def choose_form(self, sessions: Mapping[str, Any], seconds: Mapping[str, float], graph: Graph) -> tuple[str, str]:
         """The faster 8-bit form, unless it is much further from fp32 than the other; and a sentence about it."""
-        found = {name: session.run(None, graph.examples[0]) for name, session in sessions.items()}
-        errors = {name: distance(found[name], found["fp32"]) for name in ("static", "dynamic")}
+        errors = {name: error_of(graph, sessions[name], sessions["fp32"]) for name in ("static", "dynamic")}
         faster, other = sorted(errors, key=lambda name: seconds[name])
         share = seconds["dynamic"] / seconds["static"]
         taken = f"the dynamic form took {share:.2f} of the static form's time"
@@ -174,11 +173,8 @@ class OnnxRuntime(Target):
         if not count:
             return []
         save(copy, path)
-        static, rounded, exact = (
-            self.session(form, graph.threads).run(None, graph.examples[0])
-            for form in (forms["static"], path, forms["fp32"])
-        )
-        before, after = distance(static, exact), distance(rounded, exact)
+        static, rounded, exact = (self.session(form, graph.threads) for form in (forms["static"], path, forms["fp32"]))
+        before, after = error_of(graph, static, exact), error_of(graph, rounded, exact)
         if after > 2 * before:
             return [
                 f"{count} convolutions compute in floats, from 8-bit weights: in 8 bits with rounded outputs "
@@ -354,10 +350,10 @@ def keep_only(path: Path, folder: Path) -> None:
         shutil.rmtree(folder / LINKED, ignore_errors=True)
 
 
-def distance(got: Sequence[npt.NDArray[np.generic]], wanted: Sequence[npt.NDArray[np.generic]]) -> float:
-    """The largest relative L2 error over the outputs."""
-    pairs = [(g.astype(np.float64), w.astype(np.float64)) for g, w in zip(got, wanted, strict=True)]
-    return max(float(np.linalg.norm(g - w) / (np.linalg.norm(w) or 1.0)) for g, w in pairs)
+def error_of(graph: Graph, session: Any, exact: Any) -> float:
+    """The largest relative L2 error of a session's outputs beside another's, over all example calls."""
+    answers = [(exact.run(None, call), session.run(None, call)) for call in graph.examples]
+    return max(relative_l2(*pair) for wanted, got in answers for pair in zip(wanted, got, strict=True))
 
 
 def stand_alone(path: Path) -> None:

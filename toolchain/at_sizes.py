@@ -218,7 +218,7 @@ def prove(path: Path, model: Model, calls: Sequence[SizedCall] | None, *, thread
     try:
         runner = unoptimized(path, threads)
         answers = original(typical_call), runner(typical_call)
-        typical = sizes.relative_l2(*real_rows(*answers, typical_call.get(model.mask)))
+        typical = sizes.furthest(*real_rows(*answers, typical_call.get(model.mask)))
         if rounds_to_8_bits(path):
             typical = max(typical, ROUNDING)
     except ToolchainError as cause:

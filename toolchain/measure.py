@@ -10,6 +10,7 @@ from typing import Any
 from enginewright.at_sizes import SEED as SIZES_SEED
 from enginewright.at_sizes import Again, SizedCall, again_with, answerable, at_one_size, eager, faults_of
 from enginewright.calibration import VALIDATION_SEED
+from enginewright.ground.distance import relative_l2
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Array, Arrays
@@ -24,7 +25,6 @@ from enginewright.validation.fidelity import OutputFidelity, compare, dead_colum
 from enginewright.validation.gates import ORIGINAL, GateBound, judge
 from enginewright.validation.inputs import draw
 from enginewright.validation.metrics import load_metrics
-from enginewright.validation.metrics.relative_l2 import RelativeL2
 
 STEADY = 1e-4
 """Relative L2 distance of two answers of a steady original: the order of float32 additions may change, no more."""
@@ -174,7 +174,7 @@ def refuse_unsteady(original: Runner, call: Arrays) -> None:
 
 def distance(a: Array, b: Array) -> float:
     """Relative L2 distance; infinite where the shapes differ."""
-    return RelativeL2().measure(a, b) if a.shape == b.shape else math.inf
+    return relative_l2(a, b) if a.shape == b.shape else math.inf
 
 
 def masks_of(mask: str, inputs: Sequence[Arrays]) -> list[Array | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from enginewright import calibration
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Inputs
+from enginewright.passes.kernel.distance import relative_l2
 from enginewright.recipe import Recipe, threads_here
 from enginewright.sources import user_file
 from enginewright.sources.contract import Model
@@ -62,11 +64,7 @@ def fidelity(model: Model, calls: Sequence[Inputs]) -> Score:
     wanted = outputs(model.module)
 
     def score(module: nn.Module) -> float:
-        errors = [
-            (got - exact).norm() / exact.norm().clamp(min=1e-12)
-            for got, exact in zip(outputs(module), wanted, strict=True)
-        ]
-        return -float(torch.stack(errors).mean())
+        return -fmean(relative_l2(exact, got) for exact, got in zip(wanted, outputs(module), strict=True))
 
     return score
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from enginewright.ground.distance import relative_l2
 from enginewright.ground.signature import Array, Arrays, Dim, InputSpec
 
 Sizes = dict[str, int]
@@ -151,16 +152,10 @@ def hiding_a_row(arrays: Arrays, specs: Sequence[InputSpec]) -> Arrays | None:
     return found if any(found[name] is not arrays[name] for name in arrays) else None
 
 
-def relative_l2(original: Arrays, candidate: Arrays) -> float:
+def furthest(original: Arrays, candidate: Arrays) -> float:
     """The largest relative L2 error over the outputs that are floats."""
     pairs = [(array, candidate[name]) for name, array in original.items() if array.dtype.kind == "f"]
-    return max((distance(*pair) for pair in pairs), default=0.0)
-
-
-def distance(original: Array, candidate: Array) -> float:
-    """|candidate - original| / |original|; the norm of the candidate where the original is all zeros."""
-    wanted, got = original.astype(np.float64), candidate.astype(np.float64)
-    return float(np.linalg.norm(got - wanted) / (np.linalg.norm(wanted) or 1.0))
+    return max((relative_l2(*pair) for pair in pairs), default=0.0)
 
 
 def unlike(original: Arrays, candidate: Arrays) -> str:
@@ -197,7 +192,7 @@ def outcome(sizes: Mapping[str, int], original: Arrays, candidate: Arrays, typic
     """
     if fault := unlike(original, candidate):
         return SizeOutcome(sizes=sizes, verdict="missed", reason=fault)
-    error = relative_l2(original, candidate)
+    error = furthest(original, candidate)
     if strays(error, typical):
         reason = f"relative error {error:.2g}, at typical sizes {typical:.2g}"
         return SizeOutcome(sizes=sizes, verdict="missed", relative_l2=error, reason=reason)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from enginewright.passes.contract import Context, Inputs
+from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.observe import After, Look, evaluating, looking, tensors_in
 from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.passes.kernel.surgery import linear_like, share
@@ -153,8 +154,7 @@ def distance(wanted: Tensor, got: Tensor) -> float:
         return 0.0 if torch.equal(wanted, got) else float("inf")
     if not torch.equal(wanted.isnan(), got.isnan()):
         return float("inf")
-    a, b = (tensor.double().nan_to_num() for tensor in (wanted, got))
-    return float((a - b).norm() / a.norm().clamp(min=1e-12)) / TOLERANCE.get(wanted.dtype, 1e-1)
+    return relative_l2(wanted.nan_to_num(), got.nan_to_num()) / TOLERANCE.get(wanted.dtype, 1e-1)
 
 
 def form(answer: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.rounding import QMAX, QMIN, significant, weight_scales
 from enginewright.passes.kernel.statistics import Histogram, InputStatistics
 
@@ -145,7 +146,7 @@ def gains_by_rows(x: Tensor, weight: Tensor) -> bool:
 
     def error(*, by_row: bool) -> float:
         q, step, zero = as_bytes(x, by_row=by_row)
-        return float((((q - zero) * step) @ weight.T - exact).norm() / exact.norm().clamp(min=1e-12))
+        return relative_l2(exact, ((q - zero) * step) @ weight.T)
 
     whole = error(by_row=False)
     return whole > ROWS_ABOVE and error(by_row=True) < ROWS_GAIN * whole
@@ -166,7 +167,6 @@ def saturation(x: Tensor, weight: Tensor, rows: int = 32, *, by_row: bool = Fals
     q, step, zero = as_bytes(x, by_row=by_row)  # (R, K)
     if x.shape[1] % 2:
         q, weight = nn.functional.pad(q, (0, 1)), nn.functional.pad(weight, (0, 1))
-    norm = float(exact.norm()) or 1.0
 
     scale = weight_scales(weight)  # (N,)
     w = (weight / scale[:, None]).round()  # (N, K)
@@ -182,4 +182,4 @@ def saturation(x: Tensor, weight: Tensor, rows: int = 32, *, by_row: bool = Fals
     halves = (w / 2).round()
     reduced = (q @ halves.T - zero * halves.sum(dim=1)) * step * scale * 2
     pairs = x.shape[0] * x.shape[1] // 2 * weight.shape[0]
-    return float((product - exact).norm()) / norm, float((reduced - exact).norm()) / norm, clipped / pairs
+    return relative_l2(exact, product), relative_l2(exact, reduced), clipped / pairs

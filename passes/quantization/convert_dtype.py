@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FULL_PRECISION, Fact
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.observe import Look, calls_of, evaluating, floats_in, looking, observe
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
 from enginewright.passes.kernel.surgery import share
@@ -175,7 +176,7 @@ class ConvertDtype(Pass):
                     wanted = vector(model, inputs)
                 with OverflowWatch(converted, owners, usual.places) as watch:
                     got = vector(converted, inputs)
-                error = float((got - wanted).norm() / wanted.norm().clamp(min=1e-12))
+                error = relative_l2(wanted, got)
                 if watch.faulty is not None or not math.isfinite(error):
                     return Trial(error, watch.faulty or "", watch.sources)
                 worst = max(worst, error)
@@ -413,5 +414,5 @@ def error_of(module: nn.Module, args: Any, kwargs: Any, exact: Tensor, dtype: to
     twin._forward_hooks.clear()
     result = torch.func.functional_call(twin, weights, in_dtype(args, dtype), in_dtype(kwargs, dtype))
     got = floats_in(result)[0].to(exact.dtype)
-    error = float((got - exact).norm() / exact.norm().clamp(min=1e-12))
+    error = relative_l2(exact, got)
     return error if error < float("inf") else 0.0

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan, cost, macs_by_module
+from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.rounding import weight_scales
 from enginewright.passes.kernel.scales import as_bytes
 from enginewright.passes.kernel.surgery import share
@@ -289,9 +290,8 @@ class Search:
 
     def distance(self, model: nn.Module) -> float:
         """Relative L2 error of a model's outputs; infinite where they are not finite."""
-        pairs = zip(outputs(model, self.inputs), self.exact, strict=True)
-        squares = [((got - exact).square().sum(), exact.square().sum()) for got, exact in pairs]
-        error = math.sqrt(float(sum(s for s, _ in squares)) / max(float(sum(n for _, n in squares)), 1e-30))
+        got, exact = (torch.cat([each.flatten() for each in x]) for x in (outputs(model, self.inputs), self.exact))
+        error = relative_l2(exact, got)
         return error if math.isfinite(error) else math.inf
 
     def error_of(self, chosen: Sequence[int]) -> float:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from enginewright.ground.distance import relative_l2
 from enginewright.ground.signature import Array
 from enginewright.validation.contract import OutputMetric
-from enginewright.validation.statistics import difference, flat
 
 
 class RelativeL2(OutputMetric):
@@ -16,8 +14,4 @@ class RelativeL2(OutputMetric):
 
     def measure(self, original: Array, candidate: Array) -> float:
         """0 when equal, also when both are zero; infinite when only the original is zero."""
-        error = np.linalg.norm(difference(original, candidate))
-        if error == 0:
-            return 0.0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return float(error / np.linalg.norm(flat(original)))
+        return relative_l2(original, candidate)
