@@ -15,7 +15,7 @@ from enginewright.scoring import losses_of, score_of
 
 
 def recipe(tmp_path: Path, model: str = "dit:tiny"):
-    content = {"model": model, "calibration": {"calls": 2}, "validation": {"samples": 20}}
+    content = {"model": model, "calibration": {"calls": 2}, "validation": {"samples": 8}}
     return make(content, folder=tmp_path)
 
 
