@@ -172,7 +172,8 @@ def sequence(config: Config, given: Tensor, style: Tensor) -> Tensor:
     Args:
         config: the layout of the vocabulary.
         given: (B, I) text ids from 0, or content codes counted from ``config.texts``: the style reference's, then the
-            source's. Content codes that repeat their neighbour are left out before.
+            source's. Content codes that repeat their neighbour are left out before; the authors tokenize the two
+            waves as one.
         style: (B, J) content-style codes of the style reference.
 
     Returns:
