@@ -9,7 +9,7 @@ A layer is Llama's, with attention to every frame and with norms whose weights a
 enters nowhere else: for a fixed schedule ``norm_weights`` gives all of them beforehand, and ``from_norms`` is exact.
 
 Departure: norms start at one, as the authors' class sets them; other layers start as torch's do, where theirs start
-normal with standard deviation 0.02 and without biases. The paper does not give either.
+normal with standard deviation 0.02 and zero biases.
 
 Shapes: B batch, T frames (50 a second), C mel channels, N layers, D width, H heads, E width of a head, S times.
 """
