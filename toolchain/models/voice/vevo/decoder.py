@@ -1,0 +1,197 @@
+"""Vevo's content decoder: a Llama that continues content-style tokens, given content tokens (or text) and a style.
+
+Source: Zhang et al. 2025, arXiv:2502.07243 (content-style modeling); the sizes are those of the authors' released
+configurations. Checked against open-mmlab/Amphion at d3de90f (ar_model.py and its two configurations): parameter
+counts, special tokens and the order of a sequence. Their network is the LlamaForCausalLM of transformers, with whose
+outputs ours agree for the same weights. Attribute names are those of transformers: of a released checkpoint, strip
+``model.model.`` or, before ``lm_head``, ``model.``. Left out: the optional global style encoder, which both released
+sizes switch off.
+
+``forward`` reads a whole sequence. ``step`` is for deployment: keys and values lie in a cache of fixed length, which
+goes in and comes out, and the same function reads a prompt and then one token at a time.
+
+Shapes: B batch, L tokens, V vocabulary, N layers, M slots of the cache, D width, H heads, E width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from enginewright.models.blocks.llama import Angles, Attention, GatedMlp, RMSNorm, Rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A size of the decoder, and the layout of its vocabulary.
+
+    Ids are output codes first, then input ids (text, then content codes), then padding and the four marks, and room
+    for a few more.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    hidden: int
+    texts: int = 1024
+    contents: int = 0
+    outputs: int = 8192
+    spare: int = 20
+    longest: int = 2000
+    """Most tokens of a sequence, prompt and all: where the authors' generation stops."""
+
+    @property
+    def padding(self) -> int:
+        """The id after all codes; the four marks follow it."""
+        return self.texts + self.contents + self.outputs
+
+    @property
+    def begin_input(self) -> int:
+        """The mark before text or content tokens."""
+        return self.padding + 1
+
+    @property
+    def end_input(self) -> int:
+        """The mark after text or content tokens."""
+        return self.padding + 2
+
+    @property
+    def begin_output(self) -> int:
+        """The mark before content-style tokens."""
+        return self.padding + 3
+
+    @property
+    def end_output(self) -> int:
+        """The mark after content-style tokens, which ends generation."""
+        return self.padding + 4
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding and of the logits."""
+        return self.padding + self.spare
+
+
+PUBLISHED = {
+    "conversion": Config(depth=12, width=1536, heads=16, hidden=6144, contents=32),
+    "tts": Config(depth=12, width=1920, heads=16, hidden=7680),
+}
+TINY = Config(depth=2, width=64, heads=4, hidden=256, texts=16, contents=8, outputs=32, longest=64)
+
+
+class DecoderLayer(nn.Module):
+    """Causal attention and a gated feed-forward, each after a norm and beside a residual."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(width)
+        self.self_attn = Attention(width, heads)
+        self.post_attention_layernorm = RMSNorm(width)
+        self.mlp = GatedMlp(width, hidden)
+
+    def forward(self, x: Tensor, angles: Angles) -> Tensor:
+        """X (B, L, D) -> (B, L, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), angles, causal=True)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def step(
+        self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D), keys and values (B, H, M, E) -> (B, L, D), and new keys and values (B, H, M, E)."""
+        y, keys, values = self.self_attn.step(self.input_layernorm(x), angles, keys, values, slots, visible)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+
+
+class Decoder(nn.Module):
+    """Predict the next token of a sequence of content (or text) and content-style tokens."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.rotary = Rotary(config.width // config.heads, longest=config.longest)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config.width, config.heads, config.hidden) for _ in range(config.depth)
+        )
+        self.norm = RMSNorm(config.width)
+        self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.apply(initialize)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B, L) int64 -> logits (B, L, V) of what follows each token."""
+        angles = self.rotary(torch.arange(ids.shape[1], device=ids.device)[None])
+        h = self.embed_tokens(ids)  # (B, L, D)
+        for layer in self.layers:
+            h = layer(h, angles)
+        return self.lm_head(self.norm(h))
+
+    def step(self, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the next tokens of sequences whose earlier keys and values are cached.
+
+        What lies in the cache at ``position`` and beyond is not read. So a prompt may be padded at its end: read it
+        whole, then its last true token once more at that token's own position, for its logits.
+
+        Args:
+            ids: (B, L) int64; a whole prompt, or one token.
+            keys: (N, B, H, M, E); it is not changed.
+            values: (N, B, H, M, E); it is not changed.
+            position: where ids[:, 0] stands, int64, () for all sequences or (B,); position + L is at most M.
+
+        Returns:
+            Logits (B, V) of what follows the last token, and the new keys and values, each (N, B, H, M, E).
+        """
+        slots = position.reshape(-1, 1) + torch.arange(ids.shape[1], device=ids.device)  # (B or 1, L)
+        visible = torch.arange(keys.shape[3], device=ids.device) <= slots[:, None, :, None]  # (B or 1, 1, L, M)
+        angles = self.rotary(slots)
+        h = self.embed_tokens(ids)  # (B, L, D)
+        new_keys, new_values = [], []
+        for layer, old_k, old_v in zip(self.layers, keys.unbind(0), values.unbind(0), strict=True):
+            h, k, v = layer.step(h, angles, old_k, old_v, slots, visible)  # type: ignore[operator]
+            new_keys.append(k)
+            new_values.append(v)
+        return self.lm_head(self.norm(h[:, -1])), torch.stack(new_keys), torch.stack(new_values)
+
+    def empty_cache(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """Zeros for keys and for values, each (N, batch, H, length, E)."""
+        weight, config = self.embed_tokens.weight, self.config
+        shape = (config.depth, batch, config.heads, length, config.width // config.heads)
+        return weight.new_zeros(shape), weight.new_zeros(shape)
+
+
+def initialize(module: nn.Module) -> None:
+    """Start a linear layer or an embedding as Llama does in transformers: normal, standard deviation 0.02."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+def sequence(config: Config, given: Tensor, style: Tensor) -> Tensor:
+    """The prompt that generation continues: what is to be said, between marks, then the style reference's tokens.
+
+    Args:
+        config: the layout of the vocabulary.
+        given: (B, I) text ids from 0, or content codes counted from ``config.texts``: the style reference's, then the
+            source's. Content codes that repeat their neighbour are left out before; the authors tokenize the two
+            waves as one.
+        style: (B, J) content-style codes of the style reference.
+
+    Returns:
+        Ids (B, I + J + 3).
+    """
+    mark = given.new_ones(len(given), 1)
+    return torch.cat(
+        [
+            mark * config.begin_input,
+            given + config.outputs,
+            mark * config.end_input,
+            mark * config.begin_output,
+            style,
+        ],
+        dim=1,
+    )
+
+
+def without_repeats(codes: Tensor) -> Tensor:
+    """Codes (L,) less those that equal the one before: durations are left out of the content."""
+    return torch.unique_consecutive(codes)

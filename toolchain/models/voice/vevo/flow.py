@@ -1,0 +1,148 @@
+"""Vevo's acoustic model: a flow-matching transformer from content-style codes to mel frames in a prompt's timbre.
+
+Source: Zhang et al. 2025, arXiv:2502.07243 (acoustic modeling); the size is that of the authors' released
+configuration. Checked against open-mmlab/Amphion at d3de90f (fmt_model.py, llama_nar.py): parameter count, order of
+operations, and equal velocities with the same weights at the tiny size, with padding and without a condition. Attribute
+names are theirs without ``diff_estimator.``; the two layers of an MLP are 0 and 2.
+
+A layer is Llama's, with attention to every frame and with norms whose weights are linear in the embedded time. The time
+enters nowhere else: for a fixed schedule ``norm_weights`` gives all of them beforehand, and ``from_norms`` is exact.
+
+Departure: norms start at one, as the authors' class sets them; other layers start as torch's do, where theirs start
+normal with standard deviation 0.02 and zero biases.
+
+Shapes: B batch, T frames (50 a second), C mel channels, N layers, D width, H heads, E width of a head, S times.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from enginewright.models.blocks.llama import Angles, Attention, GatedMlp, Rotary, scale_to_unit_rms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A size of the flow. ``codes`` is the number of content-style codes, and the id that means "no condition"."""
+
+    depth: int
+    width: int
+    heads: int
+    hidden: int
+    codes: int = 8192
+    mels: int = 128
+    longest: int = 4096
+    """Most frames, prompt and all."""
+
+
+PUBLISHED = {"emilia": Config(depth=16, width=1024, heads=16, hidden=4096)}
+TINY = Config(depth=2, width=64, heads=4, hidden=256, codes=32, longest=256)
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """Scale frames to unit root mean square, then by a weight that is linear in the embedded time."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.to_weight = nn.Linear(width, width)
+        self.eps = eps
+        nn.init.zeros_(self.to_weight.weight)
+        nn.init.ones_(self.to_weight.bias)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """X (B, T, D), weight (B, D), which ``to_weight`` gave for the time -> (B, T, D)."""
+        return weight[:, None] * scale_to_unit_rms(x, self.eps)
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of a time in [0, 1], whose rates fall from 1 to 1/10000."""
+
+    rates: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        fall = torch.arange(width // 2) / (width // 2 - 1)
+        self.register_buffer("rates", torch.exp(-math.log(10000) * fall), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """T (S,) -> (S, D)."""
+        angle = t[:, None] * self.rates  # (S, D/2)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def silu_mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Two linear layers with a SiLU between them: (..., inputs) -> (..., outputs)."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+
+class FlowLayer(nn.Module):
+    """Attention to all frames and a gated feed-forward, each after an adaptive norm and beside a residual."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.input_layernorm = AdaptiveRMSNorm(width)
+        self.self_attn = Attention(width, heads)
+        self.post_attention_layernorm = AdaptiveRMSNorm(width)
+        self.mlp = GatedMlp(width, hidden)
+
+    def forward(self, x: Tensor, angles: Angles, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """x (B, T, D), mask (B, 1, 1, T), the weights of the two norms, each (B, D) -> (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x, first), angles, mask=mask)
+        return x + self.mlp(self.post_attention_layernorm(x, second))
+
+
+class Flow(nn.Module):
+    """Predict the velocity that carries noise to normalised mel frames, given a content-style code for every frame."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.cond_emb = nn.Embedding(config.codes, width)
+        self.cond_mlp = silu_mlp(width, 4 * width, width)
+        self.mel_mlp = silu_mlp(config.mels, 4 * width, width)
+        self.diff_step_embedding = TimeEmbedding(width)
+        self.diff_step_mlp = silu_mlp(width, 4 * width, width)
+        self.rotary = Rotary(width // config.heads, longest=config.longest)
+        self.layers = nn.ModuleList(FlowLayer(width, config.heads, config.hidden) for _ in range(config.depth))
+        self.norm = AdaptiveRMSNorm(width)
+        self.mel_out_mlp = silu_mlp(width, 4 * width, config.mels)
+
+    def forward(self, x: Tensor, t: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
+        """Predict dx/dt.
+
+        Args:
+            x: (B, T, C) the prompt's clean frames, then noisy ones, then padding.
+            t: (B,) from 0 (noise) to 1 (mel).
+            codes: (B, T) int64; ``config.codes`` where there is no condition.
+            mask: (B, T) 1 for frames, 0 for padding; every sample has a frame.
+
+        Returns:
+            Velocity (B, T, C); where the mask is 0 it means nothing.
+        """
+        return self.from_norms(x, self.norm_weights(t), codes, mask)
+
+    def norm_weights(self, t: Tensor) -> Tensor:
+        """T (S,) -> the weights (S, 2N+1, D) of all norms in order, the last one's last."""
+        time = self.diff_step_mlp(self.diff_step_embedding(t))  # (S, D)
+        norms = [norm for layer in self.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        return torch.stack([norm.to_weight(time) for norm in (*norms, self.norm)], dim=1)  # type: ignore[operator, union-attr]
+
+    def from_norms(self, x: Tensor, norms: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
+        """``forward`` with the weights of all norms (B, 2N+1, D) in the place of the time."""
+        visible = mask[:, None, None, :] > 0.5  # (B, 1, 1, T)
+        angles = self.rotary(torch.arange(x.shape[1], device=x.device)[None])
+        *pairs, last = norms.unbind(1)  # each (B, D)
+        h = self.mel_mlp(x) + self.condition(codes)  # (B, T, D)
+        for layer, first, second in zip(self.layers, pairs[0::2], pairs[1::2], strict=True):
+            h = layer(h, angles, visible, first, second)
+        return self.mel_out_mlp(self.norm(h, last))
+
+    def condition(self, codes: Tensor) -> Tensor:
+        """Codes (B, T) -> (B, T, D), the same at every time; "no condition" is a zero before the MLP."""
+        known = (codes < self.config.codes)[..., None]
+        return self.cond_mlp(self.cond_emb(codes.clamp(max=self.config.codes - 1)) * known)
