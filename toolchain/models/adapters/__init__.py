@@ -1,0 +1,1 @@
+"""Adapters: small trained parts beside the layers of a larger network."""

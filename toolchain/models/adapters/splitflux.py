@@ -1,0 +1,289 @@
+"""SplitFlux: low-rank adapters on Flux's single blocks that hold an image's content apart from its style.
+
+Source: Yang et al. 2025, arXiv:2511.15258 (CVPR 2026): early single blocks carry content, later ones style. At the
+boundary between them the rank is halved and the product doubled (rank-constrained adaptation). In the content blocks a
+branch of high rank and one of low rank are mixed for each token, by how far its norm stands out (visual gate).
+
+Not checked against the authors' code, which could not be read (yangyt46/SplitFlux): written from notes on the paper
+and figure 2 of the authors' page. Inference: that the adapters sit on queries, keys and values alone, from the two
+published counts, 43.65 M and 44.83 M, which then come out exactly. The base is diffusers' ``FluxTransformer2DModel``.
+
+Where the gate comes from is our choice: a block's own normalised input, which queries, keys and values read. Layer norm
+has made its tokens equally long, so their norms differ only as the modulation stretches them. Without modulation
+nothing stands out, and the gate would amplify rounding.
+
+Shapes: B batch, T text tokens, I image tokens, N = T + I tokens of a single block, text first, D width, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from enginewright.ground.errors import require
+from enginewright.ground.signature import InputSpec
+from enginewright.passes.kernel.surgery import share
+from enginewright.sources.contract import Published
+from enginewright.sources.denoisers import FlatFlux
+from enginewright.sources.flat import BATCH
+
+Part = Literal["content", "style"]
+Use = Literal["content", "style", "both"]
+TARGETS = ("to_q", "to_k", "to_v")
+LOSS_WEIGHT = 0.1
+"""What ``complementary_loss``, summed over the gated layers, is multiplied by beside the denoising loss."""
+EPSILON = 1e-6
+"""Keeps the gate finite where all image tokens are equally long; not given in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A Flux, and which of its single blocks carry what.
+
+    Args:
+        double: blocks with streams of their own for text and image; they have no adapters.
+        single: blocks over text and image in one row.
+        heads: attention heads, ``head_dim`` wide each.
+        head_dim: width of a head.
+        axes: features of a head that turn with each of the three position ids.
+        channels: width of an image token.
+        text_width: width of a text token.
+        pooled_width: width of the pooled text.
+        side: the image has side * side tokens.
+        text: text tokens; every single block's first ones.
+        content: indices of single blocks with a gated adapter.
+        boundary: indices of single blocks with the content's adapter of reduced rank.
+        style: indices of single blocks with the style's adapter.
+        rank: of the style's adapters, and of both branches of a gated one together.
+        residual_rank: of the low-rank branch of a gated adapter.
+        alpha: divides the rank of the boundary's adapters, and multiplies their product.
+    """
+
+    double: int
+    single: int
+    heads: int
+    head_dim: int
+    axes: tuple[int, int, int]
+    channels: int
+    text_width: int
+    pooled_width: int
+    side: int
+    text: int
+    content: range
+    boundary: range
+    style: range
+    rank: int
+    residual_rank: int
+    alpha: int = 2
+
+
+PUBLISHED = {
+    "dev": Config(
+        double=19,
+        single=38,
+        heads=24,
+        head_dim=128,
+        axes=(16, 56, 56),
+        channels=64,
+        text_width=4096,
+        pooled_width=768,
+        side=64,  # 1024 x 1024 pixels; not given in the paper
+        text=512,
+        content=range(10),
+        boundary=range(10, 12),
+        style=range(12, 38),
+        rank=64,
+        residual_rank=16,
+    )
+}
+SHIPPED: dict[str, Config] = {}
+TINY = Config(
+    double=1,
+    single=4,
+    heads=4,
+    head_dim=8,
+    axes=(2, 2, 4),
+    channels=4,
+    text_width=12,
+    pooled_width=10,
+    side=4,
+    text=6,
+    content=range(2),
+    boundary=range(2, 3),
+    style=range(3, 4),
+    rank=4,
+    residual_rank=1,
+)
+OUTPUTS = ("velocity",)
+FIGURES = {"dev": (Published(figure="adapter_parameter_count", value="43.65 M", source="arXiv:2511.15258"),)}
+
+
+class Product(nn.Module):
+    """A product B A of low rank, A (r, D_in) and B (D_out, r); B starts at zero."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.down = nn.Linear(linear.in_features, rank, bias=False, **like)  # A; its start is not given in the paper
+        self.up = nn.Linear(rank, linear.out_features, bias=False, **like)  # B
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor, scale: Tensor | float) -> Tensor:
+        """X (B, N, D_in), scale one number or (B, N, 1) -> scale * B A x (B, N, D_out), scaled at the rank's width."""
+        return self.up(self.down(x) * scale)
+
+    def matrix(self) -> Tensor:
+        """B A (D_out, D_in) in double precision."""
+        return self.up.weight.detach().double() @ self.down.weight.detach().double()
+
+
+class LowRank(nn.Module):
+    """A linear layer and a low-rank product beside it: W x + alpha B A x."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float = 1.0, *, part: Part = "style") -> None:
+        super().__init__()
+        self.base = linear
+        self.product = Product(linear, rank)
+        self.alpha = alpha
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, N, D_in) -> (B, N, D_out)."""
+        return self.base(x) + self.product(x, self.alpha)
+
+    def merged(self) -> nn.Linear:
+        """The linear layer that computes the same."""
+        return with_added(self.base, self.alpha * self.product.matrix())
+
+
+class GatedLowRank(nn.Module):
+    """A linear layer and two products mixed by a gate for each token: W x + g B_cnt A_cnt x + (1 - g) B_res A_res x."""
+
+    part: Part = "content"
+
+    def __init__(self, linear: nn.Linear, rank: int, residual_rank: int, *, text: int) -> None:
+        super().__init__()
+        self.base = linear
+        self.content = Product(linear, rank)
+        self.residual = Product(linear, residual_rank)
+        self.text = text
+
+    def gate(self, x: Tensor) -> Tensor:
+        """X (B, N, D) -> g (B, N, 1): sigmoid of an image token's norm, standardised over the image; 1 for text.
+
+        Text at 1 and the standard deviation over I - 1 are our choices; neither is given in the paper.
+        """
+        norm = torch.linalg.vector_norm(x[:, self.text :].float(), dim=-1, keepdim=True)  # (B, I, 1)
+        deviation = norm.std(dim=1, keepdim=True, correction=1)  # (B, 1, 1)
+        g = ((norm - norm.mean(dim=1, keepdim=True)) / (deviation + EPSILON)).sigmoid()
+        return F.pad(g, (0, 0, self.text, 0), value=1.0).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, N, D_in) -> (B, N, D_out)."""
+        g = self.gate(x)
+        return self.base(x) + self.content(x, g) + self.residual(x, 1 - g)
+
+    def merged(self) -> nn.Linear:
+        """The linear layer of the content's branch alone, as if every gate were 1."""
+        return with_added(self.base, self.content.matrix())
+
+
+def with_added(linear: nn.Linear, delta: Tensor) -> nn.Linear:
+    """A layer with ``delta`` (D_out, D_in) added to its weight in double precision, rounded once; same bias."""
+    result = share(linear)
+    assert isinstance(result, nn.Linear)
+    weight = (linear.weight.detach().double() + delta).to(linear.weight.dtype)
+    result.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    return result
+
+
+def attach(flux: nn.Module, config: Config) -> nn.Module:
+    """Put the adapters beside queries, keys and values of a Flux's single blocks, in place; they add nothing yet."""
+    blocks: Any = flux.single_transformer_blocks
+    for name in TARGETS:
+        for i in config.content:
+            rank, low = config.rank - config.residual_rank, config.residual_rank
+            setattr(blocks[i].attn, name, GatedLowRank(getattr(blocks[i].attn, name), rank, low, text=config.text))
+        for i in config.boundary:
+            rank, alpha = config.rank // config.alpha, config.alpha
+            setattr(blocks[i].attn, name, LowRank(getattr(blocks[i].attn, name), rank, alpha, part="content"))
+        for i in config.style:
+            setattr(blocks[i].attn, name, LowRank(getattr(blocks[i].attn, name), config.rank))
+    return flux
+
+
+def fuse(model: nn.Module, use: Use = "both", *, gated: bool = False) -> nn.Module:
+    """A copy with the wanted adapters merged into plain linear layers and the others left out; a plain Flux.
+
+    Tensors that do not change are shared with the model.
+
+    Args:
+        model: a Flux with adapters, or any module around one.
+        use: whose adapters to keep. Content is that of the gated blocks and of the boundary.
+        gated: keep the gate, which depends on the token and merges into no weight: the gated blocks stay as they are.
+            Otherwise the content's branch stands for both, which is how the paper sets content into a new context.
+    """
+    result = share(model)
+    for parent in list(result.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, LowRank | GatedLowRank):
+                continue
+            if use not in (child.part, "both"):
+                setattr(parent, name, child.base)
+            elif not (gated and isinstance(child, GatedLowRank)):
+                setattr(parent, name, child.merged())
+    return result
+
+
+def products(model: nn.Module) -> Iterator[Product]:
+    """Every low-rank product of a model: all that is trained."""
+    return (module for module in model.modules() if isinstance(module, Product))
+
+
+def complementary_loss(content: Product, residual: Product) -> Tensor:
+    """How much two products of one layer share: ||A C'||^2 + ||B' D||^2 + sum |B A o D C| -> one number.
+
+    Content is B A, residual is D C. That the last term is a sum, not a mean, is our reading.
+    """
+    inputs = content.down.weight @ residual.down.weight.T  # (r, r_res)
+    outputs = content.up.weight.T @ residual.up.weight  # (r, r_res)
+    both = (content.up.weight @ content.down.weight) * (residual.up.weight @ residual.down.weight)  # (D_out, D_in)
+    return inputs.square().sum() + outputs.square().sum() + both.abs().sum()
+
+
+def build(config: Config) -> FlatFlux:
+    """A Flux with adapters whose products are a fifth or so of a fresh layer's output."""
+    flux = require("diffusers", extra="diffusers").FluxTransformer2DModel(
+        in_channels=config.channels,
+        num_layers=config.double,
+        num_single_layers=config.single,
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        joint_attention_dim=config.text_width,
+        pooled_projection_dim=config.pooled_width,
+        axes_dims_rope=config.axes,
+        guidance_embeds=True,
+    )
+    model = FlatFlux(attach(flux, config))
+    for product in products(model):
+        nn.init.normal_(product.up.weight, std=0.2 * product.up.in_features**-0.5)
+    return model
+
+
+def inputs(config: Config) -> tuple[InputSpec, ...]:
+    """As diffusers' Flux is called, at one size of image and text: noisy tokens, text, timestep, ids, guidance."""
+    image, axes = config.side**2, len(config.axes)
+    return (
+        InputSpec(name="hidden_states", role="sample", shape=(BATCH, image, config.channels)),
+        InputSpec(name="encoder_hidden_states", role="condition", shape=(BATCH, config.text, config.text_width)),
+        InputSpec(name="pooled_projections", role="condition", shape=(BATCH, config.pooled_width)),
+        InputSpec(name="timestep", role="timestep", shape=(BATCH,), low=0, high=1),
+        InputSpec(name="img_ids", role="positions", shape=(image, axes), low=0, high=config.side - 1),
+        InputSpec(name="txt_ids", role="positions", shape=(config.text, axes), low=0, high=0),
+        InputSpec(name="guidance", role="guidance", shape=(BATCH,), low=1, high=5),
+    )
