@@ -1,13 +1,13 @@
 """StyleSwin: a style-based generator of pictures with Swin windows, plain and shifted side by side, for convolutions.
 
 Source: Zhang et al. 2021, arXiv:2112.10762, section 3. Checked against microsoft/StyleSwin at commit a7c28b3: parameter
-counts, order of operations, and equal outputs with the same weights. What differs from the release:
+counts, order of operations, and outputs with the same weights (equal to 5e-11 in float64). What differs from it:
 
 * Layers whose weights the release scales by a constant in every call (the mapping network, and the linears that turn a
   style into scale and offset) hold the product: load ``weight * scale`` and ``bias * lr_mul``.
 * Of the masks of shifted windows, one for each window there, only four are distinct. They are made of region numbers
   when the network runs, and the windows are attended to in four groups, so that no mask is kept for each window.
-* The grid of positions is kept as one table for both axes, and computed in float64, not float32: values differ by 5e-6.
+* The grid of positions is kept as one table for both axes, and computed in float64, not float32: 5e-6 apart at most.
 * The position biases of both halves of the heads are one table, a row for each head; the release has two.
 * The 1x1 convolution to RGB is a linear layer on tokens. It keeps the release's two biases, which add up to one.
 
@@ -67,8 +67,9 @@ TINY = Config(widths=(32, 32, 16), window=4, latent=32, mapping_layers=2)
 FIGURES = {
     "1024": (
         Published(figure="parameter_count", value="40.86 M", source="arXiv:2112.10762, table 6"),
-        # The authors count multiply-accumulates and name their own correction of the paper's 50.90 G.
-        Published(figure="macs", value="46.44 G", source="github.com/microsoft/StyleSwin, issue 15"),
+        # The authors' own correction is 46.44 G (issue 15 of their repository), by code that counts half of attention's
+        # linear layers. All products, and nothing else, are 52.48 G.
+        Published(figure="macs", value="50.90 G", source="arXiv:2112.10762, table 6"),
     )
 }
 
@@ -315,7 +316,8 @@ class Synthesis(nn.Module):
 
     def forward(self, ws: Tensor) -> Tensor:
         """ws (B, latents, L) -> (B, 3, R, R); one w (B, L) for all: ``w[:, None].expand(-1, config.latents, -1)``."""
-        x, image = self.start.expand(ws.shape[0], -1, -1), None
+        # A copy: an expanded view of a parameter asks for gradients even where none are wanted.
+        x, image = self.start.repeat(ws.shape[0], 1, 1), None  # (B, 16, C)
         for index, stage in enumerate(self.stages):
             x, image = stage(x, ws[:, 2 * index : 2 * index + 2], image)
         assert image is not None
