@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.sources.contract import Published
 
 
@@ -64,6 +65,7 @@ PUBLISHED = {
 }
 SHIPPED: dict[str, Config] = {}
 TINY = Config(widths=(32, 32, 16), window=4, latent=32, mapping_layers=2)
+OUTPUTS = ("image",)
 FIGURES = {
     "1024": (
         Published(figure="parameter_count", value="40.86 M", source="arXiv:2112.10762, table 6"),
@@ -329,3 +331,28 @@ def start_scaled(layer: nn.Module) -> None:
     assert isinstance(layer, nn.Linear)
     nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     nn.init.zeros_(layer.bias)
+
+
+class StyleSwin(nn.Module):
+    """The generator: draw a picture from a latent, in one style throughout."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.latents = config.latents
+        self.mapping, self.synthesis = Mapping(config), Synthesis(config)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (B, L) -> (B, 3, R, R)."""
+        image: Tensor = self.synthesis(self.mapping(z)[:, None].expand(-1, self.latents, -1))
+        return image
+
+
+def build(config: Config) -> StyleSwin:
+    """The generator with the authors' start."""
+    return StyleSwin(config)
+
+
+def inputs(config: Config) -> tuple[InputSpec, ...]:
+    """The latent, drawn from a standard normal distribution."""
+    batch = Dim(name="batch", low=1, typical=2, high=16)
+    return (InputSpec(name="z", role="noise", shape=(batch, config.latent)),)
