@@ -153,7 +153,7 @@ class OnnxRuntime(Target):
 
     def choose_form(self, sessions: Mapping[str, Any], seconds: Mapping[str, float], graph: Graph) -> tuple[str, str]:
         """The faster 8-bit form, unless it is much further from fp32 than the other; and a sentence about it."""
-        errors = {name: error_of(graph, sessions[name], sessions["fp32"]) for name in ("static", "dynamic")}
+        errors = errors_of({name: sessions[name] for name in ("static", "dynamic")}, sessions["fp32"], graph)
         faster, other = sorted(errors, key=lambda name: seconds[name])
         share = seconds["dynamic"] / seconds["static"]
         taken = f"the dynamic form took {share:.2f} of the static form's time"
@@ -174,7 +174,7 @@ class OnnxRuntime(Target):
             return []
         save(copy, path)
         static, rounded, exact = (self.session(form, graph.threads) for form in (forms["static"], path, forms["fp32"]))
-        before, after = error_of(graph, static, exact), error_of(graph, rounded, exact)
+        before, after = errors_of({"static": static, "rounded": rounded}, exact, graph).values()
         if after > 2 * before:
             return [
                 f"{count} convolutions compute in floats, from 8-bit weights: in 8 bits with rounded outputs "
@@ -350,10 +350,15 @@ def keep_only(path: Path, folder: Path) -> None:
         shutil.rmtree(folder / LINKED, ignore_errors=True)
 
 
-def error_of(graph: Graph, session: Any, exact: Any) -> float:
-    """The largest relative L2 error of a session's outputs beside another's, over all example calls."""
-    answers = [(exact.run(None, call), session.run(None, call)) for call in graph.examples]
-    return max(relative_l2(*pair) for wanted, got in answers for pair in zip(wanted, got, strict=True))
+def errors_of(sessions: Mapping[str, Any], exact: Any, graph: Graph) -> dict[str, float]:
+    """For each session the largest relative L2 error of its outputs beside those of ``exact``, over the examples."""
+    errors = dict.fromkeys(sessions, 0.0)
+    for call in graph.examples:
+        wanted = exact.run(None, call)
+        for name, session in sessions.items():
+            pairs = zip(wanted, session.run(None, call), strict=True)
+            errors[name] = max(errors[name], *(relative_l2(*pair) for pair in pairs))
+    return errors
 
 
 def stand_alone(path: Path) -> None:

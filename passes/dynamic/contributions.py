@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from enginewright.passes.kernel.wrap import Around, Call, wrap
+from enginewright.passes.kernel.wrap import AroundByName, Call, wrap
 from enginewright.passes.traits import BlockStack, layer_at
 
 REUSED = "reused"
@@ -98,16 +98,13 @@ def taking(model: nn.Module, path: str, blocks: Sequence[int]) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Giving(Around):
+class Giving(AroundByName):
     """A model that also gives what its watched blocks added."""
-
-    by_name: ClassVar[bool] = True
 
     now: Now
 
-    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+    def answer(self, forward: Call, inputs: dict[str, Any]) -> Any:
         """What the model gives, and what was added."""
-        assert not args
         try:
             return forward(**inputs), self.now.added
         finally:
@@ -115,10 +112,8 @@ class Giving(Around):
 
 
 @dataclass(frozen=True)
-class Taking(Around):
+class Taking(AroundByName):
     """A model that also takes what is to be added in the place of the blocks left out."""
-
-    by_name: ClassVar[bool] = True
 
     now: Now
 
@@ -127,9 +122,8 @@ class Taking(Around):
         """What is to be added."""
         return (REUSED,)
 
-    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+    def answer(self, forward: Call, inputs: dict[str, Any]) -> Any:
         """What the model gives."""
-        assert not args
         self.now.added = inputs.pop(REUSED, None)
         try:
             return forward(**inputs)

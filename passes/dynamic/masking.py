@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from enginewright.passes.kernel.rows import repeated_rows
-from enginewright.passes.kernel.wrap import Around, Call, wrap
+from enginewright.passes.kernel.wrap import AroundByName, Call, wrap
 from enginewright.passes.traits import FeedForward, HeadedAttention
 
 
@@ -114,7 +114,7 @@ def mask_units(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed(Around):
+class Timed(AroundByName):
     """A model that tells its masks the timestep of each call.
 
     Args:
@@ -123,15 +123,12 @@ class Timed(Around):
         at: the timesteps (T) of the masks' rows.
     """
 
-    by_name: ClassVar[bool] = True
-
     now: Now
     times: str
     at: tuple[float, ...]
 
-    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
-        """Answer a call, all of it by name."""
-        assert not args
+    def answer(self, forward: Call, inputs: dict[str, Any]) -> Any:
+        """Answer a call."""
         self.now.index = nearest(inputs[self.times].reshape(-1), self.at)
         try:
             return forward(**inputs)

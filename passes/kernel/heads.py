@@ -8,7 +8,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Json
-from enginewright.passes.kernel.selection import is_within
+from enginewright.passes.kernel.selection import without_layout
 from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
 
 Heads = Mapping[str, HeadedAttention]
@@ -40,9 +40,4 @@ def uncut(model: nn.Module, layers: Heads) -> dict[str, str]:
     A layer that no family knows is named by its class, unless it lies around or within one that has answered.
     """
     reasons = {path: fixed.reason for path, fixed in layers_of(model, FixedAttention)}
-    for path, module in model.named_modules():
-        if "attention" not in type(module).__name__.lower():
-            continue
-        if not any(is_within(path, other) or is_within(other, path) for other in (*layers, *reasons)):
-            reasons[path] = f"no family knows how the heads of a {type(module).__name__} are laid out"
-    return reasons
+    return reasons | without_layout(model, (*layers, *reasons), ("attention",), "heads")

@@ -15,7 +15,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.kernel.observe import observe, reading
 from enginewright.passes.kernel.probes import Call, probe
-from enginewright.passes.kernel.selection import is_within
+from enginewright.passes.kernel.selection import refuse_meta, without_layout
 from enginewright.passes.kernel.statistics import Squares
 from enginewright.passes.traits import FeedForward
 
@@ -117,25 +117,12 @@ def bias_change(linear: nn.Linear, pairs: Sequence[tuple[Tensor, Tensor]]) -> Te
 
 def unknown_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
     """Layers that are called feed-forwards and that no family knows, unless they lie around or within one that is."""
-    reasons: dict[str, str] = {}
-    for path, module in model.named_modules():
-        kind = type(module).__name__
-        if not any(name in kind.lower() for name in NAMES):
-            continue
-        if not any(is_within(path, other) or is_within(other, path) for other in (*layers, *reasons)):
-            reasons[path] = f"no family knows how the hidden units of a {kind} are laid out"
-    return reasons
+    return without_layout(model, layers, NAMES, "hidden units")
 
 
-def refuse_meta(layers: Layers, importance: str) -> None:
+def refuse_without_values(layers: Layers, importance: str) -> None:
     """Raise when weights have no values to judge by."""
-    for path, layer in layers.items():
-        if any(linear.weight.is_meta for linear in (layer.output, *layer.inputs)):
-            raise ToolchainError(
-                f"{importance} must read the weights, and they are on the meta device, which holds no values",
-                where=path,
-                help="load the model's weights before planning, or replay a plan that was made with them",
-            )
+    refuse_meta({path: [each.weight for each in (x.output, *x.inputs)] for path, x in layers.items()}, importance)
 
 
 def finite(score: Tensor, *, where: str) -> Tensor:

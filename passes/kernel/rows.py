@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.driver import some_rows
 from enginewright.passes.contract import Context
-from enginewright.passes.kernel.wrap import Around, around
+from enginewright.passes.kernel.wrap import AroundByName, around
 
 __all__ = ["Repeating", "one_call", "repeated_rows", "shared_inputs", "some_rows", "two_of_each"]
 
@@ -36,7 +36,7 @@ def one_call(calls: Sequence[Mapping[str, Tensor]], shared: Collection[str]) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repeating(Around):
+class Repeating(AroundByName):
     """Something around a model that may run it with all rows of a call several times over, one after the other."""
 
     copies: int = 1

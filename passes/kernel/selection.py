@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -18,6 +18,42 @@ def excluded_by(path: str, patterns: Sequence[str]) -> str:
 def is_within(path: str, around: str) -> bool:
     """Whether a module path is another one or lies below it; all lie below the empty one."""
     return not around or path == around or path.startswith(f"{around}.")
+
+
+def without_layout(model: nn.Module, known: Iterable[str], names: Sequence[str], what: str) -> dict[str, str]:
+    """Layers that are called like others and that no family knows, by path, and why none is cut.
+
+    Args:
+        model: to look through.
+        known: paths of layers that a family has answered for; what lies around or within one is left out.
+        names: parts of what the classes of such layers are called, in small letters.
+        what: of a layer would have to be told apart.
+    """
+    answered = list(known)
+    reasons: dict[str, str] = {}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if any(name in kind.lower() for name in names) and not any(
+            is_within(path, other) or is_within(other, path) for other in (*answered, *reasons)
+        ):
+            reasons[path] = f"no family knows how the {what} of a {kind} are laid out"
+    return reasons
+
+
+def refuse_meta(weights: Mapping[str, Iterable[Tensor]], reader: str) -> None:
+    """Raise when weights have no values to read.
+
+    Args:
+        weights: of each layer, by path.
+        reader: what must read them.
+    """
+    for path, own in weights.items():
+        if any(weight.is_meta for weight in own):
+            raise ToolchainError(
+                f"{reader} must read the weights, and they are on the meta device, which holds no values",
+                where=path,
+                help="load the model's weights before planning, or replay a plan that was made with them",
+            )
 
 
 def other_matrices(model: nn.Module, named: Container[str], why: str) -> dict[str, str]:

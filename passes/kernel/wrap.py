@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from types import CodeType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -22,13 +22,7 @@ A = TypeVar("A", bound="Around")
 
 
 class Around(ABC):
-    """What is called in the place of a module's forward, and calls that.
-
-    Attributes:
-        by_name: whether all inputs are given by name.
-    """
-
-    by_name: ClassVar[bool] = False
+    """What is called in the place of a module's forward, and calls that."""
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -54,11 +48,37 @@ class Around(ABC):
         """How the module is called with this around a forward of the signature ``own``."""
         kinds = inspect.Parameter
         kept = [each for each in own.parameters.values() if each.name not in self.removes]
-        if self.by_name:
-            kept = [p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p for p in kept]
         new = [kinds(name, kinds.KEYWORD_ONLY, default=None, annotation=Tensor) for name in self.adds]
         end = len(kept) - (bool(kept) and kept[-1].kind is kinds.VAR_KEYWORD)
         return own.replace(parameters=[*kept[:end], *new, *kept[end:]])
+
+
+class AroundByName(Around):
+    """The same around a module whose inputs are all given by name."""
+
+    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+        """Answer a call; raises ``TypeError`` for inputs without names."""
+        if args:
+            raise TypeError(f"{len(args)} inputs are given by position; this model takes all of them by name")
+        return self.answer(forward, inputs)
+
+    @abstractmethod
+    def answer(self, forward: Call, inputs: dict[str, Any]) -> Any:
+        """Answer a call of the module.
+
+        Args:
+            forward: the module's own, or that with what was put around it before.
+            inputs: the call's; they may be changed.
+        """
+
+    def signature_of(self, own: inspect.Signature) -> inspect.Signature:
+        """How the module is called: no input has a position."""
+        found = super().signature_of(own)
+        kept = [
+            p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p
+            for p in found.parameters.values()
+        ]
+        return found.replace(parameters=kept)
 
 
 class Forward:

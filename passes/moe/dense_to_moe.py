@@ -32,7 +32,7 @@ from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.hidden_units import (
     finite,
     random_scores,
-    refuse_meta,
+    refuse_without_values,
     taylor_scores,
     unknown_layers,
     weight_norms,
@@ -225,7 +225,7 @@ class DenseToMoe(Pass):
 
     def scores(self, model: nn.Module, layers: dict[str, FeedForward], context: Context) -> dict[str, Tensor]:
         """Importance (H,) of each hidden unit by layer path."""
-        refuse_meta(layers, self.importance)
+        refuse_without_values(layers, self.importance)
         if self.importance == "taylor":
             exact = taylor_scores(model, layers, context) if layers else {}
         elif self.importance == "random":

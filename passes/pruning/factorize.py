@@ -24,7 +24,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, WHOLE_MATRICES, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.observe import observe, reading, rounds
-from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices, refuse_meta
 from enginewright.passes.kernel.statistics import Products
 from enginewright.passes.kernel.surgery import linear_like, put_at
 
@@ -64,7 +64,7 @@ class Factorize(Pass):
         skipped = other_matrices(model, found, "only linear layers are factorized")
         skipped |= {path: reason for path, layer in found.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in found.items() if path not in skipped}
-        refuse_meta(layers)
+        refuse_meta({path: [layer.weight] for path, layer in layers.items()}, "a decomposition")
         read = products_of(model, layers, context if self.method == "activation" else None)
         choice: dict[str, dict[str, Any]] = {}
         arrays: dict[str, Tensor] = {}
@@ -123,17 +123,6 @@ class Factorize(Pass):
             return max(math.floor(self.share * layer.weight.numel() / sum(layer.weight.shape)), 1)
         energies = s.square().cumsum(0)
         return int((energies < self.energy * energies[-1]).sum()) + 1
-
-
-def refuse_meta(layers: Mapping[str, nn.Linear]) -> None:
-    """Raise when weights have no values to decompose."""
-    for path, layer in layers.items():
-        if layer.weight.is_meta:
-            raise ToolchainError(
-                "a decomposition must read the weights, and they are on the meta device, which holds no values",
-                where=path,
-                help="load the model's weights before planning, or replay a plan that was made with them",
-            )
 
 
 def products_of(

@@ -24,7 +24,7 @@ from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.heads import Heads, keep_heads, uncut
 from enginewright.passes.kernel.probes import Call, probe
-from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, refuse_meta
 from enginewright.passes.traits import HeadedAttention, layers_of
 
 Scores = dict[str, list[float]]
@@ -109,13 +109,7 @@ class PruneHeads(Pass):
 
     def scores(self, model: nn.Module, layers: Heads, context: Context) -> Scores:
         """Importance of each head by layer path, to 6 significant digits; no entry for a layer that never ran."""
-        for path, layer in layers.items():
-            if any(output.weight.is_meta for output in layer.outputs):
-                raise ToolchainError(
-                    f"{self.importance} must read the weights, and they are on the meta device, which holds no values",
-                    where=path,
-                    help="load the model's weights before planning, or replay a plan that was made with them",
-                )
+        refuse_meta({path: [x.weight for x in layer.outputs] for path, layer in layers.items()}, self.importance)
         if self.importance == "taylor":
             exact = taylor_scores(model, layers, context) if layers else {}
         else:

@@ -28,7 +28,7 @@ from enginewright.passes.kernel.hidden_units import (
     activation_scores,
     finite,
     random_scores,
-    refuse_meta,
+    refuse_without_values,
     taylor_scores,
     unknown_layers,
     weight_norms,
@@ -125,7 +125,7 @@ class PruneWidth(Pass):
         """Importance (H,) of each unit by layer path, to 6 significant digits; no entry for a layer that never ran."""
         if self.importance == "random":
             return random_scores(layers, context.seed)
-        refuse_meta(layers, self.importance)
+        refuse_without_values(layers, self.importance)
         if self.importance == "taylor":
             exact = taylor_scores(model, layers, context) if layers else {}
         elif self.importance == "activation":

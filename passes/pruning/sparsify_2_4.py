@@ -23,9 +23,9 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, TWO_IN_FOUR_ZEROS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.patterns import PATTERN
-from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices
+from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices, refuse_meta
 from enginewright.passes.kernel.surgery import linear_like, put_at
-from enginewright.passes.pruning.factorize import products_of, refuse_meta
+from enginewright.passes.pruning.factorize import products_of
 
 DAMPING = 0.01
 """Of the mean of the diagonal of X^T X, added to the diagonal; the release's value."""
@@ -65,7 +65,7 @@ class Sparsify24(Pass):
         check_patterns(self.exclude, [*found, *skipped], what="linear layer")
         skipped |= {path: reason for path, layer in found.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in found.items() if path not in skipped}
-        refuse_meta(layers)
+        refuse_meta({path: [layer.weight] for path, layer in layers.items()}, "a decomposition")
         read = products_of(model, layers, context if self.method == "sparsegpt" else None)
         choice: dict[str, dict[str, Any]] = {}
         arrays: dict[str, Tensor] = {}

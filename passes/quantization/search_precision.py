@@ -218,7 +218,7 @@ class Search:
         return [calls[i * len(calls) // min(self.calls, len(calls))] for i in range(min(self.calls, len(calls)))]
 
     @cached_property
-    def exact(self) -> list[Tensor]:
+    def exact(self) -> Tensor:
         """What the model gives as it is."""
         return outputs(self.model, self.inputs)
 
@@ -290,8 +290,7 @@ class Search:
 
     def distance(self, model: nn.Module) -> float:
         """Relative L2 error of a model's outputs; infinite where they are not finite."""
-        got, exact = (torch.cat([each.flatten() for each in x]) for x in (outputs(model, self.inputs), self.exact))
-        error = relative_l2(exact, got)
+        error = relative_l2(self.exact, outputs(model, self.inputs))
         return error if math.isfinite(error) else math.inf
 
     def error_of(self, chosen: Sequence[int]) -> float:
@@ -387,10 +386,10 @@ def made(table: Mapping[str, Any]) -> Pass:
     return built
 
 
-def outputs(model: nn.Module, calls: Sequence[Inputs]) -> list[Tensor]:
-    """All float outputs of each call in one vector."""
+def outputs(model: nn.Module, calls: Sequence[Inputs]) -> Tensor:
+    """All float outputs of all calls in one vector."""
     with torch.no_grad():
-        return [torch.cat([value.double().flatten() for value in tensors(model(**call))]) for call in calls]
+        return torch.cat([value.double().flatten() for call in calls for value in tensors(model(**call))])
 
 
 def tensors(result: Any) -> list[Tensor]:

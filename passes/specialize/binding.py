@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Context, Inputs, Json
 from enginewright.passes.kernel.observe import After, Look, looking
-from enginewright.passes.kernel.wrap import Around, Call, wrap
+from enginewright.passes.kernel.wrap import AroundByName, Call, wrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +105,8 @@ def call_without(model: nn.Module, bound: Mapping[str, Bound]) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Binding(Around):
+class Binding(AroundByName):
     """A model called with constants in the place of some inputs, and by name with the others."""
-
-    by_name: ClassVar[bool] = True
 
     bound: Mapping[str, Bound]
 
@@ -117,9 +115,8 @@ class Binding(Around):
         """The bound inputs."""
         return tuple(self.bound)
 
-    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
+    def answer(self, forward: Call, inputs: dict[str, Any]) -> Any:
         """Answer a call without the bound inputs."""
-        assert not args
         return forward(**inputs, **{name: constant.tensor(inputs) for name, constant in self.bound.items()})
 
 

@@ -97,8 +97,6 @@ class Guided(Repeating):
         copies: 2: both in one call, the rows of one after those of the other; 1: in two calls.
     """
 
-    by_name: ClassVar[bool] = True
-
     how: Json
     scale: float
     fixed: bool
@@ -108,9 +106,8 @@ class Guided(Repeating):
         """The scale, unless it is fixed."""
         return () if self.fixed else (SCALE,)
 
-    def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
-        """Answer a call, all of it by name."""
-        assert not args
+    def answer(self, forward: Call, inputs: dict[str, Any]) -> Any:
+        """Answer a call."""
         given, how = inputs.pop(SCALE, None), self.how
         scale = self.scale if given is None else given
         condition: Tensor = inputs[how["condition"]]

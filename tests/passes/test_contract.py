@@ -87,6 +87,16 @@ def last_of(module: torch.nn.Module) -> torch.nn.Module:
     return list(networks_of(module).values())[-1]
 
 
+def call_after(step: Pass, plan: Plan, context: Context) -> dict[str, torch.Tensor]:
+    """A call of the rewritten model: without the inputs that the pass took, and with those that it added.
+
+    These are 2: at strength 1 a guided network gives what it gave unguided, but for rounding, which is a machine's own.
+    """
+    rows = len(next(iter(context.calibration[0].values())))
+    new = {each.name: torch.full((rows, *each.shape), 2.0) for each in step.new_inputs(plan)}
+    return {**without(context, step.removed_inputs(plan)).calibration[0], **new}
+
+
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp_path: Path) -> None:
     step = example_of(name)
@@ -106,12 +116,9 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
     one = last_of(step.rewrite(copy.deepcopy(module), plan))
     two = last_of(step.rewrite(copy.deepcopy(module), Plan.from_json(plan.as_json(), plan.arrays)))
     call = context.calibration[0]
-    kept = without(context, step.removed_inputs(plan)).calibration[0]
-    rows = len(next(iter(call.values())))
-    # At strength 1 a guided network gives what it gave unguided, but for rounding, which is a machine's own.
-    new = {each.name: torch.full((rows, *each.shape), 2.0) for each in step.new_inputs(plan)}
+    after = call_after(step, plan, context)
     with torch.no_grad():
-        calls = ((module, call), (one, {**kept, **new}), (two, {**kept, **new}))
+        calls = ((module, call), (one, after), (two, after))
         outputs = [flat(net(**inputs))[0] for net, inputs in calls]
     assert torch.equal(outputs[1], outputs[2])
     assert torch.equal(outputs[0], outputs[1]) == (name in EXPORTED_OTHERWISE), "the rewrite changed nothing"
@@ -125,15 +132,13 @@ def test_a_rewritten_model_is_pickled_and_copied_whole(name: str, tmp_path: Path
     rewritten = step.rewrite(module, plan)
     torch.save(rewritten, tmp_path / "saved.pt")  # not pickle alone, which cannot write 8-bit floats
     others = [copy.deepcopy(rewritten), torch.load(tmp_path / "saved.pt", weights_only=False)]
-    call = without(context, step.removed_inputs(plan)).calibration[0]
-    rows = len(next(iter(call.values())))
-    new = {each.name: torch.full((rows, *each.shape), 2.0) for each in step.new_inputs(plan)}
+    call = call_after(step, plan, context)
     with torch.no_grad():
-        wanted = flat(rewritten(**call, **new))[0]
+        wanted = flat(rewritten(**call))[0]
         for parameter in rewritten.parameters():
             parameter.zero_()  # a copy that still asked its first would be seen
         for other in others:
-            assert torch.equal(flat(other(**call, **new))[0], wanted)
+            assert torch.equal(flat(other(**call))[0], wanted)
             assert [path for path, _ in other.named_modules()] == [path for path, _ in rewritten.named_modules()]
 
 

@@ -239,17 +239,28 @@ class FluxRotary(nn.Module):
         return torch.cat([cos for cos, _ in axes], dim=-1), torch.cat([sin for _, sin in axes], dim=-1)
 
 
-def flux_inputs(config: Config) -> tuple[InputSpec, ...]:
-    """Image tokens are counted, so any height and width go; typical are 1024 x 1024 pixels."""
-    image = Dim(name="image", low=256, typical=4096, high=8192)
-    text = Dim(name="text", low=1, typical=512, high=512)
+FLUX_IMAGE = Dim(name="image", low=256, typical=4096, high=8192)
+FLUX_TEXT = Dim(name="text", low=1, typical=512, high=512)
+
+
+def flux_inputs(
+    config: Config, *, image: int | Dim = FLUX_IMAGE, text: int | Dim = FLUX_TEXT, side: int = 64
+) -> tuple[InputSpec, ...]:
+    """Image tokens are counted, so any height and width go; typical are 1024 x 1024 pixels.
+
+    Args:
+        config: diffusers' own.
+        image: tokens of the image.
+        text: tokens of the text.
+        side: rows or columns of image tokens that positions are drawn from.
+    """
     axes = len(config["axes_dims_rope"])
     specs = [
         InputSpec(name="hidden_states", shape=(BATCH, image, config["in_channels"])),
         InputSpec(name="encoder_hidden_states", shape=(BATCH, text, config["joint_attention_dim"])),
         InputSpec(name="pooled_projections", shape=(BATCH, config["pooled_projection_dim"])),
         InputSpec(name="timestep", shape=(BATCH,), low=0, high=1),
-        InputSpec(name="img_ids", shape=(image, axes), low=0, high=63),
+        InputSpec(name="img_ids", shape=(image, axes), low=0, high=side - 1),
         InputSpec(name="txt_ids", shape=(text, axes), low=0, high=0),
     ]
     if config["guidance_embeds"]:

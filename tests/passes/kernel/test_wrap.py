@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from enginewright.passes.kernel.surgery import share
-from enginewright.passes.kernel.wrap import Around, all_around, around, wrap
+from enginewright.passes.kernel.wrap import Around, AroundByName, all_around, around, wrap
 
 
 class Doubling(nn.Module):
@@ -47,13 +47,12 @@ class Times(Plus):
 
 
 @dataclass(frozen=True)
-class WithoutY(Around):
+class WithoutY(AroundByName):
     """Gives y itself; all else by name."""
 
-    by_name = True
     removes = ("y",)
 
-    def run(self, forward, **inputs):
+    def answer(self, forward, inputs):
         return forward(y=5.0, **inputs)
 
 
@@ -89,6 +88,8 @@ def test_the_signature_says_how_the_module_is_called_now(net):
     wrap(net, WithoutY())
     assert str(inspect.signature(net.forward).replace(return_annotation=None)).startswith("(*, x, more:")
     assert net(x=torch.tensor(1.0), more=7.0) == 2 + 5 + 1 + 7
+    with pytest.raises(TypeError, match="1 inputs are given by position"):
+        net(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, share, lambda module: pickle.loads(pickle.dumps(module))])

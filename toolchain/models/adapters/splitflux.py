@@ -29,8 +29,7 @@ from enginewright.ground.errors import require
 from enginewright.ground.signature import InputSpec
 from enginewright.passes.kernel.surgery import share
 from enginewright.sources.contract import Published
-from enginewright.sources.denoisers import FlatFlux
-from enginewright.sources.flat import BATCH
+from enginewright.sources.denoisers import FlatFlux, flux_inputs
 
 Part = Literal["content", "style"]
 Use = Literal["content", "style", "both"]
@@ -256,19 +255,24 @@ def complementary_loss(content: Product, residual: Product) -> Tensor:
     return inputs.square().sum() + outputs.square().sum() + both.abs().sum()
 
 
+def flux_config(config: Config) -> dict[str, Any]:
+    """The sizes of the base as diffusers names them."""
+    return {
+        "in_channels": config.channels,
+        "num_layers": config.double,
+        "num_single_layers": config.single,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "joint_attention_dim": config.text_width,
+        "pooled_projection_dim": config.pooled_width,
+        "axes_dims_rope": config.axes,
+        "guidance_embeds": True,
+    }
+
+
 def build(config: Config) -> FlatFlux:
     """A Flux with adapters whose products are a fifth or so of a fresh layer's output."""
-    flux = require("diffusers", extra="diffusers").FluxTransformer2DModel(
-        in_channels=config.channels,
-        num_layers=config.double,
-        num_single_layers=config.single,
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        joint_attention_dim=config.text_width,
-        pooled_projection_dim=config.pooled_width,
-        axes_dims_rope=config.axes,
-        guidance_embeds=True,
-    )
+    flux = require("diffusers", extra="diffusers").FluxTransformer2DModel(**flux_config(config))
     model = FlatFlux(attach(flux, config))
     for product in products(model):
         nn.init.normal_(product.up.weight, std=0.2 * product.up.in_features**-0.5)
@@ -276,14 +280,5 @@ def build(config: Config) -> FlatFlux:
 
 
 def inputs(config: Config) -> tuple[InputSpec, ...]:
-    """As diffusers' Flux is called, at one size of image and text: noisy tokens, text, timestep, ids, guidance."""
-    image, axes = config.side**2, len(config.axes)
-    return (
-        InputSpec(name="hidden_states", role="sample", shape=(BATCH, image, config.channels)),
-        InputSpec(name="encoder_hidden_states", role="condition", shape=(BATCH, config.text, config.text_width)),
-        InputSpec(name="pooled_projections", role="condition", shape=(BATCH, config.pooled_width)),
-        InputSpec(name="timestep", role="timestep", shape=(BATCH,), low=0, high=1),
-        InputSpec(name="img_ids", role="positions", shape=(image, axes), low=0, high=config.side - 1),
-        InputSpec(name="txt_ids", role="positions", shape=(config.text, axes), low=0, high=0),
-        InputSpec(name="guidance", role="guidance", shape=(BATCH,), low=1, high=5),
-    )
+    """As any Flux is called, at one size of image and text: noisy tokens, text, timestep, ids, guidance."""
+    return flux_inputs(flux_config(config), image=config.side**2, text=config.text, side=config.side)

@@ -338,12 +338,11 @@ class StyleSwin(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.latents = config.latents
         self.mapping, self.synthesis = Mapping(config), Synthesis(config)
 
     def forward(self, z: Tensor) -> Tensor:
         """z (B, L) -> (B, 3, R, R)."""
-        image: Tensor = self.synthesis(self.mapping(z)[:, None].expand(-1, self.latents, -1))
+        image: Tensor = self.synthesis(self.mapping(z)[:, None].expand(-1, self.synthesis.config.latents, -1))
         return image
 
 
