@@ -35,7 +35,7 @@ from enginewright.passes.kernel.graph_module import GraphModule, is_parameter, w
 from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.passes.kernel.plain import plain
 from enginewright.passes.kernel.surgery import follow, several_names
-from enginewright.passes.networks import networks_of, program_of
+from enginewright.passes.networks import given_to, networks_of, program_of
 
 Inputs = dict[str, Tensor]
 Json = Any
@@ -464,8 +464,10 @@ def macs(model: nn.Module, example: Inputs) -> int:
     mean over the schedule; of what a run does once, none.
     """
     program = program_of(model)
-    networks = networks_of(model)
-    each = {name: macs_in_step(network, example, program.hoisted.get(name)) for name, network in networks.items()}
+    each = {
+        name: macs_in_step(network, given_to(model, name, example), program.hoisted.get(name))
+        for name, network in networks_of(model).items()
+    }
     ways = [sum(each[call.network] for call in way.calls) for way in program.ways]
     table = program.table.ways if program.table else (0,)
     return round(sum(ways[way] for way in table) / len(table))

@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from enginewright.ground.driver import Driver, Kind, Memory, Values
+from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import SOLE, Hoisted, Program, Table, by_timestep
 from enginewright.passes.kernel.selection import is_within
 
-TENSORS = Kind(join=lambda parts: torch.cat(list(parts)), equal=torch.equal, copy=torch.clone)
+TENSORS = Kind(
+    join=lambda parts: torch.cat(list(parts)),
+    equal=torch.equal,
+    copy=torch.clone,
+    full=lambda like, shape, value, dtype: torch.full(shape, value, dtype=getattr(torch, dtype), device=like.device),
+)
 """Of PyTorch."""
 
 ONLY = "model"
@@ -44,20 +51,29 @@ class Networks(nn.Module):
         forms: list[Any] = []
 
         def ready(name: str) -> Callable[[Values], Values]:
-            network, gives = self.networks[name or ONLY], self.program.networks[name].gives
+            network, declared = self.networks[name or ONLY], self.program.networks[name]
 
             def run(given: Values) -> Values:
-                output = network(**given)
-                states = dict(zip(gives, (each.detach() for each in output[1:]), strict=True)) if gives else {}
-                leaves, form = pytree.tree_flatten(output[0] if gives else output)
+                output, states = network(**given), {}
+                if gives := self.program.given_by(name):
+                    output, *kept = output
+                    states = dict(zip(gives, (each.detach() for each in kept), strict=True))
+                leaves, form = pytree.tree_flatten(output)
                 forms.append(form)
-                return {**{str(place): leaf for place, leaf in enumerate(leaves)}, **states}
+                names = declared.outputs or [str(place) for place, _ in enumerate(leaves)]
+                return {**dict(zip(names, leaves, strict=True)), **states}
 
             return run
 
         networks = {name: ready(name) for name in self.program.networks}
-        found = Driver(program=self.program, networks=networks, memory=self.memory, kind=TENSORS)(inputs)
+        memory = Memory() if any(map(lacks_values, inputs.values())) else self.memory
+        found = Driver(program=self.program, networks=networks, memory=memory, kind=TENSORS)(inputs)
         return pytree.tree_unflatten(list(found.values()), forms[-1])
+
+
+def lacks_values(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape alone: nothing computed from it may be kept for later calls."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def program_of(model: nn.Module) -> Program:
@@ -78,8 +94,15 @@ def place_of(model: nn.Module, name: str) -> str:
 
 
 def only_network(model: nn.Module) -> tuple[nn.Module, str]:
-    """The network of a model that has one, and its path in the model."""
-    [(name, network)] = networks_of(model).items()
+    """The network of a model that has one, and its path in the model.
+
+    Raises:
+        ToolchainError: it has several.
+    """
+    networks = networks_of(model)
+    if len(networks) > 1:
+        raise ToolchainError(f"the model is {len(networks)} networks ({', '.join(networks)}), and this is done to one")
+    [(name, network)] = networks.items()
     return network, place_of(model, name)
 
 
@@ -91,9 +114,17 @@ def each_network(model: nn.Module, change: Callable[[nn.Module, str], nn.Module]
     Args:
         model: changed in place.
         change: (network, path of it in the model) -> the changed network.
+
+    Raises:
+        ToolchainError: networks pass values to one another, so that the model is not called as each of them is.
     """
     if not isinstance(model, Networks):
         return change(model, "")
+    if model.program.inner:
+        raise ToolchainError(
+            f"this changes how a network is called, and {', '.join(model.program.networks)} are called in turn, each "
+            "with what those before it gave"
+        )
     for name, network in networks_of(model).items():
         model.networks[name or ONLY] = change(network, place_of(model, name))
     return model
@@ -120,13 +151,37 @@ def at_timestep(call: Mapping[str, Tensor], time: float, *, input: str) -> dict[
     return {**call, input: torch.full_like(call[input], time)}
 
 
-def at_its_time(model: nn.Module, name: str, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A call of one network of a model: at a timestep at which that network runs."""
+def given_to(model: nn.Module, name: str, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a call of a model gives to one of its networks: at a timestep at which that network runs.
+
+    State tensors are those that a sequence starts with; those of a schedule are left out, because a network that may
+    read them runs without.
+    """
     program = program_of(model)
     time = program.time_of(name)
-    if program.table is None or time is None:
+    if program.table is not None and time is not None:
+        call = at_timestep(call, time, input=program.table.input)
+    if program.start:
+        like = next(value for key, value in call.items() if key not in program.shared)
+        firsts = {
+            state.name: TENSORS.full(like, (1,) * (1 + len(state.shape)), state.first, state.dtype).expand(
+                len(like), *state.shape
+            )
+            for state in program.read_by(name)
+        }
+        call = {**call, **firsts}
+    if not isinstance(model, Networks) or program.networks[name].takes is None:
         return dict(call)
-    return at_timestep(call, time, input=program.table.input)
+    seen: list[dict[str, Tensor]] = []
+    hook = model.networks[name].register_forward_pre_hook(
+        lambda _, args, given: seen.append(dict(given)), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model(**call)
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def without_inputs(model: nn.Module, names: Collection[str]) -> nn.Module:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from shlex import quote
 
+from enginewright.ground.program import SOLE, Program
 from enginewright.reports import words
 from enginewright.reports.record import Report, TargetRecord
 
@@ -45,7 +46,7 @@ class Engine:
         disabled: optimizers of ONNX Runtime that would make a graph that it refuses itself.
         plain: whether ONNX Runtime must optimize nothing at all.
         options: of the session.
-        passed: inputs that the engine before it gives.
+        passed: inputs that engines before it give.
     """
 
     kind: str
@@ -61,22 +62,28 @@ class Engine:
     passed: Sequence[str] = ()
 
 
-def render(report: Report, engines: Mapping[str, Sequence[Engine]]) -> str:
-    """The README as Markdown; ``engines`` holds those of each target that was built, by its name."""
+def render(report: Report, engines: Mapping[str, Sequence[Engine]], program: Program = SOLE) -> str:
+    """The README as Markdown.
+
+    Args:
+        report: of the artifact.
+        engines: those of each target that was built, by its name.
+        program: how they work together.
+    """
     built = [target for target in report.targets if engines.get(target.name)]
     parts = [
         f"# {report.model.name}: how to use this folder",
         "enginewright made it. `report.html` says what was done and measured, `recipe.toml` how to do it again, and "
         "`manifest.json` holds a digest of every file. To run an engine elsewhere, copy what its section lists; "
         "nothing else of this folder is needed, and nothing of enginewright.",
-        *(section(target, engines[target.name]) for target in built),
+        *(section(target, engines[target.name], program) for target in built),
         *([] if built else ["No engine was built; `model.onnx` with the files beside it is the graph."]),
         with_us(),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def section(target: TargetRecord, engines: Sequence[Engine]) -> str:
+def section(target: TargetRecord, engines: Sequence[Engine], program: Program) -> str:
     """One target: its files, its inputs and outputs, and code that runs it."""
     kinds = {engine.kind for engine in engines}
     if "module" in kinds:
@@ -88,7 +95,9 @@ def section(target: TargetRecord, engines: Sequence[Engine]) -> str:
     rows = [f"| `{path}` | {size:,} |" for engine in engines for path, size in engine.files.items()]
     lines.append("\n".join(["| File | Bytes |", "| --- | ---: |", *dict.fromkeys(rows)]))
     if len(engines) > 1:
-        lines.append(several(engines))
+        lines.append(several(program))
+    if program.start:
+        lines.append(kept(program))
     if "onnxruntime" in kinds:
         lines += ["Then, in `DEST`, with `pip install onnxruntime numpy`:", code(onnx_code(engines))]
     else:
@@ -115,36 +124,49 @@ def lies_inside(engine: Engine) -> bool:
     return all(PurePosixPath(path).parts[:2] == ("engines", engine.folder) for path in engine.files)
 
 
-def several(engines: Sequence[Engine]) -> str:
+def several(program: Program) -> str:
     """How several engines of a target work together."""
-    if len(engines) == 2 and engines[1].passed:
+    once = any(call.once for way in program.ways for call in way.calls)
+    if program.table is None and program.inner:
+        return "The engines run one after the other, in this order: each gives what those after it take."
+    if program.table is None:
         return "Two engines: the first runs once for a sampling run, the second at each step, with what the first gave."
-    once = " Those called prepare run once for a sampling run, and pass what they give to the step after them."
     return (
         "Several engines for the steps of a sampler: in `program.json` of this folder the table holds the schedule "
         "(`timesteps`) and, for each of its entries, the way that a call goes through the networks (`ways`)."
-        f"{once if any(engine.passed for engine in engines) else ''}"
+        + (" Those called prepare run once for a sampling run, and pass what they give to the step after them." * once)
+    )
+
+
+def kept(program: Program) -> str:
+    """How state tensors go from one call to the next, where a call continues a sequence."""
+    names = words.listing([f"`{state.output}` as `{state.name}`" for state in program.states])
+    first = words.listing([f"`{state.name}` {state.shape} of {state.first:g}" for state in program.states])
+    return (
+        f"What a call gives goes into the next one: {names}. A sequence starts with `{program.start}` = 0 and, for "
+        f"each row, {first}."
     )
 
 
 def onnx_code(engines: Sequence[Engine]) -> list[str]:
     """Lines that run engines with ONNX Runtime."""
     lines = ["import numpy as np", "import onnxruntime", ""]
-    for engine, after in zip(engines, [*engines[1:], None], strict=True):
+    passes = any(engine.passed for engine in engines)
+    lines += ["passed = {}", ""] if passes else []
+    for engine in engines:
         lines += session_lines(engine)
         lines.append("inputs = {")
         lines += [f"    {call_of(value, 'np')}" for value in engine.inputs if value.name not in engine.passed]
         lines.append("}")
         if engine.passed:
-            lines.append("inputs |= passed")
+            names = ", ".join(f'"{name}"' for name in engine.passed)
+            lines.append(f"inputs |= {{name: passed[name] for name in [{names}]}}")
         lines += [
             "outputs = {value.name: array for value, array in zip(session.get_outputs(), session.run(None, inputs))}",
             "for name, array in outputs.items():",
             "    print(name, array.dtype, array.shape)",
         ]
-        if after and after.passed:
-            names = ", ".join(f'"{name}"' for name in after.passed)
-            lines.append(f"passed = dict(zip([{names}], outputs.values()))")
+        lines += ["passed |= outputs"] if passes else []
     return lines
 
 

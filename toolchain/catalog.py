@@ -3,7 +3,8 @@
 Other installed packages add to it by entry points (``ground/plugins.py``); a name of ours stays ours.
 
 There is no list to edit: a file in the right folder is an entry, its name is the entry's name, and the first line of
-its docstring is the summary.
+its docstring is the summary. Of a model in several files, in a folder of its own, each that says what its network puts
+out is an entry, ``FOLDER-FILE``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -79,19 +81,18 @@ class Entry:
 
 def entries(kind: str) -> dict[str, Entry]:
     """Everything of one kind, by name, in alphabetical order."""
-    found = {
-        "models": lambda: family_files(folder_of("enginewright") / "models", apart={"blocks"}),
-        "sources": lambda: (folder_of("enginewright") / "sources").glob("*_source.py"),
-        "passes": lambda: family_files(
-            folder_of("enginewright.passes"), apart={"families", "kernel"}, holding="(Pass)"
+    named = {
+        "models": lambda: model_files(folder_of("enginewright") / "models"),
+        "sources": lambda: by_name((folder_of("enginewright") / "sources").glob("*_source.py")),
+        "passes": lambda: by_name(
+            family_files(folder_of("enginewright.passes"), apart={"families", "kernel"}, holding="(Pass)")
         ),
-        "targets": lambda: folder_of("enginewright.targets").glob("*_engine.py"),
-        "metrics": lambda: (
+        "targets": lambda: by_name(folder_of("enginewright.targets").glob("*_engine.py")),
+        "metrics": lambda: by_name(
             p for p in (folder_of("enginewright.validation") / "metrics").glob("*.py") if p.stem != "__init__"
         ),
-        "recipes": lambda: (folder_of("enginewright") / "recipes").glob("*.toml"),
+        "recipes": lambda: by_name((folder_of("enginewright") / "recipes").glob("*.toml")),
     }[kind]()
-    named = {path.stem.removesuffix("_engine").removesuffix("_source"): path for path in found}
     ours = {name: Entry(kind, name, path) for name, path in named.items()}
     added = {
         name: Entry(kind, name, path, module)
@@ -126,6 +127,18 @@ def summary_of_figure(name: str, metrics: dict[str, Entry]) -> str:
     if metric and name.startswith("fidelity_to_original."):
         return f"To the untouched original: {metric.summary}"
     return FIGURES.get(name) or (metric.summary if metric else f"The figure {name} of a target's record.")
+
+
+def by_name(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by the names of the entries that they are."""
+    return {path.stem.removesuffix("_engine").removesuffix("_source"): path for path in paths}
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """Files of networks by their entries' names: ``FILE``, and in a folder of one method ``METHOD-FILE``."""
+    single = by_name(family_files(folder, apart={"blocks"}))
+    parts = [path for path in folder.glob("*/*/*.py") if "\nOUTPUTS = " in path.read_text()]
+    return single | {f"{path.parent.name}-{path.stem}": path for path in parts}
 
 
 def family_files(folder: Path, *, apart: set[str], holding: str = "") -> list[Path]:

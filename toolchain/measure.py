@@ -20,7 +20,7 @@ from enginewright.reports import record
 from enginewright.reports.pictures import png_grid
 from enginewright.sources.contract import Model
 from enginewright.validation import latency
-from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
+from enginewright.validation.contract import SamplingTask, Workload, WorkloadMetric
 from enginewright.validation.fidelity import OutputFidelity, compare, dead_columns, empty, non_finite, worst
 from enginewright.validation.gates import ORIGINAL, GateBound, judge
 from enginewright.validation.inputs import draw
@@ -245,7 +245,7 @@ def null_if_equal(figures: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def sampling(
-    task: SamplingTask,
+    task: Workload,
     original: Runner,
     runners: Mapping[str, Runner],
     settings: Validation,
@@ -253,16 +253,14 @@ def sampling(
     seed: int,
     progress: Progress,
 ) -> tuple[dict[str, list[record.Quality]], list[record.Samples]]:
-    """Whole runs from the same noise, judged."""
+    """Whole runs from the same noise or prompts, judged; and pictures, where they give some."""
     count = settings.samples or task.samples
-    drawn: dict[str, Drawn] = {}
+    drawn: dict[str, Any] = {}
     everyone = {"original": original, **runners}
     for number, (name, runner) in enumerate(everyone.items()):
         text = f"drawing {count} samples with {name}, {number + 1} of {len(everyone)}"
-        pictures = task.sample(telling(runner, task, count, text, progress), count, seed)
-        classes, features = task.read(pictures)
-        drawn[name] = Drawn(pictures=pictures, classes=classes, features=features)
-    metrics = {name: metric for name, metric in load_metrics().items() if isinstance(metric, SampleMetric)}
+        drawn[name] = task.drawn(task.sample(telling(runner, task, count, text, progress), count, seed))
+    metrics = metrics_of(task)
     quality = {
         name: [quality_of(metric, label, task, drawn["original"], drawn[name]) for label, metric in metrics.items()]
         for name in runners
@@ -275,11 +273,22 @@ def sampling(
             caption=f"the first {min(SHOWN, count)} of {count} samples, from the same noise",
         )
         for name in runners
+        if isinstance(task, SamplingTask)
     ]
     return quality, shown
 
 
-def telling(runner: Runner, task: SamplingTask, count: int, text: str, progress: Progress) -> Runner:
+def metrics_of(task: Workload) -> dict[str, WorkloadMetric]:
+    """The metrics of a kind of job, by name."""
+    metrics = load_metrics()
+    return {
+        n: metric
+        for n, metric in metrics.items()
+        if isinstance(metric, WorkloadMetric) and isinstance(task, metric.workload)
+    }
+
+
+def telling(runner: Runner, task: Workload, count: int, text: str, progress: Progress) -> Runner:
     """A runner that tells of each call how far a sampling run is, where the task knows how many it makes."""
     progress.say(text)
     if task.calls is None:
@@ -297,7 +306,7 @@ def telling(runner: Runner, task: SamplingTask, count: int, text: str, progress:
     return call
 
 
-def quality_of(metric: SampleMetric, name: str, task: SamplingTask, original: Drawn, drawn: Drawn) -> record.Quality:
+def quality_of(metric: WorkloadMetric, name: str, task: Workload, original: Any, drawn: Any) -> record.Quality:
     """One figure, of the engine and of the original itself; or why it could not be measured."""
     values: list[float | None] = []
     reason = ""

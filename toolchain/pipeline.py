@@ -221,7 +221,10 @@ def write_networks(run: Run, module: nn.Module, folder: Path) -> None:
         hints = run.hints.of(network, module)
         names = [program.part_of(name, part) for part in (PREPARE, STEP)] if name in program.hoisted else [name]
         run.part_hints |= dict.fromkeys(names, hints)
-        write_graph(run, called_as(program, name, run.exported), network, graph_of(folder, name))
+        called = called_as(program, name, run.exported)
+        # What the untouched model of one network answers at other sizes is known.
+        calls = run.sized if program == SOLE and not run.results and not run.recipe.head.validation.skip else None
+        write_graph(run, called, network, graph_of(folder, name), calls)
     run.program = part_in_two(program, folder)
     write_program(run.program, folder)
 
@@ -258,8 +261,10 @@ def write_plans(run: Run, folder: Path) -> None:
         result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", version=__version__)
 
 
-def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
-    """``model.onnx``, called as ``model`` is, with its weights beside it."""
+def write_graph(
+    run: Run, model: Model, module: nn.Module, path: Path, calls: Sequence[at_sizes.SizedCall] | None = None
+) -> None:
+    """``model.onnx``, called as ``model`` is, with its weights beside it; proven on calls as ``at_sizes.prove`` is."""
     if isinstance(module, GraphModule):
         save(module.graph.clone(), path, embed=run.recipe.head.export.embed_weights)
         return
@@ -281,7 +286,6 @@ def write_graph(run: Run, model: Model, module: nn.Module, path: Path) -> None:
         dtype=DTYPES[settings.dtype] if settings.dtype else None,
     )
     if not run.recipe.head.validation.skip:
-        calls = None if run.results else run.sized
         seed = run.recipe.head.seed + at_sizes.SEED
         proof = at_sizes.prove(path, replace(model, module=module), calls, threads=run.threads, seed=seed)
         run.proofs |= {path.stem: proof} if proof else {}
@@ -519,7 +523,7 @@ def write_artifact(run: Run, report: record.Report, folder: Path, out: Path) -> 
     """
     recipe = run.recipe.with_weights("link" if run.links else "copy").moved(out)
     (folder / "recipe.toml").write_text(recipe.as_toml(run.resolved))
-    (folder / "README.md").write_text(deploying.render(report, run.shipped))
+    (folder / "README.md").write_text(deploying.render(report, run.shipped, run.program))
     record.write(report, folder / "report.json")
     rendering.write_all(report, folder)
     for path in run.model.carried:

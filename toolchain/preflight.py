@@ -10,7 +10,7 @@ from enginewright.ground.errors import ToolchainError, UnavailableError, raise_f
 from enginewright.passes.contract import Pass
 from enginewright.recipe import Recipe
 from enginewright.sources.mistaken import HUB, mistaken
-from enginewright.validation.contract import SampleMetric
+from enginewright.validation.contract import WorkloadMetric
 from enginewright.validation.metrics import load_metrics
 
 
@@ -133,5 +133,5 @@ def no_score(text: str, recipe: Recipe, where: str) -> ToolchainError | None:
     if ".py:" in text:
         file = text.rpartition(":")[0]
         return missing(Wanted(file, where, "file of a score"), recipe)
-    known = ["fidelity", *(name for name, metric in load_metrics().items() if isinstance(metric, SampleMetric))]
+    known = ["fidelity", *(name for name, metric in load_metrics().items() if isinstance(metric, WorkloadMetric))]
     return None if text in known else unknown("score", text, [*known, "FILE.py:FUNCTION"], where=where)

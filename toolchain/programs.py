@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +32,7 @@ from enginewright.targets.contract import ShapeRange
 from enginewright.targets.split_graph import split_graph
 from enginewright.targets.weights import load_graph
 from enginewright.validation.inputs import draw
-from enginewright.validation.sizes import at_limits
+from enginewright.validation.sizes import Sizes, at_limits
 
 FILE = "program.json"
 
@@ -87,9 +88,17 @@ def read_program(folder: Path) -> Program:
 
 def called_as(program: Program, network: str, model: Model) -> Model:
     """A model as one of its networks is called before it is parted, given how all of them together are."""
+    own = program.networks[network]
     states = [NewInput(name=s.name, shape=s.shape, dtype=s.dtype) for s in program.read_by(network)]
-    gives = program.networks[network].gives
-    return with_inputs(replace(model, outputs=(*model.outputs, *gives)), states)
+    specs = (*with_inputs(model, states).inputs, *program.inner)
+    if own.takes is None:
+        specs = specs[: len(specs) - len(program.inner)]
+    outputs = model.outputs if own.outputs is None else own.outputs
+    return replace(
+        model,
+        inputs=tuple(spec for spec in specs if own.takes is None or spec.name in own.takes),
+        outputs=(*outputs, *program.given_by(network)),
+    )
 
 
 def fed(
@@ -97,8 +106,7 @@ def fed(
 ) -> tuple[dict[str, ShapeRange], list[Arrays]]:
     """Shapes that the inputs of one network may take, and inputs like those it will see.
 
-    What another network passes to it is found by running that: at the smallest, typical and largest sizes, and on the
-    calls.
+    What others pass to it is found by running them: at the smallest, typical and largest sizes, and on the calls.
 
     Args:
         program: with the networks that there are graphs of.
@@ -108,27 +116,30 @@ def fed(
         calls: of the whole program.
     """
     specs = called_as(program, network, model).inputs
-    takes = program.networks[network].takes
-    own = {spec.name for spec in specs if takes is None or spec.name in takes}
-    ranges = {spec.name: ShapeRange(*spec.limits()) for spec in specs if spec.name in own}
-    states = draw([spec for spec in specs if spec.name not in {each.name for each in model.inputs}], seed=0)
-    mine = [{key: array for key, array in {**states, **call}.items() if key in own} for call in calls]
-    passed = tuple(name for name in takes or () if name not in own)
-    if not passed:
-        return ranges, mine
+    elsewhere = {spec.name for spec in (*model.inputs, *program.inner)}
+    states = [spec for spec in specs if spec.name not in elsewhere]
     way, _ = next(program.calls_of(network))
-    before = way.calls[next(place for place, call in enumerate(way.calls) if call.network == network) - 1].network
-    loaded = load_graph(graph_of(folder, before))
-    graph, names = GraphModule(loaded, graph_of(folder, before)), [value.name for value in loaded.graph.outputs]
-    reads = program.networks[before].takes or ()
+    before = list(takewhile(lambda name: name != network, (call.network for call in way.calls)))
+    graphs = {name: GraphModule(load_graph(path := graph_of(folder, name)), path) for name in before}
 
-    def run(call: Arrays) -> Arrays:
-        given = graph(**{key: torch.from_numpy(call[key]) for key in reads})
-        return {str(key): tensor.numpy() for key, tensor in zip(names, given, strict=True) if key in passed}
+    def given(call: Arrays, sizes: Sizes) -> Arrays:
+        known = {**draw(states, seed=0, sizes=sizes), **call}
+        for name, graph in graphs.items():
+            takes = program.networks[name].takes
+            inputs = {key: torch.from_numpy(array) for key, array in known.items() if takes is None or key in takes}
+            outputs = [value.name for value in graph.graph.graph.outputs]
+            known |= {str(key): tensor.numpy() for key, tensor in zip(outputs, graph(**inputs), strict=True)}
+        takes = program.networks[network].takes
+        return {key: known[key] for key in (takes if takes is not None else [spec.name for spec in specs])}
 
-    low, typical, high = (run(draw(specs, seed=0, sizes=sizes)) for sizes in at_limits(specs))
-    ranges |= {key: ShapeRange(low[key].shape, typical[key].shape, high[key].shape) for key in passed}
-    return ranges, [{**call, **run(whole)} for call, whole in zip(mine, calls, strict=True)]
+    ranges = {spec.name: ShapeRange(*spec.limits()) for spec in specs}
+    mine = [given(call, {}) for call in calls]
+    if passed := [key for key in program.networks[network].takes or () if key not in ranges]:
+        low, typical, high = (
+            given(draw(model.inputs, seed=0, sizes=sizes), sizes) for sizes in at_limits(model.inputs)
+        )
+        ranges |= {key: ShapeRange(low[key].shape, typical[key].shape, high[key].shape) for key in passed}
+    return ranges, mine
 
 
 def parts_for(step: TargetStep, folder: Path) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What a pass's parameter ``score`` names: a number for a model, higher is better.
 
 * ``fidelity``: minus the relative L2 error of its outputs to the original's, on the calibration inputs;
-* the name of a metric of whole sampling runs, such as ``judged_as_asked``, where the model has such a task;
+* the name of a metric of whole runs, such as ``judged_as_asked``, where the model has such a task;
 * ``FILE.py:FUNCTION``: the user's own, called with the module. The file runs as it would in Python.
 """
 
@@ -24,7 +24,7 @@ from enginewright.recipe import Recipe, threads_here
 from enginewright.sources import user_file
 from enginewright.sources.contract import Model
 from enginewright.targets.pytorch_engine import EagerRunner, flat
-from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
+from enginewright.validation.contract import SamplingTask, Workload, WorkloadMetric
 from enginewright.validation.metrics import load_metrics
 
 Score = Callable[[nn.Module], float]
@@ -46,12 +46,14 @@ def score_of(text: str, model: Model, recipe: Recipe, calls: Sequence[Inputs] | 
         return fidelity(model, calibration.inputs(recipe, model) if calls is None else calls)
     if ".py:" in text:
         return of_user(text, recipe.folder)
-    metrics = {name: metric for name, metric in load_metrics().items() if isinstance(metric, SampleMetric)}
+    metrics = {name: metric for name, metric in load_metrics().items() if isinstance(metric, WorkloadMetric)}
     if text not in metrics:
         raise unknown("score", text, ["fidelity", *metrics, "FILE.py:FUNCTION"])
-    if model.task is None:
-        raise ToolchainError(f"score {text!r} is of whole sampling runs, and {model.name} has no sampling task")
-    return of_samples(metrics[text], model.task, model, recipe)
+    metric = metrics[text]
+    if not isinstance(model.task, metric.workload):
+        kind = "sampling" if metric.workload is SamplingTask else "decoding"
+        raise ToolchainError(f"score {text!r} is of whole {kind} runs, and {model.name} has no {kind} task")
+    return of_samples(metric, model.task, model, recipe)
 
 
 def fidelity(model: Model, calls: Sequence[Inputs]) -> Score:
@@ -69,16 +71,14 @@ def fidelity(model: Model, calls: Sequence[Inputs]) -> Score:
     return score
 
 
-def of_samples(metric: SampleMetric, task: SamplingTask, model: Model, recipe: Recipe) -> Score:
-    """A metric of whole sampling runs, from other noise than validation's; turned round where lower is better."""
+def of_samples(metric: WorkloadMetric, task: Workload, model: Model, recipe: Recipe) -> Score:
+    """A metric of whole runs, from other noise or prompts than validation's; turned round where lower is better."""
     count = recipe.head.validation.samples or task.samples
     threads = recipe.head.validation.threads or threads_here()
     seed = recipe.head.seed + calibration.CALIBRATION_SEED
 
-    def drawn(module: nn.Module) -> Drawn:
-        pictures = task.sample(EagerRunner(module, threads=threads, outputs=model.outputs), count, seed)
-        classes, features = task.read(pictures)
-        return Drawn(pictures=pictures, classes=classes, features=features)
+    def drawn(module: nn.Module) -> Any:
+        return task.drawn(task.sample(EagerRunner(module, threads=threads, outputs=model.outputs), count, seed))
 
     original = drawn(model.module)
     return lambda module: metric.measure(task, original, drawn(module)) * (1 if metric.higher_is_better else -1)

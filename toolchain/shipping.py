@@ -11,7 +11,7 @@ from onnx import helper
 
 from enginewright.ground.program import Program
 from enginewright.ground.reading import read_setting
-from enginewright.ground.signature import Dim, InputSpec
+from enginewright.ground.signature import Dim, InputSpec, rows_of
 from enginewright.programs import graph_of, place_of
 from enginewright.recipe import TargetStep
 from enginewright.reports.deploying import Engine, Value
@@ -49,10 +49,17 @@ def engines_of(
         left_out: for each part, the optimizer of ONNX Runtime that fails on it, or nothing.
     """
     dims = {d.name: d for spec in specs for d in spec.shape if isinstance(d, Dim)}
+    rows = rows_of(specs) or 1
+    firsts = [
+        InputSpec(name=s.name, shape=(rows, *s.shape), dtype=s.dtype, default=s.first)
+        for s in (program.states if program.start else ())
+    ]
     found = []
     for part, off in zip(parts, left_out, strict=True):
         passed = passed_to(program, part, specs)
-        found.append(one_engine(step.target, part, place_of(step, folder, part), folder, dims, specs, passed, off))
+        found.append(
+            one_engine(step.target, part, place_of(step, folder, part), folder, dims, (*specs, *firsts), passed, off)
+        )
     return found
 
 
@@ -141,10 +148,11 @@ def value_of(declared: onnx.ValueInfoProto, dims: dict[str, Dim], spec: InputSpe
     name = "bfloat16" if tensor.elem_type == onnx.TensorProto.BFLOAT16 else None
     lowest = 1 if spec is None or spec.low is None else max(1, int(spec.low))
     too_large = spec is not None and spec.high is not None and "int" in spec.dtype and spec.high <= 1
+    fill = 0 if too_large else lowest
     return Value(
         name=declared.name,
         dtype=name or helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
         shape=tuple(shape),
         said=f"({', '.join(said)})" if any(d.dim_param for d in tensor.shape.dim) else "",
-        fill=0 if too_large else lowest,
+        fill=fill if spec is None or spec.default is None else int(spec.default),
     )

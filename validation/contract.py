@@ -1,6 +1,7 @@
-"""What validation asks of others: something to run, and for generative models a whole job to run it on.
+"""What validation asks of others: something to run, and a whole job to run it on where a model has one.
 
-A metric is one file under ``validation/metrics`` with one subclass of ``OutputMetric`` or ``SampleMetric``.
+A metric is one file under ``validation/metrics`` with one subclass of ``OutputMetric``, of ``SampleMetric`` or of
+``SequenceMetric``.
 """
 
 from __future__ import annotations
@@ -8,35 +9,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingTask:
-    """A whole sampling run of a generative model, and a judge of what it draws. Shapes: n samples, d features.
+class Workload(ABC):
+    """A whole job on a model, made of many calls.
 
     Args:
-        sample: (runner, n, seed) -> pictures (n, C, H, W) in [-1, 1]; the same seed starts from the same noise.
-        asked: n -> the class asked of each sample, (n,).
-        read: pictures -> the class that the judge reads in each, (n,), and its features, (n, d).
-        real: features of real pictures held out from training, (m, d): what samples are compared with.
-        real_again: features of other real pictures, (k, d), as many of each class: the floor of the distance.
-        samples: how many to draw unless the recipe says otherwise.
-        floor: fewest samples at which the Frechet distance means anything.
-        calls: n -> calls of the runner that drawing them takes, for an estimate of the time; None: not known.
+        sample: (runner, n, seed) -> n results, one a row; the same seed starts from the same noise or prompts.
+        samples: how many unless the recipe says otherwise.
+        calls: n -> calls of the runner that they take, for an estimate of the time; None: not known.
     """
 
     sample: Callable[[Runner, int, int], Array]
-    asked: Callable[[int], Array]
-    read: Callable[[Array], tuple[Array, Array]]
-    real: Array
-    real_again: Array
     samples: int
-    floor: int
     calls: Callable[[int], int] | None = None
+
+    @abstractmethod
+    def drawn(self, results: Array) -> Any:
+        """Results as the metrics of this kind of job take them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +41,39 @@ class Drawn:
     pictures: Array
     classes: Array
     features: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingTask(Workload):
+    """A sampling run that draws pictures (n, C, H, W) in [-1, 1], and a judge of them. Shapes: n samples, d features.
+
+    Args:
+        asked: n -> the class asked of each sample, (n,).
+        read: pictures -> the class that the judge reads in each, (n,), and its features, (n, d).
+        real: features of real pictures held out from training, (m, d): what samples are compared with.
+        real_again: features of other real pictures, (k, d), as many of each class: the floor of the distance.
+        floor: fewest samples at which the Frechet distance means anything.
+    """
+
+    asked: Callable[[int], Array]
+    read: Callable[[Array], tuple[Array, Array]]
+    real: Array
+    real_again: Array
+    floor: int
+
+    def drawn(self, results: Array) -> Drawn:
+        """Pictures (n, C, H, W), judged."""
+        classes, features = self.read(results)
+        return Drawn(pictures=results, classes=classes, features=features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingTask(Workload):
+    """A run that continues n sequences by L tokens each, every one the likeliest; results are their ids, (n, L)."""
+
+    def drawn(self, results: Array) -> Array:
+        """The ids as they are."""
+        return results
 
 
 class Metric(ABC):
@@ -75,11 +103,35 @@ class OutputMetric(Metric):
         """Both of one shape; computed in float64. Infinite where the definition says so."""
 
 
-class SampleMetric(Metric):
-    """Compares whole sampling runs."""
+class WorkloadMetric(Metric):
+    """Compares whole jobs, of one kind."""
 
     kind = "quality"
+    workload: ClassVar[type[Workload]]
+
+    @abstractmethod
+    def measure(self, task: Any, original: Any, candidate: Any) -> float:
+        """What each drew, as ``drawn`` gives it.
+
+        Raises ``ToolchainError`` with a reason when it cannot be measured on these samples.
+        """
+
+
+class SampleMetric(WorkloadMetric):
+    """Compares whole sampling runs."""
+
+    workload = SamplingTask
 
     @abstractmethod
     def measure(self, task: SamplingTask, original: Drawn, candidate: Drawn) -> float:
         """Raises ``ToolchainError`` with a reason when it cannot be measured on these samples."""
+
+
+class SequenceMetric(WorkloadMetric):
+    """Compares sequences that were continued token by token."""
+
+    workload = DecodingTask
+
+    @abstractmethod
+    def measure(self, task: DecodingTask, original: Array, candidate: Array) -> float:
+        """Ids (n, L) of both."""

@@ -18,8 +18,8 @@ from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan
 from enginewright.passes.kernel.rows import repeated_rows
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import (
-    at_its_time,
     each_network,
+    given_to,
     networks_of,
     place_of,
     program_of,
@@ -77,7 +77,7 @@ class FixInputs(Pass):
             )
         found = {}
         for name, network in networks.items():
-            for path, seen in constants_of(network, at_its_time(model, name, call), list(bound)).items():
+            for path, seen in constants_of(network, given_to(model, name, call), list(bound)).items():
                 found[f"{place_of(model, name)}.{path}".removeprefix(".")] = seen
         return found
 

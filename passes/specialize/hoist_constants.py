@@ -18,7 +18,7 @@ from enginewright.ground.facts import UNPARTED, Fact
 from enginewright.ground.program import Hoisted
 from enginewright.ground.signature import Role
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs, macs_by_module
-from enginewright.passes.networks import at_its_time, hoist, local, networks_of, place_of, program_of
+from enginewright.passes.networks import given_to, hoist, local, networks_of, place_of, program_of
 from enginewright.passes.specialize.binding import call_with, constant_modules
 
 CONSTANT: tuple[Role, ...] = ("condition", "guidance", "mask", "positions")
@@ -46,9 +46,12 @@ class HoistConstants(Pass):
         costs: dict[str, int] = {}
         for name, network in networks_of(model).items():
             place = place_of(model, name)
-            own = at_its_time(model, name, example)
-            by_module = macs_by_module(network, at_its_time(model, name, context.example or example))
-            for path in constant_modules(network, own, told.constant):
+            own = given_to(model, name, example)
+            constant = [each for each in told.constant if each in own]
+            if not constant:
+                continue
+            by_module = macs_by_module(network, given_to(model, name, context.example or example))
+            for path in constant_modules(network, own, constant):
                 costs[f"{place}.{path}".removeprefix(".")] = by_module.get(path, 0)
         names = ", ".join(told.constant)
         if not costs:
@@ -77,8 +80,10 @@ class HoistConstants(Pass):
             return model
         found = {}
         for name in networks_of(model):
+            takes = program_of(model).networks[name].takes
+            constant = tuple(each for each in plan.facts["constant"] if takes is None or each in takes)
             if modules := tuple(local(plan.choice, place_of(model, name))):
-                found[name] = Hoisted(constant=tuple(plan.facts["constant"]), modules=modules)
+                found[name] = Hoisted(constant=constant, modules=modules)
         return hoist(model, found)
 
     def told(self, context: Context) -> HoistConstants:

@@ -29,7 +29,7 @@ from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.sources.contract import Model
 from enginewright.targets.pytorch_engine import EagerRunner
-from enginewright.validation.contract import Drawn, SampleMetric
+from enginewright.validation.contract import SampleMetric, SamplingTask
 from enginewright.validation.fidelity import compare
 from enginewright.validation.metrics import load_metrics
 
@@ -50,20 +50,20 @@ def optimized(step: dict[str, Any], samples: int = 1) -> tuple[Model, nn.Module,
 
 def judged(model: Model, modules: dict[str, nn.Module], samples: int) -> dict[str, dict[str, float]]:
     """Metrics of whole sampling runs from the same noise."""
-    assert model.task is not None
-    drawn = {}
-    for name, module in modules.items():
-        pictures = model.task.sample(EagerRunner(module, threads=1, outputs=model.outputs), samples, HELD_OUT)
-        classes, features = model.task.read(pictures)
-        drawn[name] = Drawn(pictures=pictures, classes=classes, features=features)
+    task = model.task
+    assert isinstance(task, SamplingTask)
+    drawn = {
+        name: task.drawn(task.sample(EagerRunner(module, threads=1, outputs=model.outputs), samples, HELD_OUT))
+        for name, module in modules.items()
+    }
     metrics = {
         label: metric
         for label, metric in load_metrics().items()
-        if isinstance(metric, SampleMetric) and (label == "judged_as_asked" or samples >= model.task.floor)
+        if isinstance(metric, SampleMetric) and (label == "judged_as_asked" or samples >= task.floor)
     }
     return {
         name: {
-            label: float(f"{metric.measure(model.task, drawn['plain'], each):.6g}")
+            label: float(f"{metric.measure(task, drawn['plain'], each):.6g}")
             for label, metric in metrics.items()
             if label in ("judged_as_asked", "frechet_distance", "frechet_ratio")
         }

@@ -37,7 +37,6 @@ from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.state import first_state
 from enginewright.targets.pytorch_engine import EagerRunner
-from enginewright.validation.contract import Drawn
 from enginewright.validation.metrics import load_metrics
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "recovery.json"
@@ -90,9 +89,7 @@ def judged(run: Run, module: nn.Module) -> dict[str, float]:
     assert task is not None
     seed = run.recipe.head.seed + VALIDATION_SEED
     runner = EagerRunner(module, threads=run.threads, outputs=run.model.outputs)
-    pictures = task.sample(runner, SAMPLES, seed)
-    classes, features = task.read(pictures)
-    drawn = Drawn(pictures=pictures, classes=classes, features=features)
+    drawn = task.drawn(task.sample(runner, SAMPLES, seed))
     metrics = load_metrics()
     names = ("judged_as_asked", "frechet_ratio")
     return {name: round(metrics[name].measure(task, drawn, drawn), 4) for name in names}  # type: ignore[attr-defined]

@@ -62,18 +62,19 @@ def test_an_engine_in_8_bits_runs_elsewhere(artifact: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "steps",
+    ("model", "steps"),
     [
-        [],
-        [{"pass": "hoist_constants", "constant": ["t"]}],
-        [{"pass": "slice_width_by_timestep", "importance": "activation", "steps": 6, "buckets": 2}],
-        [{"pass": "reuse_blocks", "interval": 3, "steps": 4}],
+        ("dit:tiny", []),
+        ("dit:tiny", [{"pass": "hoist_constants", "constant": ["t"]}]),
+        ("dit:tiny", [{"pass": "slice_width_by_timestep", "importance": "activation", "steps": 6, "buckets": 2}]),
+        ("dit:tiny", [{"pass": "reuse_blocks", "interval": 3, "steps": 4}]),
+        ("styleswin:tiny", []),
     ],
 )
-def test_every_form_of_an_artifact_runs_elsewhere(steps: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_every_form_of_an_artifact_runs_elsewhere(model: str, steps: list[dict[str, Any]], tmp_path: Path) -> None:
     recipe = make(
         {
-            "model": "dit:tiny",
+            "model": model,
             "steps": steps,
             "targets": [{"target": "onnxruntime"}],
             "validation": {"rounds": 3, "calls": 2},
@@ -82,7 +83,7 @@ def test_every_form_of_an_artifact_runs_elsewhere(steps: list[dict[str, Any]], t
     )
     pipeline.export(recipe, tmp_path / "out", force=False, progress=Progress(quiet=True))
     found = followed(tmp_path / "out", tmp_path)
-    assert "prediction_and_variance" in found
+    assert {"prediction_and_variance", "image"} & found.keys()
     assert all(np.isfinite(array).all() for array in found.values())
 
 

@@ -32,3 +32,9 @@ def test_targets_bear_no_librarys_name() -> None:
 def test_an_unknown_entry_offers_the_nearest() -> None:
     with pytest.raises(ToolchainError, match="did you mean 'prune_heads'"):
         catalog.pass_class("prune_head")
+
+
+def test_a_model_in_several_files_has_an_entry_for_each_network() -> None:
+    found = catalog.entries("models")
+    assert found["vevo-decoder"].module == "enginewright.models.voice.vevo.decoder"
+    assert not {"decoder", "vevo-sampling", "sampling"} & found.keys()

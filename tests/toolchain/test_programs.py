@@ -12,7 +12,10 @@ import torch
 
 import enginewright
 from enginewright import pipeline
+from enginewright.ground.errors import ToolchainError
+from enginewright.models.blocks.decoding import greedy
 from enginewright.opened import open_subject
+from enginewright.passes.contract import macs
 from enginewright.passes.networks import Networks, networks_of, program_of
 from enginewright.progress import Progress
 from enginewright.recipe import make
@@ -27,7 +30,7 @@ INT8 = {"pass": "quantize_int8", "smallest": 0}
 
 
 def exported(out: Path, *steps: dict[str, Any], **more: Any) -> Path:
-    """An artifact of ``dit:tiny`` after these steps, for ONNX Runtime and PyTorch."""
+    """An artifact of a model, by default ``dit:tiny``, after these steps, for ONNX Runtime and PyTorch."""
     content = {
         "model": "dit:tiny",
         "steps": list(steps),
@@ -207,3 +210,79 @@ def test_a_checkpoint_on_disk_is_parted_around_its_linked_weights(tmp_path: Path
     with torch.no_grad():
         wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()})[0].numpy()
     np.testing.assert_allclose(engine(**call)[0], wanted, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def in_turn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(
+        tmp_path_factory.mktemp("in_turn") / "out", model="styleswin:tiny", gates=["fidelity.relative_l2 <= 1e-4"]
+    )
+
+
+def test_a_model_of_two_networks_becomes_two_engines_that_agree_with_it(in_turn: Path) -> None:
+    program = json.loads((in_turn / "program.json").read_text())
+    assert program["networks"]["synthesis"]["takes"] == ["ws"]
+    assert program["inner"][0]["shape"][1:] == [6, 32]
+    assert {path.name for path in in_turn.glob("*.onnx")} == {"model-mapping.onnx", "model-synthesis.onnx"}
+    report = record.read(in_turn / "report.json")
+    assert report.verdict == "met"
+    assert {"model-mapping run in", "model-synthesis run in"} <= {
+        " ".join(each.split()[:3]) for each in report.validation["graph"].split("; ") if each.startswith("model-")
+    }
+    module, opened = enginewright.load_module(in_turn), open_subject(str(in_turn))
+    assert report.model.macs == macs(module, {"z": torch.zeros(1, 32)})
+    for rows in (1, 5):
+        call = draw(opened.inputs, seed=rows, sizes={"batch": rows})
+        with torch.no_grad():
+            wanted = module(**{name: torch.from_numpy(array) for name, array in call.items()}).numpy()
+        assert wanted.std() > 0.01
+        for runner in opened.runners.values():
+            np.testing.assert_allclose(runner(call)["image"], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"pass": "hoist_constants", "constant": ["z"]},
+        {"pass": "slice_width_by_timestep", "importance": "weights", "steps": 4, "buckets": 2},
+        {"pass": "fix_inputs", "inputs": {"z": 0.0}},
+    ],
+    ids=lambda step: step["pass"],
+)
+def test_what_is_meant_for_one_network_is_refused_in_our_own_words(step: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError):
+        exported(tmp_path / "out", step, model="styleswin:tiny")
+
+
+@pytest.mark.slow
+def test_networks_in_turn_are_quantized_each_on_what_it_is_given(tmp_path: Path) -> None:
+    targets = [{"target": "onnxruntime", "int8": "static"}, {"target": "pytorch"}]
+    out = exported(tmp_path / "out", INT8, model="styleswin:tiny", targets=targets)
+    changed = record.read(out / "report.json").steps[0].changed
+    assert {path.split(".")[1] for path in changed} == {"mapping", "synthesis"}
+    for target in record.read(out / "report.json").targets:
+        assert target.fidelity[0].relative_l2 < 0.1, target.name
+
+
+@pytest.mark.slow
+def test_a_decoder_with_a_cache_is_one_engine_that_says_token_for_token_what_the_model_does(tmp_path: Path) -> None:
+    out = exported(tmp_path / "out", model="vevo-decoder:tiny", gates=["quality.same_tokens >= 1"])
+    program = json.loads((out / "program.json").read_text())
+    assert (program["start"], [state["given_as"] for state in program["states"]]) == (
+        "position",
+        ["new_keys", "new_values"],
+    )
+    readme = (out / "README.md").read_text()
+    assert "`new_keys` as `keys`" in readme
+    assert '"keys": np.full((1, 2, 4, 64, 16), 0, dtype=np.float32)' in readme
+    opened = open_subject(str(out))
+    assert opened.original is not None
+    prompt = draw(opened.inputs, seed=1, sizes={"batch": 2, "tokens": 9})
+    wanted = greedy(opened.original, prompt["ids"], 20)
+    assert len(np.unique(wanted)) > 3
+    for runner in opened.runners.values():
+        np.testing.assert_array_equal(greedy(runner, prompt["ids"], 20), wanted)
+    engine = enginewright.load(out, "onnxruntime")
+    with pytest.raises(ToolchainError, match="there is none before"):
+        engine(ids=prompt["ids"][:, :1], position=np.asarray(3))
+    assert engine(ids=prompt["ids"]).shape == (2, 76)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import Call, Program, Way
 
 Values = dict[str, Any]
@@ -26,14 +27,16 @@ class Kind:
         join: rows of several in one.
         equal: whether two hold the same.
         copy: one that later writes into the first do not change.
+        full: (another, shape, value, numpy's name of a type) -> one that holds the value everywhere, where another is.
     """
 
     join: Callable[[Sequence[Any]], Any]
     equal: Callable[[Any, Any], bool]
     copy: Callable[[Any], Any]
+    full: Callable[[Any, tuple[int, ...], float, str], Any]
 
 
-ARRAYS = Kind(join=np.concatenate, equal=np.array_equal, copy=np.copy)
+ARRAYS = Kind(join=np.concatenate, equal=np.array_equal, copy=np.copy, full=lambda _, *what: np.full(*what))
 """Of numpy."""
 
 
@@ -43,7 +46,7 @@ class Memory:
 
     State tensors last from a call to the one after it, and only where that is of all rows at the next timestep of the
     schedule and of the same shapes; any other starts anew. Two calls at one timestep (guidance in two calls) leave
-    nothing, because the next could be of either.
+    nothing, because the next could be of either. Those of a sequence last until another starts.
 
     Args:
         states: what the last call left, by name.
@@ -100,6 +103,8 @@ class Driver:
         """Named inputs with as many rows each, but for shared ones -> named outputs, rows in the same order."""
         program, table = self.program, self.program.table
         if table is None:
+            if program.start:
+                self.go_on(inputs)
             return self.follow(program.ways[0], inputs)
         steps = table.steps_of(inputs[table.input])
         self.memory.move(set(steps), tuple(sorted((name, tuple(value.shape)) for name, value in inputs.items())))
@@ -115,6 +120,29 @@ class Driver:
         back = np.argsort(order, kind="stable").tolist()
         return {name: self.kind.join([part[name] for part in parts])[back] for name in parts[0]}
 
+    def go_on(self, inputs: Values) -> None:
+        """Start a sequence, with state tensors at their first values, or see that there is one to go on with.
+
+        Raises:
+            ToolchainError: there is none, or it has another number of rows.
+        """
+        program = self.program
+        like = next(value for name, value in inputs.items() if name not in program.shared)
+        rows = len(like)
+        if not inputs[program.start].any():
+            self.memory.states = {
+                state.name: self.kind.full(like, (rows, *state.shape), state.first, state.dtype)
+                for state in program.states
+            }
+            return
+        kept = {len(self.memory.states[state.name]) for state in program.states if state.name in self.memory.states}
+        if kept != {rows}:
+            there = f"the one before has {kept.pop()}" if kept else "there is none before"
+            raise ToolchainError(
+                f"a call with {program.start} > 0 goes on with a sequence of {rows} rows, and {there}",
+                help=f"start one by a call with {program.start} = 0",
+            )
+
     def possible(self, place: int) -> int:
         """The way at a place; or the one instead of it, where it reads a state tensor that is missing."""
         way = self.program.ways[place]
@@ -126,10 +154,10 @@ class Driver:
         kept: Values = {}
         outputs: Values = {}
         for call in way.calls:
-            takes, gives = self.program.networks[call.network].takes, self.program.networks[call.network].gives
+            takes, gives = self.program.networks[call.network].takes, self.program.given_by(call.network)
             given = dict(known) if takes is None else {name: known[name] for name in takes}
             outputs = dict(self.once(call, given) if call.once else self.networks[call.network](given))
-            kept |= {name: outputs.pop(name) for name in gives}
+            kept |= {name: outputs.pop(output) for output, name in gives.items()}
             known |= outputs
         self.memory.keep(kept)
         return outputs

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import InputSpec, read_spec
 
 SCHEMA = 1
 """Of programs as they are written."""
@@ -27,10 +28,12 @@ class Network:
     Args:
         takes: names of its inputs; None stands for those of the program and the state tensors of the way.
         gives: names of the state tensors that it gives beside its outputs, after them and in this order.
+        outputs: names of its outputs; None stands for those of the program.
     """
 
     takes: tuple[str, ...] | None = None
     gives: tuple[str, ...] = ()
+    outputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +88,26 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class StateTensor:
-    """A value that a call leaves for the next step of the schedule.
+    """A value that a call leaves for the next step: of a schedule, or of a sequence.
 
     Args:
-        name: of the output that gives it and of the input that takes it.
+        name: of the input that takes it.
         shape: of one row.
         dtype: its type, numpy's name.
+        first: every element, in the call that starts a sequence; of a program with ``start``.
+        given_as: name of the output that gives it; empty: that of the input.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+    first: float = 0.0
+    given_as: str = ""
+
+    @property
+    def output(self) -> str:
+        """The name of the output that gives it."""
+        return self.given_as or self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +131,12 @@ class Program:
         networks: by name; the name tells their files apart, and is empty for a network that is alone.
         ways: the ways that a call may go.
         table: which of them, by timestep; None: there is one.
-        states: what is kept from one step of the schedule to the next.
+        states: what is kept from one step to the next.
         shared: inputs that have no row for each sample: every network gets the whole of them.
         hoisted: networks of which some work is to be done once; before they are exported, and none afterwards.
+        inner: what networks give to others, as inputs of those.
+        start: input that is zero in the call that starts a sequence, and greater in those that go on with it; empty:
+            state tensors are of steps of the table's schedule.
     """
 
     networks: Mapping[str, Network]
@@ -130,6 +145,8 @@ class Program:
     states: tuple[StateTensor, ...] = ()
     shared: tuple[str, ...] = ()
     hoisted: Mapping[str, Hoisted] = field(default_factory=dict)
+    inner: tuple[InputSpec, ...] = ()
+    start: str = ""
 
     def calls_of(self, network: str) -> Iterator[tuple[Way, Call]]:
         """Where a network is called."""
@@ -140,6 +157,11 @@ class Program:
         names = {name for way, _ in self.calls_of(network) for name in way.reads}
         takes = self.networks[network].takes
         return tuple(s for s in self.states if s.name in names and (takes is None or s.name in takes))
+
+    def given_by(self, network: str) -> dict[str, str]:
+        """Names of the outputs of a network that give state tensors, after its others, each with the tensor's name."""
+        states = {state.name: state for state in self.states}
+        return {states[name].output: name for name in self.networks[network].gives}
 
     def part_of(self, network: str, part: str) -> str:
         """The name of one of the two networks that a network becomes of which some work is done once."""
@@ -176,6 +198,18 @@ SOLE = Program(networks={"": Network()}, ways=(Way(calls=(Call(network=""),)),))
 """The program of one network."""
 
 
+def in_turn(networks: Mapping[str, Network], inner: Sequence[InputSpec]) -> Program:
+    """The program of networks that run one after the other in every call.
+
+    Args:
+        networks: in order; each says what it takes, and all but the last what they give.
+        inner: what they give to one another.
+    """
+    return Program(
+        networks=networks, ways=(Way(calls=tuple(Call(network=name) for name in networks)),), inner=tuple(inner)
+    )
+
+
 def by_timestep(networks: Sequence[str], table: Table, *, shared: Sequence[str] = ()) -> Program:
     """The program of networks each of which is a way of its own, chosen by timestep."""
     ways = tuple(Way(calls=(Call(network=name),)) for name in networks)
@@ -202,7 +236,7 @@ def parted(program: Program, halves: Mapping[str, tuple[Network, Network]]) -> P
         if name in halves:
             first, second = halves[name]
             networks[program.part_of(name, PREPARE)] = first
-            networks[program.part_of(name, STEP)] = replace(second, gives=network.gives)
+            networks[program.part_of(name, STEP)] = replace(second, gives=network.gives, outputs=network.outputs)
         else:
             networks[name] = network
     ways = tuple(replace(way, calls=tuple(new for call in way.calls for new in calls(call))) for way in program.ways)
@@ -219,8 +253,11 @@ def read(content: Any) -> Program:
             raise ValueError("a name that is no text")
         return tuple(values)
 
+    def all_or(values: Any) -> tuple[str, ...] | None:
+        return None if values is None else names(values)
+
     networks = {
-        name: Network(takes=None if entry["takes"] is None else names(entry["takes"]), gives=names(entry["gives"]))
+        name: Network(takes=all_or(entry["takes"]), gives=names(entry["gives"]), outputs=all_or(entry.get("outputs")))
         for name, entry in content["networks"].items()
     }
     ways = tuple(
@@ -237,7 +274,15 @@ def read(content: Any) -> Program:
         ways=tuple(content["table"]["ways"]),
     )
     states = tuple(StateTensor(**{**entry, "shape": tuple(entry["shape"])}) for entry in content["states"])
-    return Program(networks=networks, ways=ways, table=table or None, states=states, shared=names(content["shared"]))
+    return Program(
+        networks=networks,
+        ways=ways,
+        table=table or None,
+        states=states,
+        shared=names(content["shared"]),
+        inner=tuple(read_spec(entry) for entry in content.get("inner", ())),
+        start=content.get("start", ""),
+    )
 
 
 def check(program: Program) -> None:
@@ -248,6 +293,8 @@ def check(program: Program) -> None:
         if not any(program.calls_of(name)):
             raise ValueError(f"network {name!r} is on no way")
     kept = {state.name for state in program.states}
+    if not all(kept.issuperset(network.gives) for network in program.networks.values()):
+        raise ValueError("a network that gives a state tensor that there is not")
     for way in program.ways:
         if not way.calls or any(call.network not in program.networks for call in way.calls):
             raise ValueError("a way through networks that there are not")
@@ -255,12 +302,17 @@ def check(program: Program) -> None:
             raise ValueError("a way that reads a state tensor that there is not")
         if type(way.otherwise) is not int or not 0 <= way.otherwise < len(program.ways):
             raise ValueError("a way that is not there")
-        if way.reads and program.ways[way.otherwise].reads:
+        if way.reads and not program.start and program.ways[way.otherwise].reads:
             raise ValueError("a way that reads a state tensor has no other that reads none")
     for state in program.states:
         np.dtype(state.dtype)
+        if not isinstance(state.first, int | float) or not isinstance(state.given_as, str):
+            raise ValueError("a state tensor whose first value is no number, or that is given as what is no text")
         if not isinstance(state.name, str) or not all(type(size) is int and 0 < size < 2**40 for size in state.shape):
             raise ValueError("a state tensor without name or shape")
+    check_inner(program)
+    if not isinstance(program.start, str) or (program.start and program.table is not None):
+        raise ValueError("steps both of a sequence and of a schedule")
     if program.table is None:
         if len(program.ways) != 1:
             raise ValueError("several ways and no table of timesteps")
@@ -272,3 +324,19 @@ def check(program: Program) -> None:
         raise ValueError("a timestep that is no number")
     if not all(type(way) is int and 0 <= way < len(program.ways) for way in table.ways):
         raise ValueError("a table of ways that there are not")
+
+
+def check_inner(program: Program) -> None:
+    """Raise ``ValueError`` where a network takes what one gives that does not run before it."""
+    inner = {spec.name for spec in program.inner}
+    for way in program.ways:
+        known: set[str] = set()
+        for call in way.calls:
+            network = program.networks[call.network]
+            if missing := inner.intersection(network.takes or ()) - known:
+                raise ValueError(f"network {call.network!r} takes {min(missing)!r}, which none before it gives")
+            known |= set(network.outputs or ())
+    for spec in program.inner:
+        np.dtype(spec.dtype)
+        if not isinstance(spec.name, str):
+            raise ValueError("a name that is no text")

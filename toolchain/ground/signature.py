@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +122,12 @@ class InputSpec:
         low = tuple(d if isinstance(d, int) else d.low for d in self.shape)
         high = tuple(d if isinstance(d, int) else d.high for d in self.shape)
         return low, self.sizes(), high
+
+
+def read_spec(content: Mapping[str, Any]) -> InputSpec:
+    """An input out of parsed JSON, as ``dataclasses.asdict`` gave it; raises what Python raises where it is none."""
+    shape = tuple(Dim(**size) if isinstance(size, dict) else size for size in content["shape"])
+    return InputSpec(**{**content, "shape": shape})
 
 
 def rows_of(specs: Sequence[InputSpec]) -> int | Dim | None:

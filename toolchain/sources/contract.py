@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.reading import first_line
-from enginewright.ground.signature import ROLES, Arrays, Dim, InputSpec
+from enginewright.ground.signature import ROLES, Arrays, Dim, InputSpec, read_spec
 from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.targets import stored
-from enginewright.validation.contract import SamplingTask
+from enginewright.validation.contract import Workload
 from enginewright.validation.inputs import draw
 from enginewright.validation.sizes import hiding_a_row, with_ends
 
@@ -92,7 +92,7 @@ class Model:
         outputs: names of what it returns, in order.
         weights: where the weights came from, in words.
         published: figures from its paper.
-        task: for generative models, a whole sampling run with a judge.
+        task: a whole job, such as a sampling run with a judge.
         realistic: (count, seed) -> inputs like those in use; None where random ones must do.
         example: inputs that the model's owner gave, at typical sizes; None where nobody did.
         sized: (sizes of dimensions, seed) -> inputs like those in use at other than typical sizes; None where random
@@ -113,7 +113,7 @@ class Model:
     outputs: tuple[str, ...]
     weights: str
     published: tuple[Published, ...] = ()
-    task: SamplingTask | None = None
+    task: Workload | None = None
     realistic: Callable[[int, int], list[Arrays]] | None = None
     example: Arrays | None = None
     sized: Callable[[Mapping[str, int], int], Arrays] | None = None
@@ -273,10 +273,11 @@ def write_interface(model: Model) -> dict[str, Any]:
         returns="tensor" if len(model.outputs) == 1 else "tuple",
         keys=model.outputs,
     )
-    inputs = [
-        {**vars(spec), "shape": [vars(d) if isinstance(d, Dim) else d for d in spec.shape]} for spec in model.inputs
-    ]
-    content = {"inputs": inputs, "outputs": model.outputs, "call": vars(model.interface or plain)}
+    content = {
+        "inputs": [asdict(spec) for spec in model.inputs],
+        "outputs": model.outputs,
+        "call": vars(model.interface or plain),
+    }
     plain_json: dict[str, Any] = json.loads(json.dumps(content, default=str))
     return plain_json
 
@@ -291,10 +292,7 @@ def read_interface(manifest: Mapping[str, Any]) -> tuple[tuple[InputSpec, ...], 
         raise ToolchainError("the artifact does not say how its engines are called", help="export it again")
     content = manifest["interface"]
     try:
-        inputs = tuple(
-            InputSpec(**{**entry, "shape": tuple(Dim(**d) if isinstance(d, dict) else d for d in entry["shape"])})
-            for entry in content["inputs"]
-        )
+        inputs = tuple(read_spec(entry) for entry in content["inputs"])
         call = {**content["call"], **{key: tuple(content["call"][key]) for key in ("arguments", "keys")}}
         found = inputs, tuple(content["outputs"]), Interface(**call)
         refuse_odd(*found)

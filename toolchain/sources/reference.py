@@ -60,8 +60,8 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
         weights=said,
         published=getattr(module, "FIGURES", {}).get(size, ()),
         files=files,
-        task=module.task(size, config) if hasattr(module, "task") and weights is not None else None,
-        realistic=module.realistic(net, size, config) if hasattr(module, "realistic") and weights is not None else None,
+        task=module.task(size, config) if hasattr(module, "task") else None,
+        realistic=module.realistic(net, size, config) if hasattr(module, "realistic") else None,
     )
 
 

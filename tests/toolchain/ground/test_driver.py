@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from enginewright.ground.driver import Driver, Memory, Values
-from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way, by_timestep, parted
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way, by_timestep, in_turn, parted
+from enginewright.ground.signature import InputSpec
 
 REUSE = Program(
     networks={"whole": Network(gives=("kept",)), "short": Network()},
@@ -148,3 +150,62 @@ def test_the_first_network_that_can_tell_says_where_values_stop_being_finite() -
 def test_a_program_of_one_network_is_that_network(rows: int) -> None:
     found = Driver(program=ONE, networks={"": lambda inputs: {"y": inputs["x"]}})({"x": np.ones(rows)})
     assert found["y"].tolist() == [1.0] * rows
+
+
+def test_each_network_gets_what_it_takes_and_no_more() -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def first(inputs: Values) -> Values:
+        seen.append(tuple(inputs))
+        return {"w": 10 * inputs["z"]}
+
+    def second(inputs: Values) -> Values:
+        seen.append(tuple(inputs))
+        return {"y": inputs["w"] + inputs["x"]}
+
+    networks = {"first": Network(takes=("z",), outputs=("w",)), "second": Network(takes=("w", "x"))}
+    run = Driver(
+        program=in_turn(networks, [InputSpec(name="w", shape=(1,))]), networks={"first": first, "second": second}
+    )
+    assert run({"z": np.full(2, 3.0), "x": np.full(2, 4.0)})["y"].tolist() == [34, 34]
+    assert seen == [("z",), ("w", "x")]
+
+
+def counting() -> Driver:
+    """A network that adds what it is given to a sum that it keeps, one for each row; sums start at 100."""
+
+    def network(inputs: Values) -> Values:
+        total = inputs["total"] + inputs["x"]
+        return {"y": total, "total": total}
+
+    program = Program(
+        networks={"": Network(gives=("total",))},
+        ways=(Way(calls=(Call(network=""),), reads=("total",)),),
+        states=(StateTensor(name="total", shape=(), first=100.0),),
+        shared=("position",),
+        start="position",
+    )
+    return Driver(program=program, networks={"": network})
+
+
+def call_at(position: int, *x: float) -> Values:
+    return {"position": np.asarray(position), "x": np.asarray(x, np.float32)}
+
+
+def test_a_sequence_starts_at_position_zero_and_goes_on_with_what_the_call_before_left() -> None:
+    run = counting()
+    found = [run(call_at(*call)) for call in ((0, 1, 2), (1, 10, 20), (5, 100, 200))]
+    assert [each["y"].tolist() for each in found] == [[101, 102], [111, 122], [211, 322]]
+    assert all(each.keys() == {"y"} for each in found)
+    assert run(call_at(0, 7))["y"].tolist() == [107], "another starts anew, of as many rows as it has"
+    assert run(call_at(1, 1))["y"].tolist() == [108]
+
+
+def test_a_sequence_that_nobody_started_is_not_gone_on_with() -> None:
+    run = counting()
+    with pytest.raises(ToolchainError, match="sequence of 1 rows, and there is none before") as caught:
+        run(call_at(3, 1))
+    assert caught.value.help == "start one by a call with position = 0"
+    run(call_at(0, 1, 2))
+    with pytest.raises(ToolchainError, match="of 1 rows, and the one before has 2"):
+        run(call_at(1, 1))

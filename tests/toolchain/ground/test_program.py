@@ -20,8 +20,10 @@ from enginewright.ground.program import (
     Table,
     Way,
     by_timestep,
+    in_turn,
     parted,
 )
+from enginewright.ground.signature import Dim, InputSpec
 
 TABLE = Table(input="t", timesteps=(10.0, 5.0, 0.0), ways=(0, 1, 1))
 REUSE = Program(
@@ -32,8 +34,21 @@ REUSE = Program(
     shared=("ids",),
 )
 
+BATCH = Dim(name="batch", low=1, typical=2, high=4)
+IN_TURN = in_turn(
+    {"first": Network(takes=("z",), outputs=("w",)), "second": Network(takes=("w", "x"))},
+    [InputSpec(name="w", shape=(BATCH, 3), role="condition")],
+)
+SEQUENCE = Program(
+    networks={"decoder": Network(gives=("keys",))},
+    ways=(Way(calls=(Call(network="decoder"),), reads=("keys",)),),
+    states=(StateTensor(name="keys", shape=(2, 5), first=1.5, given_as="new"),),
+    shared=("position",),
+    start="position",
+)
 
-@pytest.mark.parametrize("program", [SOLE, REUSE, by_timestep(["0", "1"], TABLE)])
+
+@pytest.mark.parametrize("program", [SOLE, REUSE, by_timestep(["0", "1"], TABLE), IN_TURN, SEQUENCE])
 def test_a_program_is_read_as_it_was_written(program: Program) -> None:
     assert Program.from_json(json.loads(json.dumps(program.as_json())), where="here") == program
 
@@ -51,6 +66,11 @@ FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "several ways and no table": lambda content: content.update(table=None),
     "a shape that is no shape": lambda content: content["states"][0].update(shape=[-1]),
     "names that are none": lambda content: content["networks"]["short"].update(takes="xt"),
+    "steps of two kinds": lambda content: content.update(start="position"),
+    "a first value that is none": lambda content: content["states"][0].update(first="zero"),
+    "an inner value that none gives": lambda content: content.update(
+        inner=[{"name": "kept", "shape": [1], "dtype": "float32"}]
+    ),
     "not a table": lambda content: content.update(networks=[]),
 }
 
@@ -84,3 +104,19 @@ def test_networks_that_are_parted_keep_their_state_tensors_and_ways() -> None:
 def test_a_network_runs_at_the_first_timestep_whose_way_has_it() -> None:
     assert [REUSE.time_of(name) for name in ("whole", "short")] == [10.0, 5.0]
     assert SOLE.time_of("") is None
+
+
+def test_programs_written_before_networks_passed_values_on_are_read() -> None:
+    content = json.loads(json.dumps(REUSE.as_json()))
+    for name in ("inner", "start"):
+        del content[name]
+    for network in content["networks"].values():
+        del network["outputs"]
+    del content["states"][0]["first"], content["states"][0]["given_as"]
+    assert Program.from_json(content, where="here") == REUSE
+
+
+def test_a_parted_network_still_gives_what_others_take() -> None:
+    found = parted(IN_TURN, {"first": (Network(takes=("c",)), Network(takes=("z", "k")))})
+    assert found.networks["first-step"] == Network(takes=("z", "k"), outputs=("w",))
+    assert found.inner == IN_TURN.inner

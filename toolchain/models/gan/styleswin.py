@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from enginewright.ground.program import Network, in_turn
 from enginewright.ground.signature import Dim, InputSpec
+from enginewright.passes.networks import Networks
 from enginewright.sources.contract import Published
 
 
@@ -66,6 +68,7 @@ PUBLISHED = {
 SHIPPED: dict[str, Config] = {}
 TINY = Config(widths=(32, 32, 16), window=4, latent=32, mapping_layers=2)
 OUTPUTS = ("image",)
+BATCH = Dim(name="batch", low=1, typical=2, high=16)
 FIGURES = {
     "1024": (
         Published(figure="parameter_count", value="40.86 M", source="arXiv:2112.10762, table 6"),
@@ -77,13 +80,13 @@ FIGURES = {
 
 
 class Mapping(nn.Module):
-    """Turn a latent z (B, L) into a style w (B, L), pulled towards the mean style by the truncation."""
+    """Turn a latent z (B, L) into the styles of all blocks, one for all, pulled towards the mean by the truncation."""
 
     w_mean: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.psi = config.psi
+        self.psi, self.latents = config.psi, config.latents
         self.layers = nn.ModuleList(nn.Linear(config.latent, config.latent) for _ in range(config.mapping_layers))
         self.register_buffer("w_mean", torch.zeros(config.latent))
         for layer in self.layers:
@@ -102,8 +105,9 @@ class Mapping(nn.Module):
         self.w_mean.copy_(self.style(z).mean(0))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (B, L) -> w (B, L)."""
-        return self.psi * self.style(z) + (1 - self.psi) * self.w_mean
+        """z (B, L) -> ws (B, latents, L)."""
+        w = self.psi * self.style(z) + (1 - self.psi) * self.w_mean
+        return w[:, None].expand(-1, self.latents, -1)
 
 
 class AdaptiveInstanceNorm(nn.Module):
@@ -317,7 +321,7 @@ class Synthesis(nn.Module):
                 nn.init.xavier_normal_(module.linear.weight, gain=0.02)
 
     def forward(self, ws: Tensor) -> Tensor:
-        """ws (B, latents, L) -> (B, 3, R, R); one w (B, L) for all: ``w[:, None].expand(-1, config.latents, -1)``."""
+        """ws (B, latents, L), a style for each block -> (B, 3, R, R)."""
         # A copy: an expanded view of a parameter asks for gradients even where none are wanted.
         x, image = self.start.repeat(ws.shape[0], 1, 1), None  # (B, 16, C)
         for index, stage in enumerate(self.stages):
@@ -333,25 +337,16 @@ def start_scaled(layer: nn.Module) -> None:
     nn.init.zeros_(layer.bias)
 
 
-class StyleSwin(nn.Module):
-    """The generator: draw a picture from a latent, in one style throughout."""
+def build(config: Config) -> Networks:
+    """The generator with the authors' start: z -> styles -> picture.
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.mapping, self.synthesis = Mapping(config), Synthesis(config)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z (B, L) -> (B, 3, R, R)."""
-        image: Tensor = self.synthesis(self.mapping(z)[:, None].expand(-1, self.synthesis.config.latents, -1))
-        return image
-
-
-def build(config: Config) -> StyleSwin:
-    """The generator with the authors' start."""
-    return StyleSwin(config)
+    Styles are values of the program, so that the engine of the synthesis draws mixed or edited styles too.
+    """
+    networks = {"mapping": Mapping(config), "synthesis": Synthesis(config)}
+    ways = {"mapping": Network(takes=("z",), outputs=("ws",)), "synthesis": Network(takes=("ws",))}
+    return Networks(networks, in_turn(ways, [InputSpec(name="ws", shape=(BATCH, config.latents, config.latent))]))
 
 
 def inputs(config: Config) -> tuple[InputSpec, ...]:
     """The latent, drawn from a standard normal distribution."""
-    batch = Dim(name="batch", low=1, typical=2, high=16)
-    return (InputSpec(name="z", role="noise", shape=(batch, config.latent)),)
+    return (InputSpec(name="z", role="noise", shape=(BATCH, config.latent)),)

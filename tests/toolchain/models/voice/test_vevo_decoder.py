@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from enginewright.ground.signature import Array, Arrays
+from enginewright.models.blocks.decoding import greedy
 from enginewright.models.voice.vevo import decoder
+from enginewright.targets.pytorch_engine import EagerRunner
 
 CONFIG = decoder.TINY
 
@@ -146,3 +150,45 @@ def test_a_prompt_puts_marks_around_shifted_content_and_before_the_style() -> No
 
 def test_repeats_are_left_out_but_a_code_may_come_again() -> None:
     assert decoder.without_repeats(torch.tensor([5, 5, 5, 1, 5, 2, 2])).tolist() == [5, 1, 5, 2]
+
+
+def test_the_program_that_becomes_an_engine_generates_what_the_whole_form_does() -> None:
+    program = decoder.build(CONFIG).eval()
+    net = program.networks["model"].decoder
+    net.load_state_dict(loud().state_dict())
+    runner = EagerRunner(program, threads=1, outputs=decoder.OUTPUTS)
+    ids = torch.randint(0, CONFIG.vocabulary, (2, 12), generator=torch.Generator().manual_seed(2))
+    found = greedy(runner, ids.numpy(), 30)
+    assert found.tolist() == greedy_whole(net, ids, 30).tolist()
+
+
+def test_the_calls_of_a_sequence_go_on_from_one_another() -> None:
+    calls = decoder.realistic(decoder.build(CONFIG), "tiny", CONFIG)(4, 0)
+    assert [(call["ids"].shape, int(call["position"])) for call in calls] == [
+        ((1, 19), 0),
+        ((1, 1), 19),
+        ((1, 1), 20),
+        ((1, 1), 21),
+    ]
+
+
+def test_prompts_are_marks_content_and_style_and_come_again_with_their_seed() -> None:
+    seen: list[Array] = []
+
+    def runner(inputs: Arrays) -> Arrays:
+        seen.append(inputs["ids"])
+        return {"logits": np.eye(CONFIG.vocabulary, dtype=np.float32)[[7]]}
+
+    task = decoder.task("tiny", CONFIG)
+    assert task.sample(runner, 2, 5).tolist() == [[7] * 16] * 2
+    assert task.calls is not None
+    assert task.calls(2) == len(seen) == 32
+    first = seen[0][0].tolist()
+    assert (first[0], first[9], first[10]) == (CONFIG.begin_input, CONFIG.end_input, CONFIG.begin_output)
+    assert all(CONFIG.outputs + CONFIG.texts <= code < CONFIG.padding for code in first[1:9])
+    assert all(code < CONFIG.outputs for code in first[11:])
+    assert not np.array_equal(seen[0], seen[16])
+    again = [ids for ids in seen if ids.shape[1] > 1]
+    seen.clear()
+    task.sample(runner, 2, 5)
+    assert all(np.array_equal(a, b) for a, b in zip(again, [i for i in seen if i.shape[1] > 1], strict=True))

@@ -7,20 +7,29 @@ outputs ours agree for the same weights. Attribute names are those of transforme
 ``model.model.`` or, before ``lm_head``, ``model.``. Left out: the optional global style encoder, which both released
 sizes switch off.
 
-``forward`` reads a whole sequence. ``step`` is for deployment: keys and values lie in a cache of fixed length, which
-goes in and comes out, and the same function reads a prompt and then one token at a time.
+``forward`` reads a whole sequence. ``step`` is for deployment, and what is exported: keys and values lie in a cache of
+fixed length, the program's state, and one engine reads a prompt (position 0) and then one token at a time.
 
 Shapes: B batch, L tokens, V vocabulary, N layers, M slots of the cache, D width, H heads, E width of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from enginewright.ground.program import Call, Network, Program, StateTensor, Way
+from enginewright.ground.signature import Array, Arrays, Dim, InputSpec
+from enginewright.models.blocks.decoding import decoding_task, steps_of_sequence
 from enginewright.models.blocks.llama import Angles, Attention, GatedMlp, RMSNorm, Rotary
+from enginewright.passes.networks import Networks
+from enginewright.validation.contract import DecodingTask
+
+PROMPT = 8
+"""Content codes, and style codes, of a prompt that figures are measured on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +89,10 @@ PUBLISHED = {
 TINY = Config(depth=2, width=64, heads=4, hidden=256, texts=16, contents=8, outputs=32, longest=64)
 
 
+SHIPPED: dict[str, Config] = {}
+OUTPUTS = ("logits",)
+
+
 class DecoderLayer(nn.Module):
     """Causal attention and a gated feed-forward, each after a norm and beside a residual."""
 
@@ -135,29 +148,87 @@ class Decoder(nn.Module):
 
         Args:
             ids: (B, L) int64; a whole prompt, or one token.
-            keys: (N, B, H, M, E); it is not changed.
-            values: (N, B, H, M, E); it is not changed.
+            keys: (B, N, H, M, E); it is not changed.
+            values: (B, N, H, M, E); it is not changed.
             position: where ids[:, 0] stands, int64, () for all sequences or (B,); position + L is at most M.
 
         Returns:
-            Logits (B, V) of what follows the last token, and the new keys and values, each (N, B, H, M, E).
+            Logits (B, V) of what follows the last token, and the new keys and values, each (B, N, H, M, E).
         """
         slots = position.reshape(-1, 1) + torch.arange(ids.shape[1], device=ids.device)  # (B or 1, L)
         visible = torch.arange(keys.shape[3], device=ids.device) <= slots[:, None, :, None]  # (B or 1, 1, L, M)
         angles = self.rotary(slots)
         h = self.embed_tokens(ids)  # (B, L, D)
         new_keys, new_values = [], []
-        for layer, old_k, old_v in zip(self.layers, keys.unbind(0), values.unbind(0), strict=True):
+        for layer, old_k, old_v in zip(self.layers, keys.unbind(1), values.unbind(1), strict=True):
             h, k, v = layer.step(h, angles, old_k, old_v, slots, visible)  # type: ignore[operator]
             new_keys.append(k)
             new_values.append(v)
-        return self.lm_head(self.norm(h[:, -1])), torch.stack(new_keys), torch.stack(new_values)
+        return self.lm_head(self.norm(h[:, -1])), torch.stack(new_keys, dim=1), torch.stack(new_values, dim=1)
 
     def empty_cache(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        """Zeros for keys and for values, each (N, batch, H, length, E)."""
-        weight, config = self.embed_tokens.weight, self.config
-        shape = (config.depth, batch, config.heads, length, config.width // config.heads)
+        """Zeros for keys and for values, each (batch, N, H, length, E)."""
+        weight = self.embed_tokens.weight
+        shape = (batch, *cache_shape(self.config, length))
         return weight.new_zeros(shape), weight.new_zeros(shape)
+
+
+class CachedDecoder(nn.Module):
+    """A decoder that is called step by step: what becomes an engine."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.decoder = Decoder(config)
+
+    def forward(self, ids: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`Decoder.step`."""
+        return self.decoder.step(ids, keys, values, position)
+
+
+def cache_shape(config: Config, length: int) -> tuple[int, ...]:
+    """The shape of one row's keys, and of its values: (N, H, length, E)."""
+    return config.depth, config.heads, length, config.width // config.heads
+
+
+def build(config: Config) -> Networks:
+    """The decoder with its cache as state."""
+    shape = cache_shape(config, config.longest)
+    program = Program(
+        networks={"": Network(gives=("keys", "values"))},
+        ways=(Way(calls=(Call(network=""),), reads=("keys", "values")),),
+        states=tuple(StateTensor(name=name, shape=shape, given_as=f"new_{name}") for name in ("keys", "values")),
+        shared=("position",),
+        start="position",
+    )
+    return Networks({"": CachedDecoder(config)}, program)
+
+
+def inputs(config: Config) -> tuple[InputSpec, ...]:
+    """A prompt at position 0, or the tokens that go on from there."""
+    batch = Dim(name="batch", low=1, typical=1, high=4)
+    tokens = Dim(name="tokens", low=1, typical=1, high=config.longest // 2)
+    return (
+        InputSpec(name="ids", shape=(batch, tokens), dtype="int64", low=0, high=config.vocabulary),
+        InputSpec(name="position", shape=(), dtype="int64", low=0, high=config.longest // 2, default=0),
+    )
+
+
+def task(size: str, config: Config) -> DecodingTask:
+    """Prompts of content and style codes, continued by the likeliest tokens."""
+
+    def prompts(n: int, seed: int) -> Array:
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(config.contents or config.texts, (n, PROMPT), generator=generator)
+        style = torch.randint(config.outputs, (n, PROMPT), generator=generator)
+        found: Array = sequence(config, codes + (config.texts if config.contents else 0), style).numpy()
+        return found
+
+    return decoding_task(prompts, tokens=config.longest // 4, samples=4)
+
+
+def realistic(module: nn.Module, size: str, config: Config) -> Callable[[int, int], list[Arrays]]:
+    """A prompt, and then a token at a time: the calls of one sequence."""
+    return lambda count, seed: steps_of_sequence(config.vocabulary, 2 * PROMPT + 3, count=count, seed=seed)
 
 
 def initialize(module: nn.Module) -> None:
