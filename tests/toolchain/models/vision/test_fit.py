@@ -295,17 +295,16 @@ def test_a_picture_is_cut_into_square_groups_of_patches_and_joined_again() -> No
 
 
 @pytest.mark.parametrize(
-    "network",
+    "config",
     [
-        "denoiser",
-        pytest.param("encoder", marks=pytest.mark.slow),
-        pytest.param("autoregressive", marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(SMALL["denoiser"], stages=((1, 1), (1, 0))), id="two stages"),
+        *(pytest.param(config, id=network, marks=pytest.mark.slow) for network, config in SMALL.items()),
     ],
 )
-def test_the_exported_network_takes_any_batch(network: str, tmp_path: Path) -> None:
+def test_the_exported_network_takes_any_batch(config: fit.Config, tmp_path: Path) -> None:
     import onnxruntime
 
-    config, path = SMALL[network], tmp_path / "model.onnx"
+    path = tmp_path / "model.onnx"
     module, names = loud(config), [spec.name for spec in fit.inputs(config)]
     export_onnx(
         module,
