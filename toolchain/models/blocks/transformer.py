@@ -5,6 +5,8 @@ Shapes: B batch, N tokens, D width, H heads.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,22 +24,22 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * heads * self.head_dim)
         self.proj = nn.Linear(heads * self.head_dim, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X (B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """X (B, N, D), mask broadcastable to (B, H, N, N), true where a token sees another -> (B, N, D)."""
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D/H)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, D/H)
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between them."""
+    """Two linear layers with a GELU between them, by default approximated by tanh."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, *, approximate: Literal["tanh", "none"] = "tanh") -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU(approximate="tanh")
+        self.act = nn.GELU(approximate=approximate)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
