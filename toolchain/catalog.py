@@ -3,8 +3,8 @@
 Other installed packages add to it by entry points (``ground/plugins.py``); a name of ours stays ours.
 
 There is no list to edit: a file in the right folder is an entry, its name is the entry's name, and the first line of
-its docstring is the summary. Of a model in several files, in a folder of its own, each that says what its network puts
-out is an entry, ``FOLDER-FILE``.
+its docstring is the summary. Of a model in several files, in a folder of its own, each that says what its network takes
+is an entry, ``FOLDER-FILE``.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def by_name(paths: Iterable[Path]) -> dict[str, Path]:
 def model_files(folder: Path) -> dict[str, Path]:
     """Files of networks by their entries' names: ``FILE``, and in a folder of one method ``METHOD-FILE``."""
     single = by_name(family_files(folder, apart={"blocks"}))
-    parts = [path for path in folder.glob("*/*/*.py") if "\nOUTPUTS = " in path.read_text()]
+    parts = [path for path in folder.glob("*/*/*.py") if "\ndef inputs(" in path.read_text()]
     return single | {f"{path.parent.name}-{path.stem}": path for path in parts}
 
 

@@ -101,7 +101,7 @@ def model_details(name: str, size: str) -> dict[str, Any]:
     import torch
 
     from enginewright.passes.contract import macs
-    from enginewright.sources.reference import WEIGHTS, sizes_of
+    from enginewright.sources.reference import WEIGHTS, outputs_of, sizes_of
 
     module = catalog.load("models", name)
     sizes = sizes_of(module)
@@ -120,7 +120,7 @@ def model_details(name: str, size: str) -> dict[str, Any]:
         "macs": macs(net, example),
         "weights": "trained, shipped" if (WEIGHTS / f"{name}-{size}.safetensors").exists() else "random",
         "inputs": inputs_as_json(specs),
-        "outputs": list(module.OUTPUTS),
+        "outputs": list(outputs_of(module, sizes[size])),
         "published": [vars(figure) for figure in getattr(module, "FIGURES", {}).get(size, ())],
     }
 
@@ -243,6 +243,6 @@ def sized(spec: dict[str, Any]) -> Callable[[int | str], str]:
 def limits_text(spec: dict[str, Any]) -> str:
     """What values an input takes; a whole number's upper limit is not among them."""
     if not spec["range"]:
-        return ", standard normal"
+        return "" if spec["dtype"] == "bool" else ", standard normal"
     low, high = spec["range"]
     return f", {low:g} to {high - 1 if 'int' in spec['dtype'] else high:g}"

@@ -92,9 +92,10 @@ class ConvertDtype(Pass):
     ) -> Plan:
         """Give back to fp32 what makes the converted model wrong, until it is right."""
         trial = Trial(0.0, None)
-        self.widen(model, owners, kept, wide, context)
+        met = self.constants_met(model, owners, kept, wide, context)
+        self.widen(model, owners, kept, wide, met, context)
         for _ in range(ROUNDS):
-            plan = self.drafted(owners, kept, wide)
+            plan = self.drafted(owners, kept, wide, met)
             trial = self.tried(model, plan, context)
             if trial.faulty is None and trial.error <= self.max_error:
                 return Plan(
@@ -106,12 +107,13 @@ class ConvertDtype(Pass):
                     fresh, f"the model's error was {trial.error:.2g} with it, above {self.max_error:g}"
                 )
                 more = wide | dict.fromkeys(fresh, True)
-                if self.runs(model, owners, kept, more, context):
+                if self.stops_in(model, owners, kept, more, met, context) is None:
                     wide |= more
                 continue
             near = {path: f"values that come from within {path} were not finite" for path in trial.sources}
             narrower = not all(wide.get(path) for path in near)
-            if narrower and self.runs(model, owners, near | kept, wide | dict.fromkeys(near, True), context):
+            more = wide | dict.fromkeys(near, True)
+            if narrower and self.stops_in(model, owners, near | kept, more, met, context) is None:
                 inside = near
             else:
                 said = f"values within {trial.faulty or 'the model'} were not finite"
@@ -125,45 +127,74 @@ class ConvertDtype(Pass):
             help="take dtype = 'bfloat16', which has the range of fp32" if self.dtype == "float16" else None,
         )
 
-    def widen(
-        self,
-        model: nn.Module,
-        owners: Mapping[str, nn.Module],
-        kept: dict[str, str],
-        wide: dict[str, bool],
-        context: Context,
-    ) -> None:
-        """Keep the neighbours of layers whose outputs stay in fp32 as well, until no operator meets two types."""
-        around = {path for path, stays in wide.items() if stays}
-        while around - {""} and not self.runs(model, owners, kept, wide, context):
-            around = {path.rpartition(".")[0] for path in around}
-            inside = [path for path in owners if any(is_within(path, place) for place in around)]
-            said = "it works together with a layer whose values would overflow"
-            kept |= {path: said for path in inside if path not in kept}
-            wide |= dict.fromkeys(inside, True)
-
-    def runs(
+    def constants_met(
         self,
         model: nn.Module,
         owners: Mapping[str, nn.Module],
         kept: Mapping[str, str],
         wide: Mapping[str, bool],
         context: Context,
-    ) -> bool:
-        """Whether the model runs with these layers kept: some operators take no operands of two types."""
-        converted = self.rewrite(share(model), self.drafted(owners, kept, wide))
+    ) -> list[str]:
+        """Modules whose own constants meet converted values in an operator that takes one type alone."""
+        met: list[str] = []
+        while (place := self.stops_in(model, owners, kept, wide, met, context)) is not None:
+            if place in met or not constants(model.get_submodule(place)):
+                break
+            met.append(place)
+        return met
+
+    def widen(
+        self,
+        model: nn.Module,
+        owners: Mapping[str, nn.Module],
+        kept: dict[str, str],
+        wide: dict[str, bool],
+        met: Sequence[str],
+        context: Context,
+    ) -> None:
+        """Keep the neighbours of layers whose outputs stay in fp32 as well, until no operator meets two types."""
+        around = {path for path, stays in wide.items() if stays}
+        while around - {""} and self.stops_in(model, owners, kept, wide, met, context) is not None:
+            around = {path.rpartition(".")[0] for path in around}
+            inside = [path for path in owners if any(is_within(path, place) for place in around)]
+            said = "it works together with a layer whose values would overflow"
+            kept |= {path: said for path in inside if path not in kept}
+            wide |= dict.fromkeys(inside, True)
+
+    def stops_in(
+        self,
+        model: nn.Module,
+        owners: Mapping[str, nn.Module],
+        kept: Mapping[str, str],
+        wide: Mapping[str, bool],
+        met: Sequence[str],
+        context: Context,
+    ) -> str | None:
+        """The module in which the model stops with these layers kept, because an operator meets two types; or None."""
+        converted = self.rewrite(share(model), self.drafted(owners, kept, wide, met))
+        inside: list[str] = []
+        looks = [
+            Look(module, before=partial(entered, inside, path), after=partial(left, inside))
+            for path, module in converted.named_modules()
+        ]
         try:
-            with torch.no_grad(), evaluating(converted):
+            with torch.no_grad(), evaluating(converted), looking(looks):
                 converted(**context.calibration[0])
         except RuntimeError:
-            return False
-        return True
+            return inside[-1]
+        return None
 
-    def drafted(self, owners: Mapping[str, nn.Module], kept: Mapping[str, str], wide: Mapping[str, bool]) -> Plan:
+    def drafted(
+        self,
+        owners: Mapping[str, nn.Module],
+        kept: Mapping[str, str],
+        wide: Mapping[str, bool],
+        met: Sequence[str],
+    ) -> Plan:
         """A plan that converts all but the kept layers; the outputs of wide ones stay in fp32 too."""
         choice = {path: {"dtype": self.dtype} for path in owners if path not in kept}
         held = {path: {"wide": bool(wide.get(path))} for path in kept}
-        return Plan(choice=choice, skipped=kept, facts={"kept": held})
+        return Plan(choice=choice, skipped=kept, facts={"kept": held, **({"constants": list(met)} if met else {})})
 
     def tried(self, model: nn.Module, plan: Plan, context: Context) -> Trial:
         """Run the converted model in true half precision, and the original beside it, on the calibration inputs."""
@@ -199,6 +230,9 @@ class ConvertDtype(Pass):
             take(module)
             if plan.facts.get("alone"):  # among layers of other types: what it gives is what they take
                 give(module, torch.float32)
+        for path in plan.facts.get("constants", ()):
+            module = model.get_submodule(path)
+            module._buffers |= {name: buffer.to(dtype) for name, buffer in constants(module).items()}
         for path, entry in plan.facts["kept"].items():
             module = model.get_submodule(path)
             take(module)
@@ -267,7 +301,7 @@ class OverflowWatch(TorchDispatchMode):
         self.looks = ExitStack()
         self.looks.enter_context(
             looking(
-                Look(module, before=partial(self.enter, path), after=partial(self.leave, path))
+                Look(module, before=partial(entered, self.inside, path), after=partial(self.leave, path))
                 for path, module in self.model.named_modules()
             )
         )
@@ -278,10 +312,6 @@ class OverflowWatch(TorchDispatchMode):
         """End, and take the hooks away."""
         super().__exit__(*failure)
         self.looks.close()
-
-    def enter(self, path: str, args: Any, kwargs: Any) -> None:
-        """Note that a module begins."""
-        self.inside.append(path)
 
     def leave(self, path: str, args: Any, kwargs: Any, result: Any) -> None:
         """Note that a module ends, and whose output this is."""
@@ -325,6 +355,21 @@ def running(module: nn.Module) -> dict[str, Tensor]:
     if not isinstance(module, _NormBase):
         return {}
     return {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_floating_point()}
+
+
+def constants(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own buffers in fp32."""
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.dtype == torch.float32}
+
+
+def entered(inside: list[str], path: str, args: Any, kwargs: Any) -> None:
+    """Note that a module begins."""
+    inside.append(path)
+
+
+def left(inside: list[str], args: Any, kwargs: Any, result: Any) -> None:
+    """Note that the innermost module ends."""
+    inside.pop()
 
 
 def take(module: nn.Module) -> None:

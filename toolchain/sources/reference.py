@@ -56,7 +56,7 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
         name=f"{name}:{size}",
         module=net,
         inputs=module.inputs(config),
-        outputs=module.OUTPUTS,
+        outputs=outputs_of(module, config),
         weights=said,
         published=getattr(module, "FIGURES", {}).get(size, ()),
         files=files,
@@ -68,6 +68,12 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
 def sizes_of(module: Any) -> dict[str, Any]:
     """Every size of a model file, by name."""
     return {**module.PUBLISHED, **module.SHIPPED, "tiny": module.TINY}
+
+
+def outputs_of(module: Any, config: Any) -> tuple[str, ...]:
+    """Names of what a size of a model file puts out; most files say it of all sizes alike."""
+    names: tuple[str, ...] = module.outputs(config) if hasattr(module, "outputs") else module.OUTPUTS
+    return names
 
 
 def fill_zeros(net: nn.Module, seed: int) -> None:

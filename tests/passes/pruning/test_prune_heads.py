@@ -6,6 +6,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.models.blocks.transformer import SelfAttention
+from enginewright.models.voice.vevo import decoder
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.pruning.prune_heads import PruneHeads
 from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
@@ -436,3 +437,10 @@ def test_a_pruned_model_exports_and_runs(dit, tmp_path):
     (output,) = session.run(None, {name: tensor.numpy() for name, tensor in dit.inputs.items()})
 
     torch.testing.assert_close(torch.from_numpy(output), dit.output(model), atol=1e-4, rtol=0)
+
+
+def test_heads_whose_keys_are_a_sequences_state_are_left_alone():
+    model = decoder.build(decoder.TINY).eval()
+    result = PruneHeads(share=0.25).apply(model, Context())
+    assert not result.changed
+    assert "a sequence's state holds its keys" in result.plan.skipped["networks.model.decoder.layers.0.self_attn"]

@@ -32,6 +32,38 @@ def test_every_family_computes_in_16_bits_and_answers_in_32(subject, dtype):
     assert abs(result.plan.facts["error"] - error) < 1e-3
 
 
+class Filtered(nn.Module):
+    """A convolution with a constant kernel takes what a layer gives; another constant is added, which may be fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.fir = nn.Conv2d(3, 3, 1), Fir()
+        self.register_buffer("offset", torch.full((3, 1, 1), 1 / 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fir(self.layer(x)) + self.offset
+
+
+class Fir(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.rand(3, 1, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, self.kernel, groups=3)
+
+
+def test_a_constant_that_an_operator_takes_beside_converted_values_is_converted_and_no_other(calm):
+    inputs = {"x": torch.randn(2, 3, 5, 5)}
+    model = Filtered().eval()
+    wanted = model(**inputs)
+    result = ConvertDtype().apply(model, context_for(inputs))
+
+    assert result.plan.facts["constants"] == ["fir"]
+    assert (result.model.fir.kernel.dtype, result.model.offset.dtype) == (torch.float16, torch.float32)
+    torch.testing.assert_close(result.model(**inputs), wanted, atol=5e-3, rtol=5e-3)
+
+
 class Loud(nn.Module):
     """The first layer's values are far above what 16 bits hold; a norm brings them back."""
 

@@ -103,7 +103,8 @@ PUBLISHED = {
 }
 SHIPPED: dict[str, Config] = {}
 TINY = small("denoiser")
-OUTPUTS = ("tokens", "latents")
+OUTPUTS = {"encoder": "tokens", "denoiser": "prediction", "autoregressive": "logits"}
+"""What each network gives beside latents."""
 
 
 class Block(nn.Module):
@@ -379,6 +380,11 @@ NETWORKS: dict[str, type[Encoder | Denoiser | Autoregressive]] = {
 def build(config: Config) -> Encoder | Denoiser | Autoregressive:
     """The network that the size names, with the authors' start."""
     return NETWORKS[config.network](config)
+
+
+def outputs(config: Config) -> tuple[str, ...]:
+    """Names of what a network gives."""
+    return OUTPUTS[config.network], "latents"
 
 
 def inputs(config: Config) -> tuple[InputSpec, ...]:

@@ -39,7 +39,7 @@ def features(batch: int = 2, frames: int = 40) -> Tensor:
 
 
 def test_the_published_content_tokenizer_has_the_counted_parameters() -> None:
-    config = tokenizers.PUBLISHED_CONTENT["emilia"]
+    config = tokenizers.PUBLISHED["content"]
     with torch.device("meta"):
         encoder, decoder = tokenizers.ContentTokenizer(config), tokenizers.ContentDecoder(config)
     assert count(encoder) == 29_362_176  # 29.36 M
@@ -49,7 +49,7 @@ def test_the_published_content_tokenizer_has_the_counted_parameters() -> None:
 
 def test_the_published_content_style_tokenizer_has_the_counted_parameters() -> None:
     """But for the scales of weight norm, one for each feature that the two projections write."""
-    config = tokenizers.PUBLISHED_CONTENT_STYLE["emilia"]
+    config = tokenizers.PUBLISHED["content-style"]
     with torch.device("meta"):
         encoder, decoder = tokenizers.ContentStyleTokenizer(config), tokenizers.ContentStyleDecoder(config)
     assert count(encoder) + 8 == 22_176_656  # 22.18 M

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.models.blocks.llama import Angles, Attention, GatedMlp, Rotary, scale_to_unit_rms
 
 
@@ -40,7 +41,9 @@ class Config:
 
 
 PUBLISHED = {"emilia": Config(depth=16, width=1024, heads=16, hidden=4096)}
+SHIPPED: dict[str, Config] = {}
 TINY = Config(depth=2, width=64, heads=4, hidden=256, codes=32, longest=256)
+OUTPUTS = ("velocity",)
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -146,3 +149,20 @@ class Flow(nn.Module):
         """Codes (B, T) -> (B, T, D), the same at every time; "no condition" is a zero before the MLP."""
         known = (codes < self.config.codes)[..., None]
         return self.cond_mlp(self.cond_emb(codes.clamp(max=self.config.codes - 1)) * known)
+
+
+def build(config: Config) -> Flow:
+    """The flow, started at random."""
+    return Flow(config)
+
+
+def inputs(config: Config) -> tuple[InputSpec, ...]:
+    """Noisy frames, a time, a code for each frame (one more stands for none), and which frames are no padding."""
+    batch = Dim(name="batch", low=1, typical=1, high=4)
+    frames = Dim(name="frames", low=1, typical=config.longest // 8, high=config.longest)
+    return (
+        InputSpec(name="x", role="sample", shape=(batch, frames, config.mels)),
+        InputSpec(name="t", role="timestep", shape=(batch,), low=0, high=1),
+        InputSpec(name="codes", role="condition", shape=(batch, frames), dtype="int64", low=0, high=config.codes + 1),
+        InputSpec(name="mask", role="mask", shape=(batch, frames), default=1),
+    )

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.models.voice.vevo.vocoder import Backbone
 
 
@@ -49,10 +50,16 @@ class ContentStyleConfig:
     codes: int = 8192
 
 
-PUBLISHED_CONTENT = {"emilia": ContentConfig()}
-PUBLISHED_CONTENT_STYLE = {"emilia": ContentStyleConfig()}
 TINY_CONTENT = ContentConfig(width=64, features=32, code_dim=32, codes=8)
 TINY_CONTENT_STYLE = ContentStyleConfig(width=64, hidden=128, depth=2, features=32, codes=32)
+PUBLISHED = {
+    "content": ContentConfig(),
+    "content-style": ContentStyleConfig(),
+    "content-style-tiny": TINY_CONTENT_STYLE,
+}
+SHIPPED: dict[str, ContentConfig] = {}
+TINY = TINY_CONTENT
+OUTPUTS = ("codes",)
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
@@ -92,8 +99,8 @@ class ContentTokenizer(nn.Module):
             blocks += [*residual_units(config), nn.Conv1d(config.width, config.width, 3, padding=1)]
         self.encoder = nn.Sequential(nn.Conv1d(config.features, config.width, 3, padding=1, bias=False), *blocks)
         self.projector = nn.Conv1d(config.width, config.code_dim, 3, padding=1, bias=False)
-        # Learned as moving averages, not by gradients.
-        self.register_buffer("codebook", torch.randn(config.codes, config.code_dim))
+        # Learned as moving averages, not by gradients; at the start as large as what it is compared with.
+        self.register_buffer("codebook", 0.1 * torch.randn(config.codes, config.code_dim))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, T, C) -> codes (B, T) int64."""
@@ -156,3 +163,15 @@ class ContentStyleDecoder(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         """Codebook vectors (B, T, E), as they are learned, not scaled to unit length -> features (B, T, C)."""
         return self.out(self.decoder(self.out_project(vectors).transpose(1, 2)))
+
+
+def build(config: ContentConfig | ContentStyleConfig) -> ContentTokenizer | ContentStyleTokenizer:
+    """The tokenizer that a size is of, started at random."""
+    return ContentTokenizer(config) if isinstance(config, ContentConfig) else ContentStyleTokenizer(config)
+
+
+def inputs(config: ContentConfig | ContentStyleConfig) -> tuple[InputSpec, ...]:
+    """Features of two seconds of speech by default, at most of forty."""
+    batch = Dim(name="batch", low=1, typical=1, high=4)
+    frames = Dim(name="frames", low=1, typical=100, high=2000)
+    return (InputSpec(name="features", role="sample", shape=(batch, frames, config.features)),)

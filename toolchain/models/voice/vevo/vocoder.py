@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from enginewright.ground.signature import Dim, InputSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -35,7 +37,9 @@ class Config:
 
 
 PUBLISHED = {"emilia": Config(depth=30, width=1024, hidden=4096)}
+SHIPPED: dict[str, Config] = {}
 TINY = Config(depth=2, width=64, hidden=128, n_fft=32, hop=8)
+OUTPUTS = ("wave",)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -144,3 +148,15 @@ class Vocoder(nn.Module):
     def forward(self, mel: Tensor) -> Tensor:
         """Mel (B, C, T), 50 frames a second -> wave (B, hop * T), 24 kHz."""
         return self.head(self.backbone(mel))
+
+
+def build(config: Config) -> Vocoder:
+    """The vocoder, started at random."""
+    return Vocoder(config)
+
+
+def inputs(config: Config) -> tuple[InputSpec, ...]:
+    """Normalised mel frames: by default of two seconds, at most of forty."""
+    batch = Dim(name="batch", low=1, typical=1, high=4)
+    frames = Dim(name="frames", low=1, typical=100, high=2000)
+    return (InputSpec(name="mel", role="sample", shape=(batch, config.mels, frames)),)
