@@ -5,6 +5,8 @@ Shapes: B batch, N tokens, D width, H heads.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,11 +17,11 @@ class SelfAttention(nn.Module):
     The number of heads and the width of a head are kept apart from the model's width, so that heads can be removed.
     """
 
-    def __init__(self, width: int, heads: int, *, head_dim: int | None = None) -> None:
+    def __init__(self, width: int, heads: int, *, head_dim: int | None = None, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim or width // heads
-        self.qkv = nn.Linear(width, 3 * heads * self.head_dim)
+        self.qkv = nn.Linear(width, 3 * heads * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(heads * self.head_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,9 +34,9 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them; approximated by a tanh unless ``approximate`` is ``none``."""
+    """Two linear layers with a GELU between them, by default approximated by tanh."""
 
-    def __init__(self, width: int, hidden: int, *, approximate: str = "tanh") -> None:
+    def __init__(self, width: int, hidden: int, *, approximate: Literal["tanh", "none"] = "tanh") -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.act = nn.GELU(approximate=approximate)
