@@ -143,6 +143,12 @@ def test_heads_of_words_are_narrow_and_heads_of_patches_64_wide() -> None:
     }
 
 
+def test_norms_are_those_of_the_release() -> None:
+    norms = [module for module in meta("S").modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 2 + 12 * 6 + 1
+    assert {norm.eps for norm in norms} == {1e-5}
+
+
 @torch.no_grad()
 def test_words_see_no_pixel_of_another_patch() -> None:
     words, image = loud(tnt.Words(TINY)), images(1)
@@ -156,7 +162,7 @@ def test_words_see_no_pixel_of_another_patch() -> None:
 def test_a_patch_is_cut_into_words_as_a_padded_picture_of_its_own_is() -> None:
     words, image = loud(tnt.Words(TINY)), images(1)
     patch = F.pad(image[0, :, 16:32, 32:48], (3, 3, 3, 3))
-    row, column = 2, 3
+    row, column = 0, 3
     window = patch[:, 4 * row : 4 * row + 7, 4 * column : 4 * column + 7]
     wanted = torch.einsum("eckl,ckl->e", words.proj.weight, window) + words.proj.bias
     wanted = wanted + words.position[0, 4 * row + column]
