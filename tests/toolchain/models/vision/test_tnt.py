@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ RELEASE = (
 )
 
 
+@cache
 def meta(size: str) -> nn.Module:
     with torch.device("meta"):
         return tnt.build(tnt.PUBLISHED[size])
