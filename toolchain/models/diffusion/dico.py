@@ -7,8 +7,8 @@ differs from it:
 * Maps lie channels last between convolutions, and 1x1 convolutions are linear layers: :func:`from_release` turns the
   release's weights into these. Layer norms over channels then need no transposes of their own.
 * The mean over a map is taken in float32.
-* Labels are never dropped at random, which only training needs; guidance (the release guides the first 3 of 4 channels)
-  is the sampler's.
+* Labels are never dropped at random, which only training needs. Guidance is the sampler's, or that of the pass
+  ``merge_guidance``, which guides the first 3 of 4 channels, as the release does, with ``channels=3``.
 * Digits, which the release has not, are drawn as ``dit:digits`` draws them: weights given for them predict velocity.
 
 There is no code of positions, so that one network takes maps of any size that halves twice.
