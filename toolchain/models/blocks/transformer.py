@@ -17,11 +17,11 @@ class SelfAttention(nn.Module):
     The number of heads and the width of a head are kept apart from the model's width, so that heads can be removed.
     """
 
-    def __init__(self, width: int, heads: int, *, head_dim: int | None = None) -> None:
+    def __init__(self, width: int, heads: int, *, head_dim: int | None = None, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim or width // heads
-        self.qkv = nn.Linear(width, 3 * heads * self.head_dim)
+        self.qkv = nn.Linear(width, 3 * heads * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(heads * self.head_dim, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -9,7 +9,6 @@ Shapes: B batch, C channels, S image side, P patch, N = (S/P)^2 tokens, D width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.ground.signature import Arrays, Dim, InputSpec
+from enginewright.models.blocks.embedders import LabelEmbedder, TimestepEmbedder
 from enginewright.models.blocks.transformer import Mlp, SelfAttention
 from enginewright.sources.contract import Published
 from enginewright.validation.contract import SamplingTask
@@ -69,37 +69,6 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X (B, C, S, S) -> (B, N, D)."""
         return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoids of the timestep, then a two-layer MLP."""
-
-    FREQUENCIES = 128
-    frequencies: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        rate = -math.log(10000) / self.FREQUENCIES
-        # Not persistent: the authors' checkpoints do not carry this table.
-        self.register_buffer("frequencies", torch.exp(rate * torch.arange(self.FREQUENCIES)), persistent=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """T (B,) in diffusion steps -> (B, D)."""
-        angle = t[:, None].float() * self.frequencies  # (B, 128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """A row for each class, and a last row for "no class", which classifier-free guidance needs."""
-
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Y (B,) -> (B, D)."""
-        return self.embedding_table(y)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
