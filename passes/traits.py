@@ -103,6 +103,13 @@ class FeedForward(ABC):
         """
 
 
+class StreamBlock:
+    """Declared by a class of blocks whose ``forward`` takes a stream first and gives one of the same shape.
+
+    A list of such blocks is a stack. It is believed as any other is: after a call has been followed.
+    """
+
+
 @dataclass(frozen=True)
 class BlockStack:
     """Blocks of one kind in a row, each of which takes what the one before it gave: most of them can be left out.

@@ -10,7 +10,7 @@ from enginewright.passes.kernel.surgery import (
     projected_attention,
     projected_feed_forward,
 )
-from enginewright.passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, only
+from enginewright.passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, StreamBlock, only
 
 
 def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
@@ -42,10 +42,10 @@ def feed_forward(module: nn.Module) -> FeedForward | None:
 
 
 def stack(module: nn.Module) -> BlockStack | None:
-    """A list of blocks that have ``attn`` and ``mlp``."""
+    """A list of blocks that declare themselves, or that have ``attn`` and ``mlp``."""
     if not isinstance(module, nn.ModuleList) or not len(module):
         return None
-    fits = all(hasattr(block, "attn") and hasattr(block, "mlp") for block in module)
+    fits = all(isinstance(block, StreamBlock) or (hasattr(block, "attn") and hasattr(block, "mlp")) for block in module)
     return BlockStack(module) if fits else None
 
 

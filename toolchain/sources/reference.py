@@ -52,6 +52,7 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
         fill(net, stored.read(weights), where=weights)
         said = "trained, shipped" if weights == shipped else f"from {weights.name}"
     net.eval()
+    at_work = weights is not None or not getattr(module, "JOB_NEEDS_TRAINING", True)
     return Model(
         name=f"{name}:{size}",
         module=net,
@@ -60,8 +61,8 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
         weights=said,
         published=getattr(module, "FIGURES", {}).get(size, ()),
         files=files,
-        task=module.task(size, config) if hasattr(module, "task") else None,
-        realistic=module.realistic(net, size, config) if hasattr(module, "realistic") else None,
+        task=module.task(size, config) if at_work and hasattr(module, "task") else None,
+        realistic=module.realistic(net, size, config) if at_work and hasattr(module, "realistic") else None,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.models.blocks.embedders import LabelEmbedder, TimestepEmbedder
 from enginewright.models.blocks.transformer import Mlp, SelfAttention
+from enginewright.passes.traits import StreamBlock
 from enginewright.sources.contract import Published
 from enginewright.validation.contract import SamplingTask
 
@@ -76,7 +77,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class Block(nn.Module):
+class Block(nn.Module, StreamBlock):
     """Attention and MLP, each with shift, scale and gate from the condition (adaLN-zero)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:

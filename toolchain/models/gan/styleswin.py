@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.program import Network, in_turn
 from enginewright.ground.signature import Dim, InputSpec
+from enginewright.models.blocks.transformer import Mlp
 from enginewright.passes.networks import Networks
 from enginewright.sources.contract import Published
 
@@ -216,8 +217,7 @@ class Block(nn.Module):
         self.norm1 = AdaptiveInstanceNorm(width, config.latent)
         self.attn = DoubleAttention(width, side, config.window)
         self.norm2 = AdaptiveInstanceNorm(width, config.latent)
-        hidden = config.mlp_ratio * width
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = Mlp(width, config.mlp_ratio * width, approximate="none")
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x (B, S*S, C), w (B, L) -> (B, S*S, C)."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
 from enginewright.models.blocks.transformer import Mlp
+from enginewright.passes.traits import StreamBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class WideAttention(nn.Module):
         return self.proj(torch.cat(parts, dim=1).transpose(1, 2).flatten(2))
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, StreamBlock):
     """Attention and an MLP, each after a norm: the place of norms and the MLP's GELU are not given in the paper."""
 
     def __init__(self, config: Config) -> None:

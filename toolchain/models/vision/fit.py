@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
 from enginewright.models.blocks.transformer import Mlp, SelfAttention
+from enginewright.passes.traits import StreamBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ OUTPUTS = {"encoder": "tokens", "denoiser": "prediction", "autoregressive": "log
 """What each network gives beside latents."""
 
 
-class Block(nn.Module):
+class Block(nn.Module, StreamBlock):
     """Self-attention and an MLP, each after a norm."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:

@@ -91,6 +91,8 @@ TINY = Config(depth=2, width=64, heads=4, hidden=256, texts=16, contents=8, outp
 
 SHIPPED: dict[str, Config] = {}
 OUTPUTS = ("logits",)
+JOB_NEEDS_TRAINING = False
+"""Whether runs from prompts say nothing of random weights: engines must go on as the model does with any."""
 
 
 class DecoderLayer(nn.Module):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
 from enginewright.models.blocks.llama import Angles, Attention, GatedMlp, Rotary, scale_to_unit_rms
+from enginewright.passes.traits import StreamBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def silu_mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
 
 
-class FlowLayer(nn.Module):
+class FlowLayer(nn.Module, StreamBlock):
     """Attention to all frames and a gated feed-forward, each after an adaptive norm and beside a residual."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
+from enginewright.passes.traits import StreamBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ TINY = Config(depth=2, width=64, hidden=128, n_fft=32, hop=8)
 OUTPUTS = ("wave",)
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(nn.Module, StreamBlock):
     """A depthwise convolution over seven frames and an MLP, scaled feature by feature, beside a residual."""
 
     def __init__(self, width: int, hidden: int, *, scale: float) -> None:
