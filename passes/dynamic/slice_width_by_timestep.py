@@ -32,7 +32,7 @@ from enginewright.passes.dynamic.masking import columns_of, mask_units
 from enginewright.passes.kernel.audit import unproven
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.probes import Call, linear_calls, probe
-from enginewright.passes.kernel.rows import shared_inputs
+from enginewright.passes.kernel.rows import repeated_rows, shared_inputs
 from enginewright.passes.kernel.schedule import calls_at, even, span_of, timestep_of
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
@@ -83,8 +83,8 @@ class SliceWidthByTimestep(Pass):
         skipped |= {path: disproved[own] for path in layers if (own := path.removesuffix(":ffn")) in disproved}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
         told = self.told(context) if layers else self
-        scores, costs = told.scores(model, layers, context) if layers else ({}, {})
-        skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in scores}
+        scores, costs, elsewhere = told.scores(model, layers, context) if layers else ({}, {}, {})
+        skipped |= elsewhere | {path: "the calibration inputs never reach it" for path in layers if path not in costs}
         if not scores:
             return Plan(choice={}, skipped=skipped)
         masks, table, facts = self.decide(scores, costs)
@@ -172,15 +172,16 @@ class SliceWidthByTimestep(Pass):
 
     def scores(
         self, model: nn.Module, layers: Mapping[str, Layer], context: Context
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """By layer that ran: importance (T, U) of its units, and what one of them costs."""
+    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
+        """By layer that ran: importance (T, U) of its units, and what one of them costs; and why some cannot be cut."""
         linears = {path: layer.output for path, layer in layers.items()}
-        rows: dict[str, list[Tensor]] = {path: [] for path in layers}
+        found: dict[str, list[Tensor]] = {path: [] for path in layers}
+        rows: dict[str, int] = {}
         costs: dict[str, float] = {}
         calls = calls_at(context, self.timesteps, input=self.input, rows=self.rows)
         for done, call in enumerate(calls, start=1):
             totals: dict[str, Tensor] = {}
-            use = partial(self.add, layers, totals, costs)
+            use = partial(self.add, layers, totals, costs, rows)
             if self.importance == "taylor":
                 probe(model, linears, replace(context, calibration=[call], say=silent), use, at="input", what="units")
             else:
@@ -188,15 +189,23 @@ class SliceWidthByTimestep(Pass):
                     model(**call)
                 use(seen, [entry.input for entry in seen])
             for path, total in totals.items():
-                rows[path].append(total)
+                found[path].append(total)
             context.say(done, len(calls), "scoring heads and hidden units")
-        return {path: torch.stack(found) for path, found in rows.items() if found}, costs
+        own = len(calls[0][self.input].reshape(-1)) * repeated_rows(model)
+        elsewhere = {
+            path: f"it runs on {count} rows where a call has {own}, and each row of a call has its own timestep"
+            for path, count in rows.items()
+            if count != own
+        }
+        scores = {path: torch.stack(each) for path, each in found.items() if each and path not in elsewhere}
+        return scores, costs, elsewhere
 
     def add(
         self,
         layers: Mapping[str, Layer],
         totals: dict[str, Tensor],
         costs: dict[str, float],
+        rows: dict[str, int],
         calls: list[Call],
         gradients: list[Tensor],
     ) -> None:
@@ -214,6 +223,7 @@ class SliceWidthByTimestep(Pass):
                 weights = layer.output.weight.detach()[:, own].double().unflatten(1, (units, -1))
                 score = products.sum(dim=0).sqrt() * torch.linalg.vector_norm(weights, dim=(0, 2))
             totals[path] = totals[path] + score if path in totals else score
+            rows[path] = len(call.input)
             costs[path] = cost_of_unit(layer, units, tokens=call.input[0].numel() // call.input.shape[-1])
 
     def decide(

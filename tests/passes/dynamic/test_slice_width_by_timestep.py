@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import Signature
+from enginewright.models.vision import fit
 from enginewright.passes.contract import Context
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
 from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
 from enginewright.passes.networks import networks_of
+from enginewright.validation.inputs import draw
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS
 from tests.passes.joint import flux, sharing
@@ -196,3 +199,16 @@ def test_a_model_without_a_timestep_is_refused_with_its_inputs():
     with pytest.raises(ToolchainError, match="no input of the model is known to hold a timestep") as caught:
         sliced(subject, "")
     assert "its inputs: pixel_values; set input to one of them" in str(caught.value)
+
+
+def test_layers_that_run_on_groups_of_a_rows_tokens_are_left_alone():
+    torch.manual_seed(0)
+    model = fit.build(fit.TINY).eval()
+    calls = [{k: torch.from_numpy(v) for k, v in draw(fit.inputs(fit.TINY), seed=i).items()} for i in range(3)]
+    context = Context(calibration=calls, example=calls[0], signature=Signature(fit.inputs(fit.TINY)))
+    result = SliceWidthByTimestep(importance="activation", steps=4, buckets=2, groups=4).apply(model, context)
+    assert result.changed
+    assert all(".global_blocks." in path or path == "previous_mlp" for path in result.changed)
+    told = result.plan.skipped["trunk.stages.0.local_blocks.0.attn"]
+    assert told == "it runs on 16 rows where a call has 4, and each row of a call has its own timestep"
+    result.model(**calls[1])
