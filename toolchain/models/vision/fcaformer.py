@@ -58,7 +58,7 @@ PUBLISHED = {
     "L4": Config(widths=(128, 256, 512, 768), depths=(3, 6, 12, 3), heads=(16, 24)),
 }
 SHIPPED: dict[str, Config] = {}
-TINY = Config(widths=(8, 16, 32, 64), depths=(1, 1, 4, 2), heads=(2, 4), side=96, classes=10, reach=2)
+TINY = Config(widths=(8, 16, 32, 64), depths=(1, 1, 3, 1), heads=(2, 4), side=96, classes=10)
 OUTPUTS = ("logits",)
 # The products counted there include those for queries of summary tokens, which the release computes and drops.
 FIGURES = {
