@@ -8,6 +8,8 @@ parameter counts, order of operations, and outputs with the same weights (equal 
 * The biases of positions and of summary tokens are one mask, added within one fused attention. Positions are looked up
   by rows and by columns, so that no index as large as the mask is kept.
 * Layer scales start at ``Config.layer_scale``: at 1, not 1e-6, where blocks that nobody trained are as good as absent.
+* Convolutions start with outputs as large as their inputs, not with weights of 0.02. A norm follows each, so training
+  sees no difference; without it, batch norms that have met no picture let none through to the logits.
 * All four stages share one MLP; the norm that the release has inside that of attention blocks stands in the block.
 
 The plain size L0 is not here, since the release has no code for it; nor is the backbone with windows for detection.
@@ -251,10 +253,13 @@ class FcaFormer(nn.Module):
         return nn.Sequential(*(ConvBlock(width, layer_scale=config.layer_scale) for _ in range(depth)))
 
     def initialize(self) -> None:
-        """The authors' start of convolutions and linear layers."""
+        """Linear layers start small, as the authors' do; convolutions start with outputs as large as their inputs."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -268,7 +273,7 @@ class FcaFormer(nn.Module):
 
 
 def build(config: Config) -> FcaFormer:
-    """The network with the authors' start, but for its layer scales."""
+    """The network at its start."""
     return FcaFormer(config)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from enginewright import sources
 from enginewright.models.vision import fcaformer
 from enginewright.models.vision.fcaformer import TINY, FcaBlock, FcaFormer, FcaStage, ForwardCrossAttention, NormedConv
 from enginewright.passes.contract import macs_of_shapes
@@ -218,6 +219,12 @@ def test_layer_scales_start_where_the_size_says() -> None:
         scales = [p for name, p in net.named_parameters() if name.rpartition(".")[2] in ("scale", "scale1", "scale2")]
         assert len(scales) == 2 + 2 * 4
         assert all(torch.equal(scale, torch.full_like(scale, start)) for scale in scales)
+
+
+@torch.no_grad()
+def test_the_logits_of_an_untrained_network_depend_on_the_picture() -> None:
+    logits = sources.load("fcaformer:tiny").module(torch.randn(2, 3, 96, 96))
+    assert (logits[0] - logits[1]).norm() > 0.03 * logits[0].norm()
 
 
 def test_the_onnx_file_classifies_any_number_of_pictures(tmp_path: Path) -> None:
