@@ -1,14 +1,14 @@
-"""DRSformer: take rain off a picture by attention among channels that keeps each row's largest scores, at four sparsities.
+"""DRSformer: take rain off a picture by attention among channels, in which only the largest scores of a row count.
 
-Source: Chen et al. 2023, arXiv:2303.11950, section 3. Checked against cschenxiang/DRSformer at commit e77bbb4: parameter
-counts, order of operations, and outputs with the same weights (equal to 3e-13 where all is float64). What differs:
+Source: Chen et al. 2023, arXiv:2303.11950, section 3. Checked against cschenxiang/DRSformer at commit e77bbb4:
+parameter counts, order of operations, and outputs with the same weights (equal to 3e-13 where all is float64). What
+differs:
 
 * The four sparse attentions are one matrix: their softmaxes are blended by the learned weights first, and multiply the
-  values once, not four times. Which scores stay is a comparison with the K-th largest of each row, from one sorted list
-  for all four; the release finds them four times and writes masks. Where scores tie at a threshold, all of them stay.
-* Queries and keys are divided by their lengths after their product, not before: that is done on C/H x C/H scores in place
-  of two whole maps. Lengths, scores and choice are in float32 whatever the rest is in, since half precision overflows on
-  sums over a picture, and ties.
+  values once, not four times. What stays is what is no less than the K-th largest score of its row; one sorted list
+  tells that for every K. The release sorts four times and writes masks. Scores that tie at a threshold all stay.
+* Queries and keys are divided by their lengths after their product: on C/H x C/H scores, not on two whole maps. Lengths,
+  scores and choice are in float32 whatever the rest is in: half precision overflows on sums over a picture, and ties.
 * The outputs of the experts are scaled in one product, not each on its own.
 * The four weights of the blend are one parameter.
 
@@ -50,11 +50,19 @@ class Config:
 
 PUBLISHED = {
     "full": Config(),
-    "without-experts": Config(steps=0),  # trained for Rain200L and SPA-Data, whose rain is simpler
+    "without-experts": Config(steps=0),  # of Rain200L and SPA-Data, whose rain is simpler
 }
 SHIPPED: dict[str, Config] = {}
-TINY = Config(width=10, blocks=(1, 1, 1, 1), steps=2, sides=(16, 32, 64))
+TINY = Config(width=10, blocks=(1, 0, 0, 1), steps=1, sides=(16, 32, 64))
 OUTPUTS = ("derained",)
+FIGURES = {
+    "full": (
+        # Of a public list of networks for deraining, from memory. Its products, of a picture of 256 x 256, are those of
+        # the release, which multiplies the values four times; once, as here, they are 229.4 G.
+        Published(figure="parameter_count", value="33.66 M", source="a public list, from memory"),
+        Published(figure="macs", value="243.0 G", source="a public list, from memory"),
+    )
+}
 KEPT = ((1, 2), (2, 3), (3, 4), (4, 5))
 """The shares of a row of scores that the four sparse attentions keep, as fractions; rounded down."""
 
@@ -105,10 +113,10 @@ class SparseChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, Y, X) -> (B, C, Y, X)."""
-        qkv = self.qkv_depthwise(self.qkv(x)).unflatten(1, (3, self.heads, -1))  # (B, 3, H, d, Y, X)
-        q, k, v = qkv.flatten(4).unbind(1)  # each (B, H, d, P)
+        qkv = self.qkv_depthwise(self.qkv(x)).flatten(2)  # (B, 3C, P)
+        q, k, v = (part.unflatten(1, (self.heads, -1)) for part in qkv.chunk(3, dim=1))  # each (B, H, d, P)
         y = self.weights(self.scores(q, k)).to(v.dtype) @ v  # (B, H, d, P)
-        return self.out(y.unflatten(3, x.shape[2:]).flatten(1, 2))
+        return self.out(y.flatten(1, 2).unflatten(2, x.shape[2:]))
 
 
 class MixedScaleFeedForward(nn.Module):
@@ -177,9 +185,9 @@ class ExpertStep(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """x (B, C, Y, X), weights (B, E) -> (B, C, Y, X)."""
-        found = torch.stack([expert(x) for expert in self.experts], dim=1)  # (B, E, C, Y, X)
-        y = (found * weights[:, :, None, None, None]).flatten(1, 2)  # (B, E*C, Y, X)
-        return F.relu(F.relu(self.join(y)) + x)
+        found = torch.cat([expert(x) for expert in self.experts], dim=1)  # (B, E*C, Y, X)
+        scale = weights[:, :, None].expand(-1, -1, x.shape[1]).flatten(1)[..., None, None]  # (B, E*C, 1, 1)
+        return F.relu(F.relu(self.join(scale * found)) + x)
 
 
 class MixtureOfExperts(nn.Module):
@@ -257,7 +265,5 @@ def inputs(config: Config) -> tuple[InputSpec, ...]:
     """Rainy pictures with colours from 0 to 1."""
     low, typical, high = config.sides
     batch = Dim(name="batch", low=1, typical=1, high=4)
-    height, width = (
-        Dim(name=name, low=low, typical=typical, high=high, multiple_of=8) for name in ("height", "width")
-    )
+    height, width = (Dim(name=name, low=low, typical=typical, high=high, multiple_of=8) for name in ("height", "width"))
     return (InputSpec(name="image", role="sample", shape=(batch, 3, height, width), low=0, high=1),)
