@@ -7,9 +7,10 @@ differs:
 * The four sparse attentions are one matrix: their softmaxes are blended by the learned weights first, and multiply the
   values once, not four times. What stays is what is no less than the K-th largest score of its row; one sorted list
   tells that for every K. The release sorts four times and writes masks. Scores that tie at a threshold all stay.
-* Queries and keys are divided by their lengths after their product: on C/H x C/H scores, not on two whole maps. Lengths,
+* Queries and keys are divided by their lengths after their product: C/H x C/H scores are, not two whole maps. Lengths,
   scores and choice are in float32 whatever the rest is in: half precision overflows on sums over a picture, and ties.
-* The outputs of the experts are scaled in one product, not each on its own.
+* The outputs of the experts are scaled in one product, not each on its own. Of the ReLUs after them, the one that never
+  meets a negative number is left out: a step adds what a ReLU gave to what another did.
 * The four weights of the blend are one parameter.
 
 Shapes: B batch; a map has C channels, Y rows and X columns, P = Y*X places; H heads, d = C/H; E = 8 experts.
@@ -184,10 +185,10 @@ class ExpertStep(nn.Module):
         self.join = conv(self.EXPERTS * width, width, 1)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """x (B, C, Y, X), weights (B, E) -> (B, C, Y, X)."""
+        """x (B, C, Y, X), of which no value is negative, and weights (B, E) -> (B, C, Y, X), likewise."""
         found = torch.cat([expert(x) for expert in self.experts], dim=1)  # (B, E*C, Y, X)
         scale = weights[:, :, None].expand(-1, -1, x.shape[1]).flatten(1)[..., None, None]  # (B, E*C, 1, 1)
-        return F.relu(F.relu(self.join(scale * found)) + x)
+        return F.relu(self.join(scale * found)) + x
 
 
 class MixtureOfExperts(nn.Module):
