@@ -79,7 +79,7 @@ class Context:
         score_of: what a parameter ``score`` names, as a function of a model; higher is better.
         losses_of: what a parameter ``losses`` names, as a function of a model: a loss for each sample, (B,).
         say: called with (done, total, text) for progress.
-        put: called with each layer that was rewritten; may move its new tensors to disk.
+        offload: called with each layer that was rewritten; may move its new tensors to disk.
         draw: (count, seed) -> new calls like those of calibration, which meet neither them nor validation's; None
             where the model's source cannot make any.
         calls_in: the calls of a safetensors file with an array for each input.
@@ -95,7 +95,7 @@ class Context:
     score_of: Callable[[str], Score] = lambda text: no_score(text)
     losses_of: Callable[[str], Losses] = lambda text: no_losses(text)
     say: Callable[[int, int, str], None] = lambda done, total, text: None
-    put: Callable[[nn.Module], None] = lambda layer: None
+    offload: Callable[[nn.Module], None] = lambda layer: None
     draw: Callable[[int, int], list[Inputs]] | None = None
     calls_in: Callable[[str], list[Inputs]] = lambda text: no_calls(text)
     teacher_of: Callable[[str], nn.Module] = lambda text: no_teacher(text)
@@ -392,7 +392,7 @@ class Pass(BaseModel, ABC):
                 if path in olds and (new := module_at(model, path)) is not None:
                     follow(olds[path], new, places[id(olds[path])])
                 if self.by_layer:
-                    context.put(model.get_submodule(path))
+                    context.offload(model.get_submodule(path))
         return model
 
 

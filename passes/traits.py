@@ -96,7 +96,7 @@ class FeedForward(ABC):
         """A module x (..., D) -> (..., D) of these units alone, with the output's bias; shares nothing that changes."""
 
     @abstractmethod
-    def put(self, model: nn.Module, path: str, module: nn.Module) -> None:
+    def replace_in(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Put a module x (..., D) -> (..., D) in the place of the whole layer, which the model has at ``path``.
 
         Raises ``ToolchainError`` where it cannot be told apart from what surrounds it.
@@ -192,7 +192,7 @@ class TokenBlock(ABC):
         """Tokens (B, N, D), and the same -> what a block gives."""
         return x
 
-    def at(self, rows: Tensor) -> None:
+    def keep_positions(self, rows: Tensor) -> None:
         """From now on tokens are those of these rows of the start (B, n), where attention reads positions."""
         del rows  # it does not, unless a family says so
 
@@ -260,12 +260,12 @@ class TokenStack:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """In order."""
+        """The blocks, in order."""
         blocks = getattr(self.holder, self.name)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
-    def put(self, run: nn.Module) -> None:
+    def replace_blocks(self, run: nn.Module) -> None:
         """Put one module, called as a block is, in the place of all blocks. Spent afterwards: ask anew."""
         whole = nn.ModuleList([run])
         whole.training = self.blocks.training

@@ -32,7 +32,7 @@ def blocks(report: Report) -> list[Line | Rows]:
     ]
     if report.gates:
         found += [Line(summary.headline(report)), gates(report)]
-    found += [Line(""), *(Line(f"{target.name}: {said(report, target)}") for target in report.targets)]
+    found += [Line(""), *(Line(f"{target.name}: {sentence_on(report, target)}") for target in report.targets)]
     measured = [target for target in report.targets if target.fidelity or target.quality]
     if measured:
         found.append(Rows(("TARGET", "COPY", "COSINE", "RELATIVE L2", "QUALITY"), [row(each) for each in measured]))
@@ -53,7 +53,7 @@ def gates(report: Report) -> Rows:
     return Rows(("GATE", "TARGET", "BOUND", "VALUE", "REASON"), summary.gate_rows(report))
 
 
-def said(report: Report, target: TargetRecord) -> str:
+def sentence_on(report: Report, target: TargetRecord) -> str:
     """One target in a sentence: what is to be copied, how fast."""
     if not target.built:
         return f"not built: {summary.why_not_measured(report, target)}"

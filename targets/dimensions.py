@@ -130,7 +130,7 @@ def refuse_narrowed(program: Any, axes: Axes, conclusions: Callable[[], list[str
                     faults[entry[0]] = (str(user), axis, entry, found)
     if faults:
         said = conclusions()
-        raise_faults([told(*fault, reason(fault[2][0], axes, said)) for fault in faults.values()])
+        raise_faults([narrower_than_declared(*fault, reason(fault[2][0], axes, said)) for fault in faults.values()])
 
 
 def narrowed(size: Any, entry: Entry, ranges: Mapping[Any, Any]) -> Entry | str | None:
@@ -157,7 +157,7 @@ def narrowed(size: Any, entry: Entry, ranges: Mapping[Any, Any]) -> Entry | str 
     return (name, smallest, largest) if step == 1 else (name, smallest, largest, step)
 
 
-def told(user: str, axis: int, entry: Entry, found: Entry | str, where: str | None) -> ToolchainError:
+def narrower_than_declared(user: str, axis: int, entry: Entry, found: Entry | str, where: str | None) -> ToolchainError:
     """The error for a dimension that holds for fewer sizes than it was declared with."""
     name, low, high, *_ = entry
     if isinstance(found, str):

@@ -71,7 +71,7 @@ def staging(out: Path, *, force: bool) -> Iterator[Path]:
             with in_words(name, out):
                 settle(folder)
                 with turn(out.parent):
-                    put(place, out, force=force)
+                    publish(place, out, force=force)
                 synced(out.parent)
     finally:
         for parent in made:
@@ -153,7 +153,7 @@ def heal_absent(out: Path) -> None:
             heal(out)
 
 
-def put(place: Path, out: Path, *, force: bool) -> None:
+def publish(place: Path, out: Path, *, force: bool) -> None:
     """Let the finished folder in a workplace become ``out``, and what is there, if it is ours, go into the workplace.
 
     Raises:

@@ -45,8 +45,8 @@ from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.passes.networks import networks_of, program_of
 from enginewright.programs import (
     called_as,
-    fed,
     graph_of,
+    inputs_of_network,
     notes_of,
     part_in_two,
     parts_for,
@@ -140,7 +140,7 @@ class Run:
                 self.state = state
                 self.hints.after(len(self.results), state.module, result.plan)
                 self.results.append((step, result, time.perf_counter() - began))
-            self.progress.line(f"  {said(result)}")
+            self.progress.line(f"  {outcome_of(result)}")
         return state.module.eval()
 
     @cached_property
@@ -169,7 +169,7 @@ def placed(where: str) -> Iterator[None]:
         raise InternalError(f"{type(error).__name__}: {error}", where=where) from error
 
 
-def said(result: Result) -> str:
+def outcome_of(result: Result) -> str:
     """One line on what a step did."""
     skipped = result.plan.skipped
     if not result.changed and set(skipped) == {""}:
@@ -356,7 +356,7 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
     ranges: dict[str, ShapeRange] = {}
     examples = [completed(call, model.inputs) for call in model.batches(1, run.recipe.head.seed + 1)]
     if not step.target.runs_module:
-        ranges, examples = fed(run.program, part, folder, model, examples)
+        ranges, examples = inputs_of_network(run.program, part, folder, model, examples)
     graph = Graph(
         path=graph_of(folder, part),
         outputs=model.outputs,

@@ -77,15 +77,15 @@ def files_of(recipe: Recipe) -> Iterator[Wanted]:
 
 def paths_of(step: Pass) -> list[str]:
     """Paths among a step's settings: those that would change if the recipe moved."""
-    return told(lambda tell: step.moved(tell, str))
+    return texts_asked(lambda tell: step.moved(tell, str))
 
 
 def models_of(step: Pass) -> list[str]:
     """Model strings among a step's settings."""
-    return told(lambda tell: step.moved(str, tell))
+    return texts_asked(lambda tell: step.moved(str, tell))
 
 
-def told(ask: Callable[[Callable[[str], str]], object]) -> list[str]:
+def texts_asked(ask: Callable[[Callable[[str], str]], object]) -> list[str]:
     """What a function is called with while something is asked."""
     found: list[str] = []
 

@@ -101,7 +101,7 @@ def called_as(program: Program, network: str, model: Model) -> Model:
     )
 
 
-def fed(
+def inputs_of_network(
     program: Program, network: str, folder: Path, model: Model, calls: Sequence[Arrays]
 ) -> tuple[dict[str, ShapeRange], list[Arrays]]:
     """Shapes that the inputs of one network may take, and inputs like those it will see.

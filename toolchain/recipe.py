@@ -262,11 +262,11 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
     except ValidationError as error:
         faults.extend(invalid(error, what="recipe", where=where, model=Head))
     steps = [
-        attempt(partial(read_step, table, at(where, f"steps[{i}]")))
+        attempt(partial(read_step, table, place_in(where, f"steps[{i}]")))
         for i, table in enumerate(tables(content, "steps", where, faults))
     ]
     targets = [
-        attempt(partial(read_target, table, at(where, f"targets[{i}]")))
+        attempt(partial(read_target, table, place_in(where, f"targets[{i}]")))
         for i, table in enumerate(tables(content, "targets", where, faults))
     ]
     named = [t.name for t in targets if t]
@@ -274,14 +274,16 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
     faults += [
         ToolchainError(
             f"target {name!r} stands twice",
-            where=at(where, "targets"),
+            where=place_in(where, "targets"),
             help='tell them apart: name = "another", or --target NAME:name=another',
         )
         for name in twice
     ]
     gates = [attempt(partial(parse, text, known=gate_names())) for text in (head.gates if head else ())]
     faults += [
-        ToolchainError(f"a gate asks for target {gate.target!r}, which the recipe lacks", where=at(where, "gates"))
+        ToolchainError(
+            f"a gate asks for target {gate.target!r}, which the recipe lacks", where=place_in(where, "gates")
+        )
         for gate in gates
         if gate and gate.target and gate.target not in named
     ]
@@ -297,7 +299,7 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
     )
 
 
-def at(where: str, key: str) -> str:
+def place_in(where: str, key: str) -> str:
     """File and key."""
     return f"{where}, {key}" if where else key
 
@@ -307,7 +309,7 @@ def tables(content: Mapping[str, Any], key: str, where: str, faults: list[Toolch
     value = content.get(key, [])
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return value
-    faults.append(ToolchainError(f"{key} must be an array of tables, [[{key}]]", where=at(where, key)))
+    faults.append(ToolchainError(f"{key} must be an array of tables, [[{key}]]", where=place_in(where, key)))
     return []
 
 
@@ -356,7 +358,7 @@ def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
     """Steps that need what a step before them destroyed, or what none established."""
     absent = missing(steps)
     order = legal_order(steps) if absent else None
-    return [order_fault(steps, each, order, at(where, f"steps[{each.step}]")) for each in absent]
+    return [order_fault(steps, each, order, place_in(where, f"steps[{each.step}]")) for each in absent]
 
 
 def order_fault(steps: list[Pass], absent: Missing, order: list[int] | None, where: str) -> ToolchainError:
@@ -385,7 +387,7 @@ def kind_faults(steps: list[Pass], model: str, where: str) -> list[ToolchainErro
     return [
         ToolchainError(
             f"{step.name()} works on {WORDS[step.works_on]}; {model!r} is one of the {WORDS[given]}",
-            where=at(where, f"steps[{i}]"),
+            where=place_in(where, f"steps[{i}]"),
             help=f"passes for {WORDS[given]}: {', '.join(fitting)}",
         )
         for i, step in wrong.items()
@@ -399,7 +401,7 @@ def setting_faults(head: Head, where: str) -> list[ToolchainError]:
     return [
         ToolchainError(
             f"dtype is {head.export.dtype!r}; {head.model!r} is an ONNX graph, which keeps the types it was written in",
-            where=at(where, "export.dtype"),
+            where=place_in(where, "export.dtype"),
             help="export the PyTorch model in that type, or leave --dtype out",
         )
     ]
@@ -423,7 +425,7 @@ def format_faults(
                     reason = answer.removeprefix("refused: ")
                     help_ = f"make {target} optional, or take another format"
                     faults.append(
-                        ToolchainError(f"{said} refuses: {reason}", where=at(where, f"steps[{i}]"), help=help_)
+                        ToolchainError(f"{said} refuses: {reason}", where=place_in(where, f"steps[{i}]"), help=help_)
                     )
     return faults, notes
 

@@ -22,7 +22,7 @@ class Scratch:
         self.folder = folder
         self.count = 0
 
-    def put(self, layer: nn.Module) -> None:
+    def offload(self, layer: nn.Module) -> None:
         """Move a layer's tensors that lie in memory to disk, in place."""
         fresh = {name: tensor for name, tensor in layer.state_dict(keep_vars=True).items() if worth_moving(tensor)}
         if not fresh:

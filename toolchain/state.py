@@ -98,7 +98,7 @@ def first_state(
         signature=Signature(model.inputs),
     )
     if scratch:
-        context = replace(context, put=Scratch(scratch).put)
+        context = replace(context, offload=Scratch(scratch).offload)
     module = share(model.module) if recipe.steps else model.module
     return State(module=module, original=model, intended=model, context=context)
 

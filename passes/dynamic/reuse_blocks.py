@@ -31,6 +31,7 @@ from enginewright.ground.program import Call, Network, Program, StateTensor, Tab
 from enginewright.ground.signature import Dim, Signature, rows_of
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
 from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import Look, evaluating, looking
 from enginewright.passes.kernel.schedule import calls_at, even, span_of, timestep_of
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
@@ -87,9 +88,9 @@ class ReuseBlocks(Pass):
         example = context.example or next(iter(context.calibration), None)
         if not example:
             raise ToolchainError(f"{self.name()} looks at one call of the model and got none")
-        told = self.told(context, example)
+        resolved = self.resolved(context, example)
         found, whole = forms(model, stacks, example)
-        rows = len(example[told.input])
+        rows = len(example[resolved.input])
         skipped |= {path: r for path in stacks if path not in skipped and (r := why_not(found.get(path), rows))}
         fit = [path for path in stacks if path not in skipped]
         skipped |= of_no_one_size(model, {path: stacks[path] for path in fit}, found, example, context)
@@ -100,14 +101,14 @@ class ReuseBlocks(Pass):
             return Plan(choice={}, skipped=skipped)
         path = max(fit, key=lambda path: len(stacks[path].blocks))  # of equals the first
         skipped |= {other: f"one stack's blocks are reused, those of {path!r}" for other in fit if other != path}
-        blocks, facts = told.chosen(model, path, stacks[path], table, context)
+        blocks, facts = resolved.chosen(model, path, stacks[path], table, context)
         if not blocks:
             return Plan(choice={}, skipped={**skipped, path: "each of its blocks must stay"})
         short = macs(taking(share(model), path, blocks), example)
         tensor = found[path][0]
         facts |= {
-            "input": told.input,
-            "timesteps": list(told.schedule()),
+            "input": resolved.input,
+            "timesteps": list(resolved.schedule()),
             "table": table,
             "shape": list(tensor.shape[1:]),
             "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -135,7 +136,7 @@ class ReuseBlocks(Pass):
             return Networks({WHOLE: whole, SHORT: short}, program).train(model.training)
         return model
 
-    def told(self, context: Context, example: Inputs) -> ReuseBlocks:
+    def resolved(self, context: Context, example: Inputs) -> ReuseBlocks:
         """The same with the input that holds the timestep, and with the timesteps."""
         input = timestep_of(self.input, context, example)
         times = self.timesteps or even(self.steps, span_of(context, input)[1])
@@ -150,7 +151,7 @@ class ReuseBlocks(Pass):
         times = self.schedule()
         if len(set(times)) < len(times):
             twice = next(time for time in times if times.count(time) > 1)
-            raise ToolchainError(f"timestep {twice:g} stands twice in the schedule: a step could not be told apart")
+            raise ToolchainError(f"timestep {twice:g} stands twice in the schedule: a step could not be resolved apart")
         if not self.whole:
             return [int(step % self.interval > 0) for step in range(len(times))]
         if list(self.whole) != sorted(set(self.whole)) or self.whole[0] != 0 or self.whole[-1] >= len(times):
@@ -206,7 +207,7 @@ class ReuseBlocks(Pass):
         found = {a: (moved[a] / max(size[a], 1e-30)) ** 0.5 for a in starts}
         if any(value != value or value == float("inf") for value in found.values()):
             raise ToolchainError("the contribution of its blocks is not finite", where=path)
-        return {a: float(f"{value:.6g}") for a, value in found.items()}
+        return {a: six_digits(value) for a, value in found.items()}
 
 
 def moved(modules: Sequence[str], path: str, blocks: Sequence[int], network: str) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.masking import columns_of, mask_units
 from enginewright.passes.kernel.audit import unproven
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.probes import Call, linear_calls, probe
 from enginewright.passes.kernel.rows import repeated_rows, shared_inputs
@@ -82,8 +83,8 @@ class SliceWidthByTimestep(Pass):
         disproved = unproven(model, {path.removesuffix(":ffn") for path in layers}, context)
         skipped |= {path: disproved[own] for path in layers if (own := path.removesuffix(":ffn")) in disproved}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
-        told = self.told(context) if layers else self
-        scores, costs, elsewhere = told.scores(model, layers, context) if layers else ({}, {}, {})
+        resolved = self.resolved(context) if layers else self
+        scores, costs, elsewhere = resolved.scores(model, layers, context) if layers else ({}, {}, {})
         skipped |= elsewhere | {path: "the calibration inputs never reach it" for path in layers if path not in costs}
         if not scores:
             return Plan(choice={}, skipped=skipped)
@@ -96,8 +97,13 @@ class SliceWidthByTimestep(Pass):
             kept = [np.flatnonzero(mask[np.array(table) == k].any(axis=0)).tolist() for k in range(max(table) + 1)]
             choice[path] = {"of": mask.shape[1], "kept": kept}
             arrays[f"{path}.mask"] = torch.from_numpy(mask.astype(np.uint8))
-        shared = shared_inputs(context, context.calibration[0], like=told.input)
-        facts |= {"input": told.input, "timesteps": list(told.timesteps), "table": table, "shared": list(shared)}
+        shared = shared_inputs(context, context.calibration[0], like=resolved.input)
+        facts |= {
+            "input": resolved.input,
+            "timesteps": list(resolved.timesteps),
+            "table": table,
+            "shared": list(shared),
+        }
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -164,7 +170,7 @@ class SliceWidthByTimestep(Pass):
         """How many units a layer has."""
         return layer.heads if isinstance(layer, HeadedAttention) else self.groups
 
-    def told(self, context: Context) -> SliceWidthByTimestep:
+    def resolved(self, context: Context) -> SliceWidthByTimestep:
         """The same with the input that holds the timestep, and with the timesteps."""
         input = timestep_of(self.input, context, context.calibration[0])
         times = self.timesteps or even(self.steps, span_of(context, input)[1])
@@ -235,15 +241,15 @@ class SliceWidthByTimestep(Pass):
         worth = np.concatenate([score.numpy() for score in scores.values()], axis=1) / price
         if not np.isfinite(worth).all():
             raise ToolchainError("the importance of heads or hidden units is not finite")
-        worth = np.array([[float(f"{value:.6g}") for value in row] for row in worth])
+        worth = np.array([[six_digits(value) for value in row] for row in worth])
         layers = np.repeat(np.arange(len(scores)), widths)
         masks = masks_for(worth, price, layers, self.buckets, self.share)
         table, total = stretches(masks, price, self.buckets)
         everything = len(worth) * price.sum()
         facts = {
             "importance": self.importance,
-            "share_computed": float(f"{total / everything:.6g}"),
-            "share_needed": float(f"{(masks @ price).sum() / everything:.6g}"),
+            "share_computed": six_digits(total / everything),
+            "share_needed": six_digits((masks @ price).sum() / everything),
         }
         split = np.split(masks, np.cumsum(widths)[:-1], axis=1)
         return dict(zip(scores, split, strict=True)), table, facts

@@ -60,13 +60,13 @@ class JointBlock(TokenBlock):
         """Text and image."""
         return x[:, : named["ahead"]], x[:, named["ahead"] :]
 
-    def at(self, rows: Tensor) -> None:
+    def keep_positions(self, rows: Tensor) -> None:
         """Each token turns by its own row (n, head_dim) of the tables."""
         if self.rotary is not None:
             cos, sin = (t.index_select(0, rows.flatten()).unflatten(0, rows.shape) for t in self.rotary)
             self.rotary = cos, sin
 
-    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Text and image."""
         return x[:, : self.ahead], x[:, self.ahead :]
 
@@ -103,7 +103,7 @@ class DoubleBlock(JointBlock):
 
     def attention_input(self, x: Tensor) -> Tensor:
         """Norm, scale and shift; with a second attention, what it reads is kept."""
-        text, image = self.apart(x)
+        text, image = self.split(x)
         text, image = self.block.norm1_context.norm(text), self.block.norm1.norm(image)
         if len(self.image) > 6:
             self.second = image * (1 + self.image[7]) + self.image[6]
@@ -111,14 +111,14 @@ class DoubleBlock(JointBlock):
 
     def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From three projections for each kind."""
-        text, image = self.apart(y)
+        text, image = self.split(y)
         both = zip(self.projected(text, TEXT, NORMS[2:]), self.projected(image, OWN, NORMS[:2]), strict=True)
         q, k, v = (torch.cat(pair, dim=2) for pair in both)
         return self.turned(q), self.turned(k), v
 
     def output(self, mixed: Tensor) -> Tensor:
         """The output projection of each kind; zeros for a text that is not read any more."""
-        text, image = self.apart(mixed)
+        text, image = self.split(mixed)
         image = self.block.attn.to_out[1](self.block.attn.to_out[0](image))
         if self.gives_text:
             return torch.cat([self.block.attn.to_add_out(text), image], dim=1)
@@ -126,7 +126,7 @@ class DoubleBlock(JointBlock):
 
     def add_attention(self, x: Tensor, y: Tensor) -> Tensor:
         """Gate and residual; the second attention comes on top."""
-        (text, image), (more_text, more_image) = self.apart(x), self.apart(y)
+        (text, image), (more_text, more_image) = self.split(x), self.split(y)
         image = image + self.image[2] * more_image
         if len(self.image) > 6:
             image = image + self.image[8] * self.block.attn2(hidden_states=self.second)
@@ -134,7 +134,7 @@ class DoubleBlock(JointBlock):
 
     def feed_forward_input(self, x: Tensor) -> Tensor:
         """Norm, scale and shift."""
-        text, image = self.apart(x)
+        text, image = self.split(x)
         image = self.block.norm2(image) * (1 + self.image[4]) + self.image[3]
         if self.gives_text:
             text = self.block.norm2_context(text) * (1 + self.text[4]) + self.text[3]
@@ -142,12 +142,12 @@ class DoubleBlock(JointBlock):
 
     def feed_forward(self, y: Tensor) -> Tensor:
         """The feed-forward of each kind."""
-        text, image = self.apart(y)
+        text, image = self.split(y)
         return torch.cat([self.block.ff_context(text) if self.gives_text else text, self.block.ff(image)], dim=1)
 
     def add_feed_forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Gate and residual."""
-        (text, image), (more_text, more_image) = self.apart(x), self.apart(y)
+        (text, image), (more_text, more_image) = self.split(x), self.split(y)
         if self.gives_text:
             text = held(text + self.text[5] * more_text)
         return torch.cat([text, image + self.image[5] * more_image], dim=1)
@@ -178,7 +178,7 @@ class SingleBlock(JointBlock):
         return self.turned(q), self.turned(k), v
 
     def output(self, mixed: Tensor) -> Tensor:
-        """As they are."""
+        """The heads' output as it is: one projection reads it together with the hidden units."""
         return mixed
 
     def add_attention(self, x: Tensor, y: Tensor) -> Tensor:
@@ -233,10 +233,10 @@ class ListOfBlocks(TokenStack):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """In order."""
+        """The blocks, in order."""
         return cast(nn.ModuleList, self.holder)
 
-    def put(self, run: nn.Module) -> None:
+    def replace_blocks(self, run: nn.Module) -> None:
         """Put one module in the place of all blocks. Spent afterwards: ask anew."""
         del self.blocks[:]
         self.blocks.append(run)

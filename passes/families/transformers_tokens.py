@@ -81,7 +81,7 @@ class NormLast(TokenBlock):
         return torch.zeros_like(row, dtype=x.dtype).masked_fill(~row, torch.finfo(x.dtype).min)
 
     def attention_input(self, x: Tensor) -> Tensor:
-        """As it is."""
+        """The tokens as they are: norms come after the residual."""
         return x
 
     def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +99,7 @@ class NormLast(TokenBlock):
         return self.block.attention.output.LayerNorm(y + x)
 
     def feed_forward_input(self, x: Tensor) -> Tensor:
-        """As it is."""
+        """The tokens as they are: norms come after the residual."""
         return x
 
     def feed_forward(self, y: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from enginewright.passes.heads.perturb_heads import perturbed, perturbed_referen
 from enginewright.passes.heads.search_log import SearchLog
 from enginewright.passes.heads.softpag import Perturbation, entries, names_of
 from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.heads import keep_heads, uncut
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
@@ -211,7 +212,7 @@ class SelectHeads(Pass):
             value = score(self.carried_out(share(model), plan, baked=True) if chosen else model)
             if not math.isfinite(value):
                 raise ToolchainError(f"score {self.judge!r} gave {value}", where=of or "the model as it is")
-            log.add(of, float(f"{value:.6g}"))
+            log.add(of, six_digits(value))
         return log.scores[of]
 
     def drawn(self, pool: Mapping[str, int], chosen: Sequence[Head], seed: int) -> list[Head]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import observe, reading
 from enginewright.passes.kernel.probes import Call, probe
 from enginewright.passes.kernel.selection import refuse_meta, without_layout
@@ -129,4 +130,4 @@ def finite(score: Tensor, *, where: str) -> Tensor:
     """Scores (H,) to 6 significant digits, so that the last bits of another machine decide nothing."""
     if not score.isfinite().all():
         raise ToolchainError(f"the importance of {int((~score.isfinite()).sum())} units is not finite", where=where)
-    return torch.tensor([float(f"{value:.6g}") for value in score.tolist()], dtype=torch.float64)
+    return torch.tensor([six_digits(value) for value in score.tolist()], dtype=torch.float64)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from enginewright.passes.kernel.digits import six_digits
+
 QMIN, QMAX = -127, 127
 """Of symmetric int8: -128 is left out, so that a weight and its negative round alike."""
 
 
 def significant(value: float) -> float:
     """A number to 6 significant digits, so that the last bits of another machine decide nothing."""
-    return float(f"{value:.6g}")
+    return six_digits(value)
 
 
 def weight_scales(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Inputs
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.roles import input_of
 from enginewright.passes.kernel.rows import one_call, shared_inputs, some_rows
 from enginewright.passes.networks import at_timestep
@@ -19,7 +20,7 @@ from enginewright.passes.networks import at_timestep
 def even(steps: int, high: float = 1000.0) -> tuple[float, ...]:
     """So many timesteps (T), evenly spaced: from 999 to 0, or from 1 to 0 for a model that counts so."""
     if high <= 1:
-        return tuple(float(f"{t:.6g}") for t in np.linspace(high, 0, steps))
+        return tuple(six_digits(t) for t in np.linspace(high, 0, steps))
     return tuple(float(t) for t in np.linspace(999, 0, steps).round())
 
 

@@ -263,7 +263,7 @@ class ProjectedFeedForward(FeedForward):
         twin.keep_hidden(kept)
         return nn.Sequential(*(getattr(*place) for place in twin.chain or ())) if twin.chain else twin.layer
 
-    def put(self, model: nn.Module, path: str, module: nn.Module) -> None:
+    def replace_in(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Replace the layer, or the first module of its chain and the rest by nothing."""
         if self.chain is None:
             raise inseparable(self.layer, path)

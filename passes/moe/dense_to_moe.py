@@ -29,6 +29,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import DENSE_FEED_FORWARDS, FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.hidden_units import (
     finite,
     random_scores,
@@ -188,7 +189,7 @@ class DenseToMoe(Pass):
                     f"the plan is for a layer of {entry['of']} hidden units; this one has {layer.hidden}", where=path
                 )
             router = router_of(layer, *(plan.arrays[f"{path}.router.{name}"] for name in ("weight", "bias")))
-            layer.put(model, path, self.mixture(layer, entry, router))
+            layer.replace_in(model, path, self.mixture(layer, entry, router))
         return model
 
     def mixture(self, layer: FeedForward, entry: dict[str, Any], router: nn.Linear) -> MixtureOfExperts:
@@ -286,4 +287,4 @@ def router_of(layer: FeedForward, weight: Tensor, bias: Tensor) -> nn.Linear:
 
 def rounded(value: float) -> float:
     """6 significant digits."""
-    return float(f"{value:.6g}")
+    return six_digits(value)

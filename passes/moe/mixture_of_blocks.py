@@ -23,6 +23,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ONE_NETWORK, Fact
 from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.probes import first_floating
 from enginewright.passes.kernel.roles import input_of
@@ -100,21 +101,25 @@ class MixtureOfBlocks(Pass):
         stacks = {path: stack for path, stack in stacks.items() if path not in skipped}
         if not stacks:
             return Plan(choice={}, skipped=skipped)
-        told = self.told(context)
+        resolved = self.resolved(context)
         whole = outputs(model, context.calibration)
         influences = self.influences(model, stacks, whole, context)
-        buckets = told.buckets_of(context.calibration, [len(output) for output in whole])
-        table = [told.entry(number, stacks, influences, buckets == number) for number in range(self.buckets)]
+        buckets = resolved.buckets_of(context.calibration, [len(output) for output in whole])
+        table = [resolved.entry(number, stacks, influences, buckets == number) for number in range(self.buckets)]
         facts: dict[str, Any] = {"samples": len(buckets), "buckets": table}
-        if told.bucket is not None:
-            facts["bucket"] = told.bucket
+        if resolved.bucket is not None:
+            facts["bucket"] = resolved.bucket
         else:
             example = context.calibration[0]
-            shared = [] if example[told.timestep].ndim == 0 else shared_inputs(context, example, like=told.timestep)
-            facts |= {"input": told.timestep, "shared": list(shared)}
+            shared = (
+                [] if example[resolved.timestep].ndim == 0 else shared_inputs(context, example, like=resolved.timestep)
+            )
+            facts |= {"input": resolved.timestep, "shared": list(shared)}
         if notes := self.notes(table):
             facts["notes"] = notes
-        choice = {path: {"kept": kept_in(table, told.bucket, path), "of": len(s.blocks)} for path, s in stacks.items()}
+        choice = {
+            path: {"kept": kept_in(table, resolved.bucket, path), "of": len(s.blocks)} for path, s in stacks.items()
+        }
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -146,7 +151,7 @@ class MixtureOfBlocks(Pass):
         table = Table(input=plan.facts["input"], timesteps=tuple(middles), ways=ways)
         return switched(model, each, table, shared=plan.facts["shared"])
 
-    def told(self, context: Context) -> MixtureOfBlocks:
+    def resolved(self, context: Context) -> MixtureOfBlocks:
         """The same with the input that holds the timestep, and with its limits.
 
         Raises ``ToolchainError`` for an input that is not there or holds something else.
@@ -277,4 +282,4 @@ def significant(values: Tensor, *, where: str) -> Tensor:
     """Values (n,) to 6 significant digits, so that the last bits of another machine decide nothing."""
     if not values.isfinite().all():
         raise ToolchainError("the output of the model without one of its blocks is not finite", where=where)
-    return torch.tensor([float(f"{value:.6g}") for value in values.tolist()], dtype=torch.float64)
+    return torch.tensor([six_digits(value) for value in values.tolist()], dtype=torch.float64)

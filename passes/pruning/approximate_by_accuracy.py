@@ -23,6 +23,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
 from enginewright.passes.contract import SCORE_HELP, Context, Losses, Pass, Plan, Score
 from enginewright.passes.kernel.audit import unproven
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
@@ -195,7 +196,7 @@ def number(value: float) -> float:
     """A value to 6 significant digits, so that the last bits of another machine decide nothing."""
     if not math.isfinite(value):
         raise ToolchainError(f"a trial's value is not finite: {value}")
-    return float(f"{value:.6g}")
+    return six_digits(value)
 
 
 class Search:

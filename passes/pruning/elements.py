@@ -112,6 +112,6 @@ def keep(layer: FeedForward | HeadedAttention, parts: Sequence[int]) -> None:
 def remove(model: nn.Module, path: str, layer: FeedForward | HeadedAttention) -> None:
     """Put zeros in the place of the whole layer; the residual and the norm around it stay."""
     if isinstance(layer, FeedForward):
-        layer.put(model, path, Zeros(layer.output.out_features))
+        layer.replace_in(model, path, Zeros(layer.output.out_features))
     else:
         layer.silence(model, path)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, WHOLE_MATRICES, Fact
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import observe, reading, rounds
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices, refuse_meta
 from enginewright.passes.kernel.statistics import Products
@@ -79,7 +80,7 @@ class Factorize(Pass):
                 skipped[path] = f"rank {rank} would need {rank * after} weights in place of {before}"
                 continue
             kept = float((s[:rank].square().sum() / s.square().sum().clamp(min=1e-300)).sqrt())
-            choice[path] = {"rank": rank, "of": min(layer.weight.shape), "kept_norm": float(f"{kept:.6g}")}
+            choice[path] = {"rank": rank, "of": min(layer.weight.shape), "kept_norm": six_digits(kept)}
             arrays[f"{path}/out"] = (u[:, :rank] * s[:rank]).to(layer.weight.dtype).contiguous()
             arrays[f"{path}/in"] = v[:rank].to(layer.weight.dtype).contiguous()
         facts = {"method": self.method, "rank": self.rank, "calibration_batches": len(context.calibration)}

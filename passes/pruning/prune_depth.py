@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan, Score
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import Look, evaluating, observe, tensors_in
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.stacks import stacks_of
@@ -210,7 +211,7 @@ def judged_without(model: nn.Module, gone: Gone, score: Score) -> float:
         value = score(copy)
     if not math.isfinite(value):
         raise ToolchainError(f"without {gone} the score is not finite: {value}")
-    return float(f"{value:.6g}")
+    return six_digits(value)
 
 
 def influences(model: nn.Module, stacks: Stacks, context: Context) -> dict[str, float]:
@@ -235,7 +236,7 @@ def influences(model: nn.Module, stacks: Stacks, context: Context) -> dict[str, 
     for path, value in found.items():
         if not math.isfinite(value):
             raise ToolchainError(f"its influence is not finite: {value}", where=path)
-    return {path: float(f"{value:.6g}") for path, value in found.items()}
+    return {path: six_digits(value) for path, value in found.items()}
 
 
 def stream(output: Any, like: Tensor, *, second: bool) -> Tensor | None:

@@ -22,6 +22,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.heads import Heads, keep_heads, uncut
 from enginewright.passes.kernel.probes import Call, probe
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, refuse_meta
@@ -95,7 +96,7 @@ class PruneHeads(Pass):
         rivals: list[tuple[float, int, str]] = []
         for place, (path, score) in enumerate(scores.items()):
             norm = math.hypot(*score) or 1.0
-            rivals += [(float(f"{value / norm:.6g}"), place, path) for value in sorted(score)[:-1]]
+            rivals += [(six_digits(value / norm), place, path) for value in sorted(score)[:-1]]
         total = math.floor(self.share * sum(map(len, scores.values())) + 0.5)
         losers = [path for _, _, path in sorted(rivals)[:total]]
         return {path: losers.count(path) for path in scores}
@@ -130,7 +131,7 @@ def finite(scores: Tensor, *, where: str) -> list[float]:
     """Scores (H,) as numbers of 6 significant digits, so that the last bits of another machine decide nothing."""
     if not scores.isfinite().all():
         raise ToolchainError(f"the importance of its heads is not finite: {scores.tolist()}", where=where)
-    return [float(f"{score:.6g}") for score in scores.tolist()]
+    return [six_digits(score) for score in scores.tolist()]
 
 
 def weight_norms(layer: HeadedAttention) -> Tensor:

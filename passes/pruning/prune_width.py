@@ -24,6 +24,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.hidden_units import (
     activation_scores,
     finite,
@@ -147,7 +148,7 @@ class PruneWidth(Pass):
 def rivalling(score: Tensor, floor: float) -> list[float]:
     """The scores (H,) over their L2 norm, without those of the strongest units that stay in any case."""
     norm = float(score.norm())
-    values = sorted(float(f"{value:.6g}") for value in (score / norm if norm else score).tolist())
+    values = sorted(six_digits(value) for value in (score / norm if norm else score).tolist())
     return values[: len(values) - math.ceil(floor * len(values))]
 
 

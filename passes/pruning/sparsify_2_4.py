@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, TWO_IN_FOUR_ZEROS, Fact
 from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.patterns import PATTERN
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices, refuse_meta
 from enginewright.passes.kernel.surgery import linear_like, put_at
@@ -131,7 +132,7 @@ def sparse(weight: Tensor) -> Tensor:
 def kept_norm(found: Tensor, weight: Tensor) -> float:
     """L2 norm of a sparse weight over that of the one it was made from."""
     kept, whole = (float(torch.linalg.vector_norm(w, dtype=torch.float64)) for w in (found, weight))
-    return float(f"{kept / max(whole, 1e-300):.6g}")
+    return six_digits(kept / max(whole, 1e-300))
 
 
 def sparsegpt(weight: Tensor, squares: Tensor, *, where: str) -> Tensor:

@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FULL_PRECISION, Fact
 from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.observe import Look, calls_of, evaluating, floats_in, looking, observe
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
@@ -98,9 +99,7 @@ class ConvertDtype(Pass):
             plan = self.drafted(owners, kept, wide, met)
             trial = self.tried(model, plan, context)
             if trial.faulty is None and trial.error <= self.max_error:
-                return Plan(
-                    choice=plan.choice, skipped=kept, facts={**plan.facts, "error": float(f"{trial.error:.6g}")}
-                )
+                return Plan(choice=plan.choice, skipped=kept, facts={**plan.facts, "error": six_digits(trial.error)})
             if trial.faulty is None:
                 fresh = worst_of([path for path in owners if path not in kept], own_error)
                 kept |= dict.fromkeys(

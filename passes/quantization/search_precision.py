@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan, cost, macs_by_module
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.rounding import weight_scales
 from enginewright.passes.kernel.scales import as_bytes
@@ -89,20 +90,20 @@ class SearchPrecision(Pass):
             skipped={**search.skipped, **dict.fromkeys(kept, "more exact as it is")},
             facts={
                 "sensitivity": {
-                    path: [short(math.sqrt(option.error)) for option in found[1:]]
+                    path: [six_digits(math.sqrt(option.error)) for option in found[1:]]
                     for unit, found in options.items()
                     for path in unit
                     if path not in search.norms
                 },
-                "error": short(search.error_of(chosen)),
-                "error_in_pytorch": short(search.distance(search.changed(picked))),
-                "cost_share": short(cost_of(options, chosen) / now),
+                "error": six_digits(search.error_of(chosen)),
+                "error_in_pytorch": six_digits(search.distance(search.changed(picked))),
+                "cost_share": six_digits(cost_of(options, chosen) / now),
                 "uniform": [self.uniform_fact(search, options, i, now) for i in range(1, len(search.plans) + 1)],
                 "curve": {
                     "x": f"{self.cost} of the layers, as a share of what they were",
                     "y": "predicted relative L2 error",
-                    "points": [[short(t.cost / now), short(math.sqrt(t.error))] for t in thinned(trades)],
-                    "chosen": [short(cost_of(options, chosen) / now), short(search.error_of(chosen))],
+                    "points": [[six_digits(t.cost / now), six_digits(math.sqrt(t.error))] for t in thinned(trades)],
+                    "chosen": [six_digits(cost_of(options, chosen) / now), six_digits(search.error_of(chosen))],
                 },
             },
             arrays=search.arrays(picked),
@@ -138,8 +139,8 @@ class SearchPrecision(Pass):
         chosen = uniform(options, option)
         return {
             "pass": search.passes[option - 1].name(),
-            "cost_share": short(cost_of(options, chosen) / now),
-            "error": short(search.error_of(chosen)),
+            "cost_share": six_digits(cost_of(options, chosen) / now),
+            "error": six_digits(search.error_of(chosen)),
         }
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -415,8 +416,3 @@ def thinned(trades: Sequence[Trade], most: int = 60) -> list[Trade]:
     if len(trades) <= most:
         return list(trades)
     return [trades[round(i * (len(trades) - 1) / (most - 1))] for i in range(most)]
-
-
-def short(value: float) -> float:
-    """6 significant digits."""
-    return float(f"{value:.6g}")

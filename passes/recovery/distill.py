@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, Fact
 from enginewright.passes.contract import Context, Inputs, Pass, Plan, digest_of
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.feeding import Cycled, Generated
 from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide, named
@@ -125,8 +126,8 @@ class Distill(Pass):
         facts = {
             "data": kind,
             "steps": self.steps,
-            "loss": [six(loss) for loss in training.state.losses],
-            "relative_error": {"before": six(before), "after": six(after)},
+            "loss": [six_digits(loss) for loss in training.state.losses],
+            "relative_error": {"before": six_digits(before), "after": six_digits(after)},
             "aligned": {named(g.teacher): counts(g) for g in guides if g.aligns},
             "not_aligned": {named(g.teacher): dict(g.apart) for g in guides if g.apart},
             "alignment_stopped_at": training.state.stopped,
@@ -212,7 +213,7 @@ class Distill(Pass):
             raise ToolchainError(f"every loss of {self.name()} weighs 0; there is nothing to learn")
         modules = [original, *(context.teacher_of(teacher.model) for teacher in self.teachers)]
         return [
-            guide(teacher, still(module, devices), student, inputs, self.aligned)
+            guide(teacher, frozen_copy(module, devices), student, inputs, self.aligned)
             for teacher, module in zip((own, *self.teachers), modules, strict=True)
         ]
 
@@ -241,7 +242,7 @@ def copy_of(model: nn.Module, devices: Devices) -> nn.Module:
     return copy.deepcopy(model).to(devices.device).float().eval()
 
 
-def still(module: nn.Module, devices: Devices) -> nn.Module:
+def frozen_copy(module: nn.Module, devices: Devices) -> nn.Module:
     """A teacher in evaluation mode on its device, the one that was handed over left as it is."""
     if devices.device.type != "cpu":
         return copy.deepcopy(module).to(devices.device).eval()
@@ -293,11 +294,11 @@ def put_weights(model: nn.Module, plan: Plan) -> nn.Module:
                     f"the plan is for a weight of shape {tuple(new.shape)}; this one has {tuple(old.shape)}",
                     where=name,
                 )
-            put(model, old, nn.Parameter(new, requires_grad=old.requires_grad))
+            replace_parameter(model, old, nn.Parameter(new, requires_grad=old.requires_grad))
     return model
 
 
-def put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+def replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
     """Put a weight in another's place, wherever it is used: tied weights stay tied."""
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
@@ -315,8 +316,3 @@ def counts(guide: Guide) -> dict[str, int]:
     """Places that are compared, by loss."""
     parts = {"features": guide.features, "attention": guide.attention, "relation": guide.relation}
     return {loss: len(pairs) for loss, pairs in parts.items() if pairs}
-
-
-def six(value: float) -> float:
-    """Six significant digits."""
-    return float(f"{value:.6g}")

@@ -27,8 +27,9 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import UNTOUCHED, Fact
 from enginewright.ground.reading import read_tensors
 from enginewright.passes.contract import Context, Inputs, NewInput, Pass, Plan
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.recovery.devices import Devices
-from enginewright.passes.recovery.distill import KINDS, Distill, copy_of, decision, put_weights, six, still
+from enginewright.passes.recovery.distill import KINDS, Distill, copy_of, decision, frozen_copy, put_weights
 from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide
 from enginewright.passes.recovery.styles import (
     STYLE,
@@ -116,8 +117,10 @@ class MergeModels(Pass):
             judged = devices.everything(list(context.calibration)) or first
             mean = with_weights(model, mean_of(list(teachers.values())), devices)
             student = mean if self.start == "mean" else copy_of(model, devices)
-            guides = [self.guide(text, still(each, devices), student, first[0]) for text, each in teachers.items()]
-            errors = [{"mean_of_weights": six(gap(mean, each.module, judged))} for each in guides]
+            guides = [
+                self.guide(text, frozen_copy(each, devices), student, first[0]) for text, each in teachers.items()
+            ]
+            errors = [{"mean_of_weights": six_digits(gap(mean, each.module, judged))} for each in guides]
             add_styles(student, places, len(guides))
             training = Merging(
                 student=student,
@@ -128,17 +131,17 @@ class MergeModels(Pass):
                 devices=devices,
                 shared=context.signature.shared,
             )
-            before = apart(student, guides, judged)
+            before = errors_by_teacher(student, guides, judged)
             self.train(training, school, model, context)
-            after = apart(student, guides, judged)
+            after = errors_by_teacher(student, guides, judged)
         for number, error in enumerate(errors):
             error |= {"before": before[number], "after": after[number]}
         facts = {
             "data": kind,
             "steps": self.steps,
-            "loss": [six(loss) for loss in training.state.losses],
+            "loss": [six_digits(loss) for loss in training.state.losses],
             "relative_error": dict(zip(teachers, errors, strict=True)),
-            "notes": [said(text, error) for text, error in zip(teachers, errors, strict=True)],
+            "notes": [teacher_line(text, error) for text, error in zip(teachers, errors, strict=True)],
         }
         return with_styles(decision(model, student, names, skipped, facts), student, places, len(guides))
 
@@ -257,11 +260,11 @@ def mean_of(teachers: Sequence[nn.Module]) -> dict[str, Tensor]:
     return {name: torch.stack([each[name].detach().double() for each in named]).mean(0) for name in named[0]}
 
 
-def apart(student: nn.Module, guides: Sequence[Guide], calls: list[Inputs]) -> list[float]:
+def errors_by_teacher(student: nn.Module, guides: Sequence[Guide], calls: list[Inputs]) -> list[float]:
     """The student's error to each teacher, in that teacher's style."""
     styles = [one_hot(number, len(guides)) for number in range(len(guides))]
     pairs = zip(guides, styles, strict=True)
-    return [six(gap(partial(student, style=style), each.module, calls)) for each, style in pairs]
+    return [six_digits(gap(partial(student, style=style), each.module, calls)) for each, style in pairs]
 
 
 def unfrozen(weights: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -279,7 +282,7 @@ def with_styles(plan: Plan, student: nn.Module, places: Mapping[str, int], count
     return replace(plan, choice={**plan.choice, **choice}, skipped=skipped, arrays={**plan.arrays, **arrays})
 
 
-def said(text: str, error: Mapping[str, float]) -> str:
+def teacher_line(text: str, error: Mapping[str, float]) -> str:
     """A teacher's line in the report."""
     return (
         f"relative error to teacher {text!r}: {error['before']:.3g} before, {error['after']:.3g} after; of the mean of "

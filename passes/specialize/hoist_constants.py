@@ -41,19 +41,19 @@ class HoistConstants(Pass):
 
         Raises ``ToolchainError`` for an unknown input, when no input changes, or when there is no call to follow.
         """
-        told = self.told(context)
-        example = told.example(context)
+        resolved = self.resolved(context)
+        example = resolved.example(context)
         costs: dict[str, int] = {}
         for name, network in networks_of(model).items():
             place = place_of(model, name)
             own = given_to(model, name, example)
-            constant = [each for each in told.constant if each in own]
+            constant = [each for each in resolved.constant if each in own]
             if not constant:
                 continue
             by_module = macs_by_module(network, given_to(model, name, context.example or example))
             for path in constant_modules(network, own, constant):
                 costs[f"{place}.{path}".removeprefix(".")] = by_module.get(path, 0)
-        names = ", ".join(told.constant)
+        names = ", ".join(resolved.constant)
         if not costs:
             return Plan(choice={}, skipped={"": f"no module of it depends on {names} alone"})
         whole = macs(model, context.example or example)
@@ -63,7 +63,7 @@ class HoistConstants(Pass):
         return Plan(
             choice={path: {"macs": cost} for path, cost in costs.items()},
             facts={
-                "constant": list(told.constant),
+                "constant": list(resolved.constant),
                 "macs_once": once,
                 "macs_per_step": whole - once,
                 "bytes_once": saved,
@@ -86,7 +86,7 @@ class HoistConstants(Pass):
                 found[name] = Hoisted(constant=constant, modules=modules)
         return hoist(model, found)
 
-    def told(self, context: Context) -> HoistConstants:
+    def resolved(self, context: Context) -> HoistConstants:
         """The same with the inputs that stay the same over a run. Raises ``ToolchainError`` where none is known to."""
         if self.constant:
             return self

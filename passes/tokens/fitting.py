@@ -52,7 +52,7 @@ def watched(model: nn.Module, found: Found, context: Context) -> list[Watch]:
     stack = stack_at(twin, found.path)
     by_class = stack.leading > 0 and not stack.padded
     steps = [Watch(block, stack.block, by_class=by_class, leading=stack.leading) for block in stack.blocks]
-    stack.put(TokenRun(steps, restore=True))
+    stack.replace_blocks(TokenRun(steps, restore=True))
     observe(twin, (), context, doing="watching attention")
     return steps
 

@@ -57,7 +57,7 @@ class ShrunkStep(Step):
         if call.ahead:
             matching = matching.behind(tokens.x, call.ahead)
         if self.over != "feed_forward":
-            call.at(matching.stay)
+            call.keep_positions(matching.stay)
 
         def attention(y: Tensor) -> Tensor:
             q, k, v = call.heads(y)

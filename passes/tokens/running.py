@@ -116,7 +116,7 @@ class Step(nn.Module):
         """Take the tokens through the block."""
         call = self.kind(self.block, *inputs, **named)
         if tokens.at is not None:
-            call.at(tokens.at)
+            call.keep_positions(tokens.at)
         q, k, v = call.heads(call.attention_input(tokens.x))
         self.attend(tokens, call, q, k, v)
         if not call.parallel:
@@ -249,7 +249,7 @@ def refuted(model: nn.Module, path: str, stack: TokenStack, context: Context) ->
                 return f"{looks}: taken apart, {said}"
     twin = share(model)
     whole = stack_at(twin, path)
-    whole.put(TokenRun([Step(block, whole.block) for block in whole.blocks], restore=True))
+    whole.replace_blocks(TokenRun([Step(block, whole.block) for block in whole.blocks], restore=True))
     with quietly(twin):
         said = disagreement(seen, Call((), first_call(context) or {}, seen.calls[""][0].output), twin)
     return f"its blocks cannot run as one, as fewer tokens need: of the whole model, {said}" if said else ""
@@ -275,7 +275,7 @@ def replace_stacks(
         path = path_of(owner, stack)
         if any(f"{path}.{i}" in plan.choice for i in range(len(stack.blocks))):
             steps = [step(stack, block, f"{path}.{i}") for i, block in enumerate(stack.blocks)]
-            stack.put(TokenRun(steps, restore=restore))
+            stack.replace_blocks(TokenRun(steps, restore=restore))
     return model
 
 

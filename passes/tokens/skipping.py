@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import observe
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.dropping import best
@@ -95,7 +96,7 @@ def watched(model: nn.Module, found: Found, context: Context) -> list[Watch]:
     twin = share(model)
     stack = stack_at(twin, found.path)
     steps = [Watch(block, stack.block, leading=stack.leading) for block in stack.blocks]
-    stack.put(TokenRun(steps, restore=False))
+    stack.replace_blocks(TokenRun(steps, restore=False))
     observe(twin, (), context, doing="watching feed-forwards")
     return steps
 
@@ -125,4 +126,4 @@ def fitted(step: Watch, count: int, *, where: str) -> tuple[Tensor, Tensor, dict
         "moves_kept_at_best": float(ideal),
         "samples_with_more_above_half": float((above > count).double().mean()),
     }
-    return weight, bias.float()[None], {name: float(f"{value:.6g}") for name, value in facts.items()}
+    return weight, bias.float()[None], {name: six_digits(value) for name, value in facts.items()}

@@ -41,7 +41,7 @@ def test_the_whole_layer_standing_alone_takes_its_own_place(subject):
         part = layer.standalone(range(0, layer.hidden, 2))
         assert part(torch.randn(3, 32)).shape == (3, 32)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), held, strict=True))
-        layer.put(model, path, layer.standalone(range(layer.hidden)))
+        layer.replace_in(model, path, layer.standalone(range(layer.hidden)))
 
     assert torch.equal(subject.output(model), subject.output(subject.model))
 
@@ -104,7 +104,7 @@ def test_units_beside_an_attention_can_go_but_not_stand_alone():
     with pytest.raises(ToolchainError, match="FluxSingleTransformerBlock shares a projection"):
         layer.standalone(range(4))
     with pytest.raises(ToolchainError, match="shares a projection"):
-        layer.put(block, "", nn.Identity())
+        layer.replace_in(block, "", nn.Identity())
     silent = copy.deepcopy(block)
     with torch.no_grad():
         silent.proj_out.weight[:, 8 + 2] = 0

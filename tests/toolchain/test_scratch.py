@@ -27,7 +27,7 @@ def test_large_tensors_move_to_disk_and_nothing_else_changes(layer: nn.Sequentia
     addresses = {name: tensor.data_ptr() for name, tensor in layer.state_dict().items()}
     x = torch.randn(3, 64)
     wanted = layer(x)
-    Scratch(tmp_path).put(layer)
+    Scratch(tmp_path).offload(layer)
     after = layer.state_dict()
     moved = {name for name, tensor in after.items() if tensor.data_ptr() != addresses[name]}
     assert moved == {"0.weight", "0.table"}
@@ -38,7 +38,7 @@ def test_large_tensors_move_to_disk_and_nothing_else_changes(layer: nn.Sequentia
 
 
 def test_what_passed_through_scratch_is_no_place_to_point_at(layer: nn.Sequential, tmp_path: Path) -> None:
-    Scratch(tmp_path).put(layer)
+    Scratch(tmp_path).offload(layer)
     assert stored.place_of(layer[0].weight) is None
 
 
@@ -50,5 +50,5 @@ def test_a_full_disk_is_an_error_of_the_disk(
 
     monkeypatch.setattr(scratch, "save_file", full)
     with pytest.raises(OSError, match="no space left") as caught:
-        Scratch(tmp_path).put(layer)
+        Scratch(tmp_path).offload(layer)
     assert caught.value.errno == errno.ENOSPC

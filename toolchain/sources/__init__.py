@@ -108,6 +108,6 @@ def with_path(text: str, folder: Path, change: Callable[[str], str]) -> str:
     return parts._replace(path=change(parts.path)).text
 
 
-def short(text: str) -> str:
+def short_name(text: str) -> str:
     """A model string without the folders that its path leads through: what reports call the model."""
     return with_path(text, Path(), lambda path: Path(path).resolve().name)

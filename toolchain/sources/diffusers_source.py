@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError, require, unknown
 from enginewright.ground.reading import expanded, read_json
-from enginewright.sources import short
+from enginewright.sources import short_name
 from enginewright.sources.autoencoders import DECODERS, ENCODERS
 from enginewright.sources.contract import Model, files_from
 from enginewright.sources.denoisers import DENOISERS
@@ -101,11 +101,11 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     words = whole / part.tokenizer if part.tokenizer and (whole / part.tokenizer).is_dir() else None
     how, outputs, absent = interface(flat, example_of(inputs), settings)
     return Model(
-        name=short(text),
+        name=short_name(text),
         module=flat,
         inputs=inputs,
         outputs=outputs,
-        weights=f"those of {cls} in {short(PREFIX + place).removeprefix(PREFIX)}",
+        weights=f"those of {cls} in {short_name(PREFIX + place).removeprefix(PREFIX)}",
         interface=how,
         tokenize=tokenizer_of(words, inputs) if words else None,
         carried=tuple(sorted(path for path in words.iterdir() if path.is_file())) if words else (),

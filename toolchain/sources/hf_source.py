@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import FaultsError, ToolchainError, require, unknown
 from enginewright.ground.reading import expanded
 from enginewright.ground.signature import Arrays, Dim, InputSpec
-from enginewright.sources import short
+from enginewright.sources import short_name
 from enginewright.sources.arguments import left_out, reason_for
 from enginewright.sources.contract import BY_HAND, Interface, Model, answer, files_from, interface_from, reason_of
 from enginewright.sources.filling import fill, on_meta, read_all, shards, without_memory
@@ -119,7 +119,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     read = [folder / "config.json", *shards(folder, "model"), *(sentence.files if sentence else ()), *sorted(code)]
     settings = [folder / name for name in PREPROCESSORS if facts.preprocessor and (folder / name).is_file()]
     return Model(
-        name=short(text),
+        name=short_name(text),
         module=module,
         inputs=inputs,
         outputs=outputs,

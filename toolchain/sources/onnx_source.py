@@ -22,7 +22,7 @@ from onnx_ir.passes import common
 from enginewright.ground.errors import FaultsError, ToolchainError, raise_faults, unknown
 from enginewright.ground.signature import Dim, InputSpec
 from enginewright.passes.kernel.graph_module import GraphModule
-from enginewright.sources import short
+from enginewright.sources import short_name
 from enginewright.sources.contract import Model, files_from
 from enginewright.sources.sizes import Limits, dim_of, limits_from
 from enginewright.targets.onnx_files import check_onnx, external_files
@@ -67,7 +67,7 @@ def load(text: str, *, seed: int = 0, trust_remote_code: bool = False) -> Model:
     said = ", ".join(f"{d.name} {d.low} to {d.high}" for d in guessed.values())
     beside = {path.parent / location for location in external_files(proto)}
     return Model(
-        name=short(text),
+        name=short_name(text),
         module=GraphModule(graph, path).eval(),
         inputs=inputs,
         outputs=outputs,

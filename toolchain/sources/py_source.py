@@ -145,13 +145,13 @@ def spec_of(result: Any, where: str) -> ModelSpec:
     elif isinstance(result, tuple) and len(result) == 2:
         result = ModelSpec(module=result[0], inputs=result[1])
     if not isinstance(result, ModelSpec):
-        raise ToolchainError(f"the function returned {told(result)}", where=where, help=WANTED)
+        raise ToolchainError(f"the function returned {kind_of(result)}", where=where, help=WANTED)
     if not isinstance(result.module, nn.Module):
-        raise ToolchainError(f"the module is {told(result.module)}, no torch.nn.Module", where=where, help=WANTED)
+        raise ToolchainError(f"the module is {kind_of(result.module)}, no torch.nn.Module", where=where, help=WANTED)
     return result
 
 
-def told(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What a value is, in a few words."""
     if value is None:
         return "nothing"

@@ -102,10 +102,10 @@ def hybrid_loss(process: Process, out: Tensor, image: Tensor, noisy: Tensor, t: 
 
     low, high = process.posterior.clamp(min=float(process.posterior[1])).log(), process.beta.log()
     share = (v + 1) / 2
-    log_variance = share * process.at(high, t) + (1 - share) * process.at(low, t)
-    from_image, from_noisy = process.at(process.from_image, t), process.at(process.from_noisy, t)
+    log_variance = share * process.per_row(high, t) + (1 - share) * process.per_row(low, t)
+    from_image, from_noisy = process.per_row(process.from_image, t), process.per_row(process.from_noisy, t)
     mean = from_image * process.image(noisy, t, velocity.detach()) + from_noisy * noisy
-    true_mean, true_log = from_image * image + from_noisy * noisy, process.at(low, t)
+    true_mean, true_log = from_image * image + from_noisy * noisy, process.per_row(low, t)
     gap = (true_mean - mean).square() * (-log_variance).exp()
     # Departure: the last step (t = 0) uses the same divergence, not the discretised likelihood.
     divergence = 0.5 * (log_variance - true_log - 1 + (true_log - log_variance).exp() + gap)

@@ -19,7 +19,9 @@ def stack_of(model):
 def run(model, *, proportional=False):
     """The model with its blocks taken apart, and no token the less."""
     _, stack = stack_of(model)
-    stack.put(TokenRun([Step(b, stack.block, proportional=proportional) for b in stack.blocks], restore=True))
+    stack.replace_blocks(
+        TokenRun([Step(b, stack.block, proportional=proportional) for b in stack.blocks], restore=True)
+    )
     return model
 
 

@@ -39,7 +39,7 @@ def test_blocks_taken_apart_are_the_blocks(settings):
     stacks = [stack for _, stack in layers_of(model, TokenStack)]
     assert len(stacks) == 7
     for stack in stacks:
-        stack.put(TokenRun([Step(block, stack.block) for block in stack.blocks], restore=True))
+        stack.replace_blocks(TokenRun([Step(block, stack.block) for block in stack.blocks], restore=True))
     torch.testing.assert_close(subject.output(model), subject.output(subject.model), atol=1e-5, rtol=1e-5)
 
 

@@ -50,7 +50,9 @@ def test_blocks_taken_apart_are_the_blocks(name):
     subject = JOINT[name]()
     model = subject.copy()
     for stack in stacks(model):
-        stack.put(TokenRun([Step(block, stack.block, proportional=True) for block in stack.blocks], restore=True))
+        stack.replace_blocks(
+            TokenRun([Step(block, stack.block, proportional=True) for block in stack.blocks], restore=True)
+        )
 
     assert not stacks(model), "a run is not taken apart again"
     torch.testing.assert_close(subject.output(model), subject.output(subject.model), atol=1e-5, rtol=0)

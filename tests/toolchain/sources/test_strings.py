@@ -6,7 +6,7 @@ import pytest
 
 from enginewright import sources
 from enginewright.ground.errors import ToolchainError
-from enginewright.sources import short, with_path
+from enginewright.sources import short_name, with_path
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,11 @@ def test_paths_are_found_in_model_strings(
 
 def test_reports_call_a_model_by_its_last_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    assert short(f"hf:{tmp_path}/mine") == "hf:mine"
-    assert short(f"diffusers:{tmp_path}/mine/#unet") == "diffusers:mine#unet"
-    assert short(f"onnx:{tmp_path}/net.onnx") == "onnx:net.onnx"
-    assert short("hf:owner/name") == "hf:owner/name"
-    assert short("dit:digits") == "dit:digits"
+    assert short_name(f"hf:{tmp_path}/mine") == "hf:mine"
+    assert short_name(f"diffusers:{tmp_path}/mine/#unet") == "diffusers:mine#unet"
+    assert short_name(f"onnx:{tmp_path}/net.onnx") == "onnx:net.onnx"
+    assert short_name("hf:owner/name") == "hf:owner/name"
+    assert short_name("dit:digits") == "dit:digits"
 
 
 def test_a_user_that_there_is_not_is_no_traceback() -> None:

@@ -33,23 +33,23 @@ class Process:
         self.from_image = self.beta * before.sqrt() / (1 - self.kept)
         self.from_noisy = (1 - before) * (1 - self.beta).sqrt() / (1 - self.kept)
 
-    def at(self, table: Tensor, t: Tensor) -> Tensor:
+    def per_row(self, table: Tensor, t: Tensor) -> Tensor:
         """Table (T,) read at t (B,) -> (B, 1, 1, 1) in float32."""
         return table[t].float().view(-1, 1, 1, 1)
 
     def noisy(self, image: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The image after ``t`` steps: all (B, C, S, S)."""
-        kept = self.at(self.kept, t)
+        kept = self.per_row(self.kept, t)
         return kept.sqrt() * image + (1 - kept).sqrt() * noise
 
     def velocity(self, image: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network predicts: all (B, C, S, S)."""
-        kept = self.at(self.kept, t)
+        kept = self.per_row(self.kept, t)
         return kept.sqrt() * noise - (1 - kept).sqrt() * image
 
     def image(self, noisy: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
         """The image that a velocity implies, clipped to [-1, 1]: all (B, C, S, S)."""
-        kept = self.at(self.kept, t)
+        kept = self.per_row(self.kept, t)
         return (kept.sqrt() * noisy - (1 - kept).sqrt() * velocity).clamp(-1, 1)
 
     def timesteps(self, count: int) -> list[int]:

@@ -26,7 +26,7 @@ def test_a_perfect_denoiser_is_walked_to_its_image() -> None:
     image = torch.linspace(-1, 1, 4).view(1, 1, 2, 2)
 
     def perfect(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        kept = process.at(process.kept, t)
+        kept = process.per_row(process.kept, t)
         noise = (x - kept.sqrt() * image) / (1 - kept).sqrt()
         velocity = process.velocity(image.expand_as(x), t, noise)
         return torch.cat([velocity, torch.zeros_like(velocity)], dim=1)
