@@ -59,10 +59,11 @@ def test_no_family_of_passes_imports_another(family: str) -> None:
                 assert name.split(".")[2] in {family, *COMMON}, f"{path.name} imports {name}"
 
 
-def test_nothing_imports_a_benchmark() -> None:
+def test_nothing_but_a_benchmark_imports_one() -> None:
     for room in (*ROOMS, "toolchain"):
         for path in (ROOT / room).rglob("*.py"):
-            assert not any(name.startswith("enginewright.reports.benchmarks") for name in imports_of(path)), path
+            if path.parent.name != "benchmarks":
+                assert not any(name.startswith("enginewright.reports.benchmarks") for name in imports_of(path)), path
 
 
 def test_the_ground_stands_on_no_room_and_loads_no_torch() -> None:
@@ -98,12 +99,13 @@ def test_every_pass_target_metric_and_model_has_a_test_of_its_own() -> None:
     tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     for kind in ("passes", "targets", "metrics", "models"):
         for entry in catalog.entries(kind).values():
-            assert f"test_{entry.path.stem}.py" in tests, f"{entry.path.relative_to(ROOT)} has no test"
+            wanted = f"test_{entry.name.replace('-', '_')}.py", f"test_{entry.path.stem}.py"
+            assert tests.intersection(wanted), f"{entry.path.relative_to(ROOT)} has no test"
 
 
 def test_every_folder_is_packaged_under_one_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    left_out = {"toolchain/training", "reports/benchmarks", "reports/results", "reports/baselines"}
+    left_out = {"toolchain/training", "reports/benchmarks", "reports/results", "reports/baselines", "reports/methods"}
     folders = {
         path.parent.relative_to(ROOT).as_posix()
         for room in (*ROOMS, "toolchain")

@@ -225,7 +225,7 @@ def task(size: str, config: Config) -> DecodingTask:
         found: Array = sequence(config, codes + (config.texts if config.contents else 0), style).numpy()
         return found
 
-    return decoding_task(prompts, tokens=config.longest // 4, samples=4)
+    return decoding_task(prompts, tokens=min(config.longest // 4, 64), samples=4)
 
 
 def realistic(module: nn.Module, size: str, config: Config) -> Callable[[int, int], list[Arrays]]:

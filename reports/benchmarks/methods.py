@@ -1,0 +1,425 @@
+"""What is measured of published methods: one sheet each, and the page that shows them all.
+
+    python -m enginewright.reports.benchmarks.methods [NAME…]
+
+A method is declared by ``reports/methods/NAME.toml``: its models in the catalogue, their tests, what is exported at a
+published size, recipes that gain something, and what its paper claims. Everything else is measured here, by the command
+line as a user has it. Sheets hold times, so that nothing else may run beside this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from enginewright import catalog, environment
+from enginewright.ground.errors import ToolchainError, unknown
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Arrays
+from enginewright.opened import open_subject
+from enginewright.passes.contract import macs_of_shapes
+from enginewright.reports import record, sheets, words
+from enginewright.reports.benchmarks.large_models import watched, write_sparse
+from enginewright.reports.sheets import Line, Row, Sheet, Verdict
+from enginewright.sources.filling import without_memory
+from enginewright.sources.reference import sizes_of
+from enginewright.validation import latency
+from enginewright.validation.inputs import draw
+from enginewright.validation.latency import LatencySummary
+
+ROOT = Path(__file__).resolve().parents[2]
+QUIET_LOAD = 1.0
+"""Load of a machine above which a time means nothing."""
+ROUNDS = 30
+"""Timed calls of each engine."""
+ROUNDING = 1e-4
+"""Relative error up to which a graph in fp32 is what PyTorch computes."""
+UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
+THIS = "python -m enginewright.reports.benchmarks.methods"
+
+
+class Declared(BaseModel):
+    """A part of ``NAME.toml``; unknown keys are faults."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Faster(Declared):
+    """Two models whose engines for ONNX Runtime are timed in turns.
+
+    Args:
+        model: the one that should be faster.
+        than: the other.
+        at_least: how many times as fast the paper says it is.
+        sizes: of both models' dynamic dimensions.
+    """
+
+    model: str
+    than: str
+    at_least: float
+    sizes: dict[str, int]
+
+
+class Claim(Declared):
+    """What the paper says of itself.
+
+    Args:
+        what: the claim.
+        source: where it stands.
+        faster: how it is measured, where it is of times on a CPU.
+        why_not: why it is not measured here; or what must be known beside what was.
+    """
+
+    what: str
+    source: str
+    faster: Faster | None = None
+    why_not: str = ""
+
+
+class Method(Declared):
+    """``NAME.toml``.
+
+    Args:
+        title: what it is, in a few words.
+        paper: where it was published.
+        models: entries of the catalogue.
+        tests: files that prove that they are faithful.
+        unchecked: why nothing of the authors' could be checked beside it; empty where it was.
+        tiny: model strings whose engines are compared.
+        published: a model string that is exported at a published size, with weights of zeros; empty: none.
+        recipes: names of recipes that gain something.
+        no_recipe: why there is none.
+        claims: of the paper.
+        untrained: why nothing that ships was trained; empty where something was.
+    """
+
+    title: str
+    paper: str
+    models: tuple[str, ...]
+    tests: tuple[str, ...]
+    unchecked: str = ""
+    tiny: tuple[str, ...]
+    published: str = ""
+    recipes: tuple[str, ...] = ()
+    no_recipe: str = ""
+    claims: tuple[Claim, ...]
+    untrained: str = ""
+
+
+def declared() -> dict[str, Method]:
+    """Every method that has a declaration, by name."""
+    return {p.stem: Method.model_validate(tomllib.loads(p.read_text())) for p in sorted(sheets.FOLDER.glob("*.toml"))}
+
+
+def amount(text: str | float) -> tuple[float, float]:
+    """A published amount such as "33.1 M", and half of its last printed digit."""
+    found = re.fullmatch(r"([\d.]+)(?: ?([KMBG]))?", str(text))
+    if not found:
+        raise ToolchainError(f"{text!r} is no amount such as '33.1 M'")
+    number, unit = found[1], UNITS.get(found[2] or "", 1.0)
+    return float(number) * unit, 0.5 * 10 ** -len(number.partition(".")[2]) * unit
+
+
+def counts(method: Method, name: str) -> Iterator[Line]:
+    """Parameters and multiply-accumulates of published sizes beside the published figures."""
+    for model in method.models:
+        module = catalog.load("models", model)
+        figures = getattr(module, "FIGURES", {})
+        for size, config in sizes_of(module).items():
+            if size in module.PUBLISHED and size not in figures:
+                yield counted(name, f"{model}:{size}", "no figure was found", f"{parameters(module, config):,}", None)
+            for figure in figures.get(size, ()):
+                if figure.figure == "parameter_count":
+                    value = parameters(module, config)
+                elif figure.figure == "macs":
+                    value = products(module, config)
+                else:
+                    continue
+                wanted, rounding = amount(figure.value)
+                asked = f"{figure.figure} {figure.value} ({figure.source})"
+                yield counted(name, f"{model}:{size}", asked, f"{value:,}", abs(value - wanted) <= rounding)
+
+
+def counted(name: str, what: str, asked: str, measured: str, fits: bool | None) -> Line:
+    """One count; without a published figure it is one that nobody can miss."""
+    verdict: Verdict = "not_measurable" if fits is None else "met" if fits else "missed"
+    return Line(row="counts", what=what, asked=asked, measured=measured, verdict=verdict, command=f"{THIS} {name}")
+
+
+def parameters(module: Any, config: Any) -> int:
+    """Parameters of a size; no memory is taken for them."""
+    with without_memory():
+        return sum(parameter.numel() for parameter in module.build(config).parameters())
+
+
+def products(module: Any, config: Any) -> int:
+    """Multiply-accumulates of one row at typical sizes."""
+    specs = module.inputs(config)
+    with torch.device("meta"):
+        net = module.build(config).eval()
+        call = {spec.name: torch.empty(spec.sizes({"batch": 1}), dtype=getattr(torch, spec.dtype)) for spec in specs}
+    return macs_of_shapes(net, call) or 0
+
+
+def faithful(method: Method, name: str) -> Iterator[Line]:
+    """What the docstrings say was checked beside the authors' code; and the tests that hold it."""
+    for model in method.models:
+        text = " ".join(catalog.entry("models", model).docstring.split())
+        found = re.search(r"Checked (?:against|beside) .*?\.(?= |$)", text)
+        yield Line(
+            row="faithful",
+            what=model,
+            asked="checked beside the authors' code",
+            measured=found[0] if found else "",
+            verdict="met" if found else "not_measurable" if method.unchecked else "missed",
+            why="" if found else method.unchecked,
+            command=f"enginewright show {model}",
+        )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *method.tests]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = next((line for line in reversed(run.stdout.splitlines()) if "passed" in line or "failed" in line), "no test")
+    yield Line(
+        row="faithful",
+        what="mechanisms, counts and recorded outputs",
+        asked="every test passes",
+        measured=re.sub(r" in [\d.]+s.*", "", said.strip("= ")),
+        verdict="met" if run.returncode == 0 else "missed",
+        command=f"python -m pytest {' '.join(method.tests)}",
+    )
+
+
+def enginewright(*arguments: str) -> list[str]:
+    """A command line of ours."""
+    return [sys.executable, "-m", "enginewright", *arguments, "--quiet"]
+
+
+def exported(method: Method, name: str) -> Iterator[Line]:
+    """Engines of the tiny sizes beside PyTorch, over all declared sizes; and a published size as a graph."""
+    for model in method.tiny:
+        with tempfile.TemporaryDirectory() as folder:
+            targets = ("--target", "onnxruntime", "--target", "tensorrt_rtx")
+            arguments = ("export", model, *targets, "-o", f"{folder}/out")
+            subprocess.run(enginewright(*arguments), cwd=ROOT, capture_output=True, check=False)
+            report = record.read(Path(folder) / "out" / "report.json")
+        command = f"enginewright export {model} --target onnxruntime --target tensorrt_rtx -o OUT"
+        for target in report.targets:
+            yield engine(model, target, command)
+    if method.published:
+        yield of_published_size(method.published)
+
+
+def engine(model: str, target: record.TargetRecord, command: str) -> Line:
+    """One engine of a tiny size."""
+    what = f"{model}, {target.name}"
+    if not target.fidelity:
+        return Line(
+            row="exported",
+            what=what,
+            asked="an engine is built",
+            measured=f"built, {words.size(target.bytes)}" if target.built else "",
+            verdict="met" if target.built else "missed",
+            why=target.reason,
+            command=command,
+        )
+    errors = [output.relative_l2 for output in target.fidelity]
+    errors += [size.relative_l2 for size in target.sizes if size.relative_l2 is not None]
+    tried = len({json.dumps(size.sizes) for size in target.sizes if size.verdict == "met"})
+    fits = max(errors) <= ROUNDING and not target.faults
+    return Line(
+        row="exported",
+        what=what,
+        asked=f"relative error at most {ROUNDING:g} at every size",
+        measured=f"{max(errors):.2g} at the typical and {words.plural(tried, 'other size')}",
+        verdict="met" if fits else "missed",
+        why="; ".join(target.faults),
+        command=command,
+    )
+
+
+def of_published_size(model: str) -> Line:
+    """A published size from weights that lie on disk and are never read."""
+    entry, _, size = model.partition(":")
+    module = catalog.load("models", entry)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.safetensors"
+        with without_memory():
+            state = module.build(sizes_of(module)[size]).state_dict()
+        written = write_sparse(state, torch.float32, weights)
+        began = time.perf_counter()
+        arguments = ("export", model, "--weights", str(weights), "--no-validate", "-o", f"{folder}/out")
+        run, own = watched(enginewright(*arguments))
+        seconds = time.perf_counter() - began
+    return Line(
+        row="exported",
+        what=f"{model} as a graph",
+        asked="its weights stay where they lie",
+        measured=f"{seconds:.0f} s; {words.size(own)} of memory for {words.size(written)} of weights",
+        verdict="met" if run.returncode == 0 else "missed",
+        command=f"enginewright export {model} --weights FILE --no-validate -o OUT",
+    )
+
+
+def gained(method: Method, name: str) -> Iterator[Line]:
+    """What recipes save, beside the untouched original."""
+    if not method.recipes:
+        yield absent("gained", "a recipe", method.no_recipe)
+    for recipe in method.recipes:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = ("run", recipe, "-o", f"{folder}/out")
+            run = subprocess.run(enginewright(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+            path = Path(folder) / "out" / "report.json"
+            report = record.read(path) if path.exists() else None
+        command = f"enginewright run {recipe} -o OUT"
+        if report is None:
+            why = next((line for line in run.stderr.splitlines() if line.startswith("error")), "no report was written")
+            yield Line(row="gained", what=recipe, asked="it runs", verdict="missed", why=why, command=command)
+            continue
+        for target in report.targets:
+            if target.latency:
+                yield gain(recipe, report, target, command)
+
+
+def gain(recipe: str, report: record.Report, target: record.TargetRecord, command: str) -> Line:
+    """One engine of a recipe beside the untouched original."""
+    timed = target.latency
+    assert timed is not None
+    error = max(output.relative_l2 for output in target.fidelity)
+    said = [
+        f"{timed.ratio:.3f} ({timed.ratio_low:.3f} to {timed.ratio_high:.3f}) of the original's time",
+        f"relative error {error:.2g}",
+        f"{words.size(target.bytes)} of {words.size(report.model.bytes)}",
+    ]
+    if report.steps and report.steps[-1].macs.after is not None and report.steps[0].macs.before:
+        said.append(f"{report.steps[-1].macs.after / report.steps[0].macs.before:.3f} of the multiply-accumulates")
+    said += [f"{each.name} {each.value:.3g}" for each in target.quality if each.value is not None]
+    return Line(
+        row="gained",
+        what=f"{recipe}, {target.name}",
+        asked="faster than the untouched original, beyond doubt",
+        measured="; ".join(said),
+        verdict="met" if timed.ratio_high < 1 and not timed.unsafe else "missed",
+        why="; ".join(timed.unsafe),
+        command=command,
+    )
+
+
+def claims(method: Method, name: str) -> Iterator[Line]:
+    """What the paper says of itself."""
+    for claim in method.claims:
+        verdict: Verdict = "not_measurable"
+        measured = ""
+        if claim.faster is not None:
+            found = times_as_fast(claim.faster)
+            verdict = "met" if found.ratio_low >= claim.faster.at_least and not found.unsafe else "missed"
+            measured = f"{found.ratio:.2f} times as fast ({found.ratio_low:.2f} to {found.ratio_high:.2f})"
+        yield Line(
+            row="claim",
+            what=claim.what,
+            asked=claim.source,
+            measured=measured,
+            verdict=verdict,
+            why=claim.why_not,
+            command=f"{THIS} {name}",
+        )
+
+
+def times_as_fast(claim: Faster) -> LatencySummary:
+    """How many times the time of the one model the other takes, with its interval; weights are random."""
+    with tempfile.TemporaryDirectory() as folder:
+        runners: dict[str, Runner] = {}
+        for model in (claim.model, claim.than):
+            out = f"{folder}/{len(runners)}"
+            arguments = ("export", model, "--no-validate", "--target", "onnxruntime", "-o", out)
+            subprocess.run(enginewright(*arguments), cwd=ROOT, check=True)
+            opened = open_subject(out)
+            runners[model] = partial(
+                called, opened.runners["onnxruntime"], draw(opened.inputs, seed=0, sizes=claim.sizes)
+            )
+        taken = latency.time_in_turns(runners, {}, warm_up=2, samples=ROUNDS, seed=0)
+    return latency.summarise(taken[claim.model], taken[claim.than], seed=0)
+
+
+def called(runner: Runner, inputs: Arrays, ignored: Arrays) -> Arrays:
+    """What a runner makes of inputs of its own."""
+    return runner(inputs)
+
+
+def trained(method: Method, name: str) -> Iterator[Line]:
+    """Which weights ship."""
+    shipped = [f"{model}:{size}" for model in method.models for size in catalog.load("models", model).SHIPPED]
+    if not shipped:
+        yield absent("trained", "weights that ship", method.untrained)
+    for model in shipped:
+        yield Line(
+            row="trained", what=model, asked="trained, and ships", verdict="met", command=f"enginewright show {model}"
+        )
+
+
+def absent(row: Row, what: str, why: str) -> Line:
+    """A line for what is not there yet."""
+    return Line(
+        row=row, what=what, asked="there is one", verdict="missed", why=why, command="enginewright list methods"
+    )
+
+
+MEASURES = {
+    "counts": counts,
+    "faithful": faithful,
+    "exported": exported,
+    "gained": gained,
+    "claim": claims,
+    "trained": trained,
+}
+
+
+def measure(name: str, method: Method) -> Sheet:
+    """Everything about one method."""
+    lines = []
+    for row, lines_of in MEASURES.items():
+        began = time.perf_counter()
+        lines += list(lines_of(method, name))
+        print(f"{name}: {row} {time.perf_counter() - began:.0f} s", flush=True)
+    return Sheet(
+        name=name,
+        title=method.title,
+        paper=method.paper,
+        models=method.models,
+        lines=tuple(lines),
+        environment={key: value for key, value in environment.describe().items() if key != "load"},
+        recorded=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+
+
+def main() -> None:
+    """Measure the methods that were named, or all."""
+    known = declared()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
+    names = parser.parse_args().names or list(known)
+    if odd := [name for name in names if name not in known]:
+        sys.exit(str(unknown("method", odd[0], known)))
+    if os.getloadavg()[0] > QUIET_LOAD:
+        sys.exit(
+            f"the load is {os.getloadavg()[0]:.1f}: times would be of other programs too; wait until it is below 1"
+        )
+    for name in names:
+        sheets.write(measure(name, known[name]))
+
+
+if __name__ == "__main__":
+    main()

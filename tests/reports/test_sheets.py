@@ -1,0 +1,85 @@
+"""Sheets of methods: declared, written and shown alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from enginewright import catalog
+from enginewright.ground.errors import ToolchainError
+from enginewright.reports import sheets
+from enginewright.reports.benchmarks import methods
+from enginewright.reports.sheets import Line, Sheet
+from tests.conftest import ROOT
+
+DECLARED = methods.declared()
+
+
+def line(**changed: Any) -> Line:
+    content = {"row": "counts", "what": "a | b", "asked": "1", "measured": "1", "verdict": "met", "command": "x"}
+    return Line(**{**content, **changed})
+
+
+def sheet(*lines: Line) -> Sheet:
+    return Sheet(
+        name="toy", title="A toy", paper="none", models=("toy",), lines=lines, environment={}, recorded="2026-01-01"
+    )
+
+
+def test_the_page_is_what_the_sheets_say() -> None:
+    found = sheets.read_all()
+    assert (sheets.PAGE.read_text() if found else "") == (sheets.page(found) if found else "")
+
+
+def test_a_sheet_has_every_row_and_is_of_what_is_declared() -> None:
+    for path in sheets.FOLDER.glob("*.json"):
+        found = sheets.read(path)
+        assert {each.row for each in found.lines} == set(sheets.ROWS), path.name
+        assert (found.name, found.models) == (path.stem, DECLARED[path.stem].models)
+        assert all(each.why or each.verdict == "met" or each.measured for each in found.lines), path.name
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_declaration_names_what_there_is(name: str) -> None:
+    method = DECLARED[name]
+    entries = catalog.entries("models")
+    for model in (*method.models, *method.tiny, *([method.published] if method.published else [])):
+        entry, _, size = model.partition(":")
+        assert entry in entries, model
+        assert not size or size in methods.sizes_of(catalog.load("models", entry)), model
+    assert all(name in catalog.entries("recipes") for name in method.recipes)
+    assert all((ROOT / test).is_file() for test in method.tests)
+    assert bool(method.recipes) != bool(method.no_recipe)
+    assert method.claims
+
+
+def test_counts_are_held_against_the_digits_that_were_printed() -> None:
+    assert methods.amount("33.1 M") == pytest.approx((33.1e6, 0.05e6))
+    assert methods.amount("1 B") == pytest.approx((1e9, 0.5e9))
+    assert methods.amount("4.25 G") == pytest.approx((4.25e9, 0.005e9))
+    with pytest.raises(ToolchainError, match="no amount"):
+        methods.amount("many")
+    first = next(iter(methods.counts(DECLARED["fcaformer"], "fcaformer")))
+    assert (first.measured, first.verdict) == ("6,187,560", "met")
+
+
+def test_a_row_is_no_better_than_its_worst_line_and_none_may_be_absent() -> None:
+    found = sheet(line(), line(verdict="missed"), line(row="claim", verdict="not_measurable"))
+    assert found.verdict_of("counts") == "**missed** (1 of 2 met)"
+    assert found.verdict_of("claim") == "not measurable here"
+    assert found.verdict_of("gained") == "**absent**"
+
+
+def test_a_page_shows_every_line_with_its_command() -> None:
+    text = sheets.page([sheet(line(why="so it is"))])
+    assert "| counts | a / b | 1 | 1 | met | so it is | `x` |" in text
+    assert "[toy](#toy)" in text
+
+
+def test_a_broken_sheet_is_refused_with_its_place(tmp_path: Any) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text('{"name": 3}')
+    with pytest.raises(ToolchainError) as caught:
+        sheets.read(path)
+    assert str(path) in str(caught.value)
