@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from enginewright.ground.driver import Driver, Kind, Memory, Values
+from enginewright.ground.driver import Driver, Kind, Memory, Values, first_states
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import SOLE, Hoisted, Program, Table, by_timestep
 from enginewright.passes.kernel.selection import is_within
@@ -162,14 +162,7 @@ def given_to(model: nn.Module, name: str, call: Mapping[str, Tensor]) -> dict[st
     if program.table is not None and time is not None:
         call = at_timestep(call, time, input=program.table.input)
     if program.start:
-        like = next(value for key, value in call.items() if key not in program.shared)
-        firsts = {
-            state.name: TENSORS.full(like, (1,) * (1 + len(state.shape)), state.first, state.dtype).expand(
-                len(like), *state.shape
-            )
-            for state in program.read_by(name)
-        }
-        call = {**call, **firsts}
+        call = {**call, **first_states(program, dict(call), TENSORS)}
     if not isinstance(model, Networks) or program.networks[name].takes is None:
         return dict(call)
     seen: list[dict[str, Tensor]] = []

@@ -90,9 +90,7 @@ def called_as(program: Program, network: str, model: Model) -> Model:
     """A model as one of its networks is called before it is parted, given how all of them together are."""
     own = program.networks[network]
     states = [NewInput(name=s.name, shape=s.shape, dtype=s.dtype) for s in program.read_by(network)]
-    specs = (*with_inputs(model, states).inputs, *program.inner)
-    if own.takes is None:
-        specs = specs[: len(specs) - len(program.inner)]
+    specs = (*with_inputs(model, states).inputs, *(program.inner if own.takes is not None else ()))
     outputs = model.outputs if own.outputs is None else own.outputs
     return replace(
         model,

@@ -83,6 +83,17 @@ def some_rows(call: Mapping[str, Any], rows: Any, shared: Collection[str]) -> Va
     return {name: value if name in shared else value[rows] for name, value in call.items()}
 
 
+def some_input(program: Program, inputs: Values) -> Any:
+    """An input that has a row for each sample."""
+    return next(value for name, value in inputs.items() if name not in program.shared)
+
+
+def first_states(program: Program, inputs: Values, kind: Kind) -> Values:
+    """The state tensors that a sequence of a call's rows starts with."""
+    like = some_input(program, inputs)
+    return {s.name: kind.full(like, (len(like), *s.shape), s.first, s.dtype) for s in program.states}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Driver:
     """A program with its networks ready to run.
@@ -127,14 +138,10 @@ class Driver:
             ToolchainError: there is none, or it has another number of rows.
         """
         program = self.program
-        like = next(value for name, value in inputs.items() if name not in program.shared)
-        rows = len(like)
         if not inputs[program.start].any():
-            self.memory.states = {
-                state.name: self.kind.full(like, (rows, *state.shape), state.first, state.dtype)
-                for state in program.states
-            }
+            self.memory.states = first_states(program, inputs, self.kind)
             return
+        rows = len(some_input(program, inputs))
         kept = {len(self.memory.states[state.name]) for state in program.states if state.name in self.memory.states}
         if kept != {rows}:
             there = f"the one before has {kept.pop()}" if kept else "there is none before"
