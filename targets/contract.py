@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -54,6 +54,30 @@ class ShapeRange(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerHint:
+    """What passes found out about a layer that says how a target may compute it.
+
+    Args:
+        precision: numbers that a pass gave its weights, such as ``int8``; empty: none did.
+        pattern: where its zeros lie: ``2:4``; empty: anywhere.
+        reduced_range: whether its 8-bit weights need 7 bits on a CPU whose 8-bit product saturates.
+        rows: whether each row of its input wants a scale of its own.
+        output_scale: of its output in 8 bits, where that may be rounded.
+    """
+
+    precision: str = ""
+    pattern: str = ""
+    reduced_range: bool = False
+    rows: bool = False
+    output_scale: float | None = None
+
+    @staticmethod
+    def of(decision: Mapping[str, Any]) -> LayerHint:
+        """What a plan's decision on a layer says to targets."""
+        return LayerHint(**{each.name: decision[each.name] for each in fields(LayerHint) if each.name in decision})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Graph:
     """What a target builds from.
 
@@ -74,7 +98,7 @@ class Graph:
     ranges: Mapping[str, ShapeRange]
     outputs: Sequence[str] = ()
     examples: Sequence[Arrays] = ()
-    hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    hints: Mapping[str, LayerHint] = field(default_factory=dict)
     threads: int = 1
     say: Callable[[str], None] = lambda text: None
     untouched: bool = False

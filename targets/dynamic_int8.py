@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from enginewright.targets.contract import LayerHint
 from enginewright.targets.onnx_export import module_path
 
 
@@ -174,12 +175,12 @@ def in_floats(model: ir.Model, product: Product) -> None:
     product.node.replace_input_with(1, model.graph.initializers[name])
 
 
-def add_output_pairs(model: ir.Model, hints: Mapping[str, Mapping[str, Any]]) -> int:
+def add_output_pairs(model: ir.Model, hints: Mapping[str, LayerHint]) -> int:
     """Round the outputs of convolutions to int8 where a pass chose an ``output_scale``, by module path; how many."""
     count = 0
     for product in list(static_products(model)):
         [output] = product.node.outputs
-        scale = hints.get(module_path(product.node), {}).get("output_scale")
+        scale = hints.get(module_path(product.node), LayerHint()).output_scale
         if product.node.op_type != "Conv" or scale is None:
             continue
         readers = list(output.uses())

@@ -123,7 +123,7 @@ class OnnxRuntime(Target):
         """Choose the form of the 8-bit products, write it, and say why and what 8 bits bring over fp32 here."""
         notes: list[str] = []
         forms = {"static": graph.path, "dynamic": folder / "dynamic.onnx", "fp32": folder / "fp32.onnx"}
-        marked = {path for path, hint in graph.hints.items() if hint.get("reduced_range")}
+        marked = {path for path, hint in graph.hints.items() if hint.reduced_range}
         if marked and machine.int8_saturates():
             count = reduce_range(model, marked)
             notes.append(
@@ -132,7 +132,7 @@ class OnnxRuntime(Target):
             )
             forms["static"] = folder / "static.onnx"
             save(model, forms["static"])
-        rows = {path for path, hint in graph.hints.items() if hint.get("rows")}
+        rows = {path for path, hint in graph.hints.items() if hint.rows}
         for name, rewrite in (("dynamic", partial(to_dynamic, rows=rows)), ("fp32", to_float)):
             copy = model.clone()
             rewrite(copy)

@@ -92,7 +92,7 @@ class PolygraphyTarget(Target):
             "onnx": str(graph.path),
             "engine": str(folder / ENGINE),
             "ranges": graph.ranges,
-            "sparse": any(hint.get("pattern") == "2:4" for hint in graph.hints.values()),
+            "sparse": any(hint.pattern == "2:4" for hint in graph.hints.values()),
         }
 
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:

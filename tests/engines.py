@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.contract import Graph, LayerHint, ShapeRange
 from enginewright.targets.onnx_export import export_onnx
 from enginewright.targets.tensorrt_rtx_engine import TensorRtRtx
 
@@ -30,10 +30,13 @@ def in_onnxruntime(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.from_numpy(np.asarray(session.run(None, feed)[0]))
 
 
-def built(path: Path, inputs: Mapping[str, Tensor], hints: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+def built(path: Path, inputs: Mapping[str, Tensor], decisions: Mapping[str, Any] | None = None) -> Path:
     """The folder of a TensorRT-RTX engine of the graph."""
     folder = path.parent / "engine"
     folder.mkdir()
     ranges = {name: ShapeRange(*(tuple(tensor.shape),) * 3) for name, tensor in inputs.items()}
-    TensorRtRtx().build(Graph(path=path, ranges=ranges, hints=hints or {}), folder)
+    TensorRtRtx().build(
+        Graph(path=path, ranges=ranges, hints={path: LayerHint.of(each) for path, each in (decisions or {}).items()}),
+        folder,
+    )
     return folder

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from enginewright.passes.contract import Plan, module_at
 from enginewright.passes.kernel.patterns import PATTERN, keeps_pattern
+from enginewright.targets.contract import LayerHint
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Hints:
                 if choice.get("pattern") == PATTERN:
                     self.sparse[path] = layer
 
-    def of(self, network: nn.Module, module: nn.Module) -> dict[str, dict[str, Any]]:
+    def of(self, network: nn.Module, module: nn.Module) -> dict[str, LayerHint]:
         """What targets are told about one exported network, by its own module paths.
 
         Args:
@@ -65,15 +66,15 @@ class Hints:
         """
         at = {id(layer): path for path, layer in network.named_modules()}
         there = {id(layer) for layer in module.modules()}
-        told: dict[str, dict[str, Any]] = {}
-        for path, hint in self.found.items():
+        hints: dict[str, LayerHint] = {}
+        for path, decision in self.found.items():
+            hint = LayerHint.of(decision)
             layer = self.layers[path]() if path in self.layers else None
             if layer is None or id(layer) not in there:
                 layer = module_at(module, path)  # a later step put another in its place
             if (name := at.get(id(layer))) is not None:
-                gone = hint.get("pattern") == PATTERN and path not in self.sparse
-                told[name] = {key: value for key, value in hint.items() if not (gone and key == "pattern")}
-        return told
+                hints[name] = hint if path in self.sparse else replace(hint, pattern="")
+        return hints
 
 
 def still_sparse(module: nn.Module, path: str, layer: nn.Module) -> bool:

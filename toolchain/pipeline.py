@@ -59,7 +59,7 @@ from enginewright.recipe import Recipe, TargetStep, threads_here
 from enginewright.reports import deploying, record, rendering, summary, words
 from enginewright.sources.contract import Model, write_interface
 from enginewright.state import State, example_of, first_state
-from enginewright.targets.contract import Built, Graph, ShapeRange
+from enginewright.targets.contract import Built, Graph, LayerHint, ShapeRange
 from enginewright.targets.element_types import DTYPES
 from enginewright.targets.onnx_export import export_onnx, save
 from enginewright.targets.weights import settle_weights
@@ -88,7 +88,7 @@ class Run:
     """What the plans say about layers."""
     program: Program = SOLE
     """What was exported."""
-    part_hints: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    part_hints: dict[str, dict[str, LayerHint]] = field(default_factory=dict)
     """Hints under the paths of each exported network, by its name."""
     state: State | None = None
     """Where the run is; None before the first step."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,13 +16,13 @@ from enginewright import sources
 from enginewright.passes.contract import Context
 from enginewright.passes.graph.quantize_graph_int8 import QuantizeGraphInt8
 from enginewright.passes.kernel.graph_module import graph_of
-from enginewright.targets.contract import Built, Graph
+from enginewright.targets.contract import Built, Graph, LayerHint
 from enginewright.targets.onnx_export import save
 from enginewright.targets.onnxruntime_engine import OnnxRuntime
 from tests.graphs import mixed, noise, tensor, write
 
 X = {"x": np.random.default_rng(1).standard_normal((2, 4, 8, 8)).astype(np.float32)}
-Hints = dict[str, dict[str, Any]]
+Hints = dict[str, LayerHint]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def quantized(tmp_path: Path) -> tuple[Path, Hints, np.ndarray]:
     result = QuantizeGraphInt8().apply(module, Context(calibration=[x]))
     (tmp_path / "artifact" / "engines" / "onnxruntime").mkdir(parents=True)
     save(graph_of(result.model), tmp_path / "artifact" / "model.onnx")
-    return tmp_path / "artifact", {name: dict(choice) for name, choice in result.plan.choice.items()}, wanted
+    return tmp_path / "artifact", {name: LayerHint.of(choice) for name, choice in result.plan.choice.items()}, wanted
 
 
 def build(root: Path, hints: Hints, form: str) -> tuple[Built, Path]:
@@ -71,7 +71,7 @@ def test_rounded_outputs_make_convolutions_run_in_8_bits(quantized: tuple[Path, 
 
 def test_an_output_that_rounding_would_spoil_stays_a_float(quantized: tuple[Path, Hints, np.ndarray]) -> None:
     root, hints, wanted = quantized
-    hints["conv"]["output_scale"] *= 40
+    hints["conv"] = replace(hints["conv"], output_scale=40 * hints["conv"].output_scale)
     built, path = build(root, hints, "static")
     assert path == (root / "model.onnx").resolve()
     assert "2 convolutions compute in floats" in built.notes[0]

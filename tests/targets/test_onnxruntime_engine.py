@@ -18,7 +18,7 @@ from enginewright.passes.contract import Context
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.quantize_weights import QuantizeWeights
 from enginewright.targets import machine
-from enginewright.targets.contract import Graph, ShapeRange
+from enginewright.targets.contract import Graph, LayerHint, ShapeRange
 from enginewright.targets.dynamic_int8 import reduce_range, to_float
 from enginewright.targets.onnx_export import export_onnx, save
 from enginewright.targets.onnxruntime_engine import OnnxRuntime, refuse_another
@@ -62,7 +62,7 @@ def built(
     name: str,
     target: OnnxRuntime,
     x: dict[str, np.ndarray],
-    hints: dict[str, dict[str, object]] | None = None,
+    hints: dict[str, LayerHint] | None = None,
 ) -> Path:
     folder = root / name / "engines" / f"engine{len(list((root / name).rglob('engine.json')))}"
     folder.mkdir(parents=True)
@@ -119,7 +119,7 @@ def test_marked_layers_get_7_bits_only_where_the_processor_saturates(
     exported: tuple[Net, dict[str, np.ndarray], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, x, root = exported
-    hints: dict[str, dict[str, object]] = {"a": {"reduced_range": True}, "b": {"reduced_range": False}}
+    hints = {"a": LayerHint(reduced_range=True), "b": LayerHint(reduced_range=False)}
     largest = {}
     for saturates in (False, True):
         monkeypatch.setattr(machine, "int8_saturates", lambda answer=saturates: answer)
@@ -189,7 +189,7 @@ def test_a_scale_for_each_row_keeps_small_rows_beside_a_large_one(
         exact = net(torch.from_numpy(uneven["x"])).numpy()
     errors = {}
     for rows in (False, True):
-        hints = {path: {"rows": rows} for path in ("a", "b", "c")}
+        hints = {path: LayerHint(rows=rows) for path in ("a", "b", "c")}
         target = OnnxRuntime(int8="dynamic")
         runner = target.load(built(root, "int8", target, uneven, hints), threads=1)
         errors[rows] = np.abs(runner(uneven)["y"] - exact).max(axis=1) / np.abs(exact).max(axis=1)
@@ -201,7 +201,7 @@ def test_only_marked_layers_get_a_scale_for_each_row_and_share_it(
     exported: tuple[Net, dict[str, np.ndarray], Path],
 ) -> None:
     _, x, root = exported
-    hints = {"a": {"rows": True}, "b": {"rows": True}, "c": {"rows": False}}
+    hints = {"a": LayerHint(rows=True), "b": LayerHint(rows=True), "c": LayerHint(rows=False)}
     folder = built(root, "int8", OnnxRuntime(int8="dynamic"), x, hints)
     graph = onnx.load(folder / "dynamic.onnx", load_external_data=False).graph
     count = [node.op_type for node in graph.node].count

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from enginewright.targets.contract import Graph
+from enginewright.targets.contract import Graph, LayerHint
 from enginewright.targets.tensorrt_builder import refusal
 from enginewright.targets.tensorrt_engine import TensorRt
 
@@ -33,7 +33,8 @@ def test_a_refusal_keeps_the_node_the_reason_and_what_helps() -> None:
 
 
 def test_sparse_weights_are_asked_for_where_a_pass_made_some() -> None:
-    plain, sparse = {"a": {"precision": "int8"}}, {"a": {"precision": "int8"}, "b": {"pattern": "2:4"}}
+    plain = {"a": LayerHint(precision="int8")}
+    sparse = {**plain, "b": LayerHint(pattern="2:4")}
     asked = [
         TensorRt().request(Graph(path=Path("m"), ranges={}, hints=h), Path("f"))["sparse"] for h in (plain, sparse)
     ]

@@ -16,6 +16,7 @@ from enginewright.passes.networks import networks_of
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.targets import machine
+from enginewright.targets.contract import LayerHint
 
 INT8 = {"pass": "quantize_int8", "smallest": 0}
 
@@ -29,7 +30,7 @@ def run_of(*steps: dict[str, Any], folder: Path = Path()) -> pipeline.Run:
 
 
 def layers_named(network: nn.Module, hints: dict[str, Any], key: str) -> set[str]:
-    found = {path for path, hint in hints.items() if hint.get(key)}
+    found = {path for path, hint in hints.items() if getattr(hint, key)}
     assert found <= {path for path, _ in network.named_modules()}, "a hint names a layer that is not there"
     return found
 
@@ -112,3 +113,8 @@ def test_the_pattern_is_told_by_hand_made_weights() -> None:
     assert not is_two_in_four(torch.tensor([[1.0, 1, 2, 0, 0, 0, 0, 3]]))
     assert not is_two_in_four(torch.zeros(2, 8))
     assert not is_two_in_four(torch.ones(2, 6))
+
+
+def test_a_hint_is_what_targets_know_of_a_decision_and_no_more() -> None:
+    decision = {"precision": "int8", "input_scale": 0.1, "rows": True, "saturating_share": 0.2, "reduced_range": False}
+    assert LayerHint.of(decision) == LayerHint(precision="int8", rows=True)
