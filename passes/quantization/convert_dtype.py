@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -68,57 +68,47 @@ class ConvertDtype(Pass):
         owners = {path: module for path, module in model.named_modules() if own_weights(module)}
         check_patterns(self.exclude, owners, what="layer with floating-point weights")
         seen = watch(model, owners, context, DTYPES[self.dtype])
-        kept, wide = {}, {}
+        draft = Draft(self.dtype, tuple(owners))
         limit = torch.finfo(DTYPES[self.dtype]).max / self.headroom
         for path in owners:
             values = seen.get(path)
             if reason := excluded_by(path, self.exclude):
-                kept[path] = reason
+                draft.kept[path] = reason
             elif values and max(values["input"], values["output"]) > limit:
-                kept[path] = f"values of {max(values['input'], values['output']):.3g} would overflow"
-                wide[path] = values["output"] > limit
+                draft.kept[path] = f"values of {max(values['input'], values['output']):.3g} would overflow"
+                draft.wide[path] = values["output"] > limit
             elif values and values["error"] > self.tolerance:
-                kept[path] = f"its relative error would be {values['error']:.2g}"
+                draft.kept[path] = f"its relative error would be {values['error']:.2g}"
         own_error = {path: values["error"] for path, values in seen.items()}
-        return self.settled(model, owners, kept, wide, own_error, context)
+        return self.settled(model, draft, own_error, context)
 
-    def settled(
-        self,
-        model: nn.Module,
-        owners: Mapping[str, nn.Module],
-        kept: dict[str, str],
-        wide: dict[str, bool],
-        own_error: Mapping[str, float],
-        context: Context,
-    ) -> Plan:
+    def settled(self, model: nn.Module, draft: Draft, own_error: Mapping[str, float], context: Context) -> Plan:
         """Give back to fp32 what makes the converted model wrong, until it is right."""
         trial = Trial(0.0, None)
-        met = self.constants_met(model, owners, kept, wide, context)
-        self.widen(model, owners, kept, wide, met, context)
+        draft = self.with_constants(model, draft, context)
+        draft = self.widened(model, draft, context)
         for _ in range(ROUNDS):
-            plan = self.drafted(owners, kept, wide, met)
+            plan = draft.plan()
             trial = self.tried(model, plan, context)
             if trial.faulty is None and trial.error <= self.max_error:
-                return Plan(choice=plan.choice, skipped=kept, facts={**plan.facts, "error": six_digits(trial.error)})
+                return replace(plan, facts={**plan.facts, "error": six_digits(trial.error)})
             if trial.faulty is None:
-                fresh = worst_of([path for path in owners if path not in kept], own_error)
-                kept |= dict.fromkeys(
-                    fresh, f"the model's error was {trial.error:.2g} with it, above {self.max_error:g}"
-                )
-                more = wide | dict.fromkeys(fresh, True)
-                if self.stops_in(model, owners, kept, more, met, context) is None:
-                    wide |= more
+                fresh = worst_of([path for path in draft.owners if path not in draft.kept], own_error)
+                said = f"the model's error was {trial.error:.2g} with it, above {self.max_error:g}"
+                narrow, draft = draft.keeping(fresh, said, wide=False), draft.keeping(fresh, said, wide=True)
+                if self.stops_in(model, draft, context) is not None:
+                    draft = narrow
                 continue
-            near = {path: f"values that come from within {path} were not finite" for path in trial.sources}
-            narrower = not all(wide.get(path) for path in near)
-            more = wide | dict.fromkeys(near, True)
-            if narrower and self.stops_in(model, owners, near | kept, more, met, context) is None:
-                inside = near
+            near = draft
+            for path in trial.sources:
+                near = near.keeping([path], f"values that come from within {path} were not finite", wide=True)
+            narrower = not all(draft.wide.get(path) for path in trial.sources)
+            if narrower and self.stops_in(model, near, context) is None:
+                draft = near
             else:
                 said = f"values within {trial.faulty or 'the model'} were not finite"
-                inside = dict.fromkeys((path for path in owners if is_within(path, trial.faulty)), said)
-            kept |= {path: reason for path, reason in inside.items() if path not in kept}
-            wide |= dict.fromkeys(inside, True)
+                inside = [path for path in draft.owners if is_within(path, trial.faulty)]
+                draft = draft.keeping(inside, said, wide=True)
         what = "not finite" if trial.faulty is not None else f"off by {trial.error:.2g}, more than {self.max_error:g},"
         raise ToolchainError(
             f"in {self.dtype} the model's output is {what} on the calibration inputs",
@@ -126,51 +116,28 @@ class ConvertDtype(Pass):
             help="take dtype = 'bfloat16', which has the range of fp32" if self.dtype == "float16" else None,
         )
 
-    def constants_met(
-        self,
-        model: nn.Module,
-        owners: Mapping[str, nn.Module],
-        kept: Mapping[str, str],
-        wide: Mapping[str, bool],
-        context: Context,
-    ) -> list[str]:
-        """Modules whose own constants meet converted values in an operator that takes one type alone."""
-        met: list[str] = []
-        while (place := self.stops_in(model, owners, kept, wide, met, context)) is not None:
-            if place in met or not constants(model.get_submodule(place)):
+    def with_constants(self, model: nn.Module, draft: Draft, context: Context) -> Draft:
+        """Convert modules' own constants too that meet converted values in an operator which takes one type alone."""
+        while (place := self.stops_in(model, draft, context)) is not None:
+            if place in draft.constants:  # that was not the reason
+                return replace(draft, constants=draft.constants - {place})
+            if not constants(model.get_submodule(place)):
                 break
-            met.append(place)
-        return met
+            draft = replace(draft, constants=draft.constants | {place})
+        return draft
 
-    def widen(
-        self,
-        model: nn.Module,
-        owners: Mapping[str, nn.Module],
-        kept: dict[str, str],
-        wide: dict[str, bool],
-        met: Sequence[str],
-        context: Context,
-    ) -> None:
+    def widened(self, model: nn.Module, draft: Draft, context: Context) -> Draft:
         """Keep the neighbours of layers whose outputs stay in fp32 as well, until no operator meets two types."""
-        around = {path for path, stays in wide.items() if stays}
-        while around - {""} and self.stops_in(model, owners, kept, wide, met, context) is not None:
+        around = {path for path, stays in draft.wide.items() if stays}
+        while around - {""} and self.stops_in(model, draft, context) is not None:
             around = {path.rpartition(".")[0] for path in around}
-            inside = [path for path in owners if any(is_within(path, place) for place in around)]
-            said = "it works together with a layer whose values would overflow"
-            kept |= {path: said for path in inside if path not in kept}
-            wide |= dict.fromkeys(inside, True)
+            inside = [path for path in draft.owners if any(is_within(path, place) for place in around)]
+            draft = draft.keeping(inside, "it works together with a layer whose values would overflow", wide=True)
+        return draft
 
-    def stops_in(
-        self,
-        model: nn.Module,
-        owners: Mapping[str, nn.Module],
-        kept: Mapping[str, str],
-        wide: Mapping[str, bool],
-        met: Sequence[str],
-        context: Context,
-    ) -> str | None:
-        """The module in which the model stops with these layers kept, because an operator meets two types; or None."""
-        converted = self.rewrite(share(model), self.drafted(owners, kept, wide, met))
+    def stops_in(self, model: nn.Module, draft: Draft, context: Context) -> str | None:
+        """The module in which the converted model stops, because an operator meets two types; None: it runs."""
+        converted = self.rewrite(share(model), draft.plan())
         inside: list[str] = []
         looks = [
             Look(module, before=partial(entered, inside, path), after=partial(left, inside))
@@ -182,18 +149,6 @@ class ConvertDtype(Pass):
         except RuntimeError:
             return inside[-1]
         return None
-
-    def drafted(
-        self,
-        owners: Mapping[str, nn.Module],
-        kept: Mapping[str, str],
-        wide: Mapping[str, bool],
-        met: Sequence[str],
-    ) -> Plan:
-        """A plan that converts all but the kept layers; the outputs of wide ones stay in fp32 too."""
-        choice = {path: {"dtype": self.dtype} for path in owners if path not in kept}
-        held = {path: {"wide": bool(wide.get(path))} for path in kept}
-        return Plan(choice=choice, skipped=kept, facts={"kept": held, **({"constants": list(met)} if met else {})})
 
     def tried(self, model: nn.Module, plan: Plan, context: Context) -> Trial:
         """Run the converted model in true half precision, and the original beside it, on the calibration inputs."""
@@ -241,6 +196,37 @@ class ConvertDtype(Pass):
             for network in networks_of(model).values():
                 give(network, torch.float32)
         return model
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Which layers are to be converted.
+
+    Args:
+        dtype: to which type.
+        owners: paths of all layers with weights of their own.
+        kept: those that stay in fp32, and why.
+        wide: of those, whether what they put out stays in fp32 as well.
+        constants: modules whose own constants are converted too.
+    """
+
+    dtype: str
+    owners: tuple[str, ...]
+    kept: dict[str, str] = field(default_factory=dict)
+    wide: dict[str, bool] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
+
+    def keeping(self, paths: Sequence[str], reason: str, *, wide: bool) -> Draft:
+        """The same with more layers in fp32; those that stay in it already keep their reason."""
+        kept = self.kept | {path: reason for path in paths if path not in self.kept}
+        return replace(self, kept=kept, wide=self.wide | (dict.fromkeys(paths, True) if wide else {}))
+
+    def plan(self) -> Plan:
+        """The plan that converts all but the kept layers."""
+        choice = {path: {"dtype": self.dtype} for path in self.owners if path not in self.kept}
+        held = {path: {"wide": bool(self.wide.get(path))} for path in self.kept}
+        more = {"constants": sorted(self.constants)} if self.constants else {}
+        return Plan(choice=choice, skipped=dict(self.kept), facts={"kept": held, **more})
 
 
 @dataclass(frozen=True)
