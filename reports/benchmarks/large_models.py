@@ -8,8 +8,8 @@ command line with weights left where they are, has ONNX's checker read the resul
 process at its parent's peak, so that a figure may be this script's own and is an upper bound. Of them
 ``peak_own_bytes``, looked up ten times a second, is memory that cannot be dropped and read from a file again.
 
-One export quantizes to 8 bits, calibrated on one call. Its weights are random and take their space on the disk, because
-zeros have no scale.
+Two exports quantize to 8 bits, calibrated on one call. Their weights are random and take their space on the disk,
+because zeros have no scale.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
 }
 DIT = "DiT-XL/2"
 INT8 = "DiT-XL/2 int8"
+FLUX_INT8 = "Flux of 1 B int8"
+CALIBRATED = (INT8, FLUX_INT8)
 BOUND_BYTES, BOUND_SECONDS = 2e9, 180
 DTYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
@@ -105,24 +107,32 @@ def checkpoint(name: str, folder: Path) -> tuple[int, int, list[str]]:
         file = folder / "weights.safetensors"
         count = sum(p.numel() for p in module.parameters())
         if name == INT8:
-            recipe = {
-                "schema": 1,
-                "model": "dit:XL/2",
-                "weights": file.name,
-                "calibration": {"calls": 1},
-                "validation": {"skip": True},
-                "steps": [{"pass": "quantize_int8"}],
-            }
-            (folder / "recipe.toml").write_text(tomli_w.dumps(recipe))
-            return count, write_random(module.state_dict(), file), ["run", str(folder / "recipe.toml")]
+            written = write_random(module.state_dict(), file)
+            return count, written, quantizing(folder, {"model": "dit:XL/2", "weights": file.name})
         written = write_sparse(module.state_dict(), torch.float32, file)
         return count, written, ["export", "dit:XL/2", "--weights", str(file), "--no-validate"]
-    cls, settings, dtype = MODELS[name]
+    cls, settings, dtype = MODELS["FLUX.1-dev" if name == FLUX_INT8 else name]
+    settings = settings | ({"num_layers": 1, "num_single_layers": 4} if name == FLUX_INT8 else {})
     with without_memory():
         module = getattr(require("diffusers", extra="diffusers"), cls)(**settings)
     module.save_config(folder)
-    written = write_sparse(module.state_dict(), dtype, folder / "diffusion_pytorch_model.safetensors")
-    return sum(p.numel() for p in module.parameters()), written, ["export", f"diffusers:{folder}", "--no-validate"]
+    file, count = folder / "diffusion_pytorch_model.safetensors", sum(p.numel() for p in module.parameters())
+    if name == FLUX_INT8:
+        return count, write_random(module.state_dict(), file), quantizing(folder, {"model": f"diffusers:{folder}"})
+    return count, write_sparse(module.state_dict(), dtype, file), ["export", f"diffusers:{folder}", "--no-validate"]
+
+
+def quantizing(folder: Path, model: dict[str, str]) -> list[str]:
+    """Write a recipe that quantizes a model to 8 bits, calibrated on one call; what runs it."""
+    recipe = {
+        "schema": 1,
+        **model,
+        "calibration": {"calls": 1},
+        "validation": {"skip": True},
+        "steps": [{"pass": "quantize_int8"}],
+    }
+    (folder / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    return ["run", str(folder / "recipe.toml")]
 
 
 def watched(command: list[str]) -> tuple[subprocess.CompletedProcess[str], int]:
@@ -168,8 +178,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def bounds(name: str, weights: int) -> dict[str, float]:
-    """What an export may take; the one to 8 bits runs the network, so that no bound is set for it."""
-    if name == INT8:
+    """What an export may take; those to 8 bits run the network, so that no bound is set for them."""
+    if name in CALIBRATED:
         return {}
     return {"bound_bytes": weights / 2 if name == DIT else BOUND_BYTES, "bound_seconds": BOUND_SECONDS}
 
@@ -177,8 +187,8 @@ def bounds(name: str, weights: int) -> dict[str, float]:
 def main() -> None:
     """Measure the networks that were named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([DIT, INT8, *MODELS])}")
-    names = parser.parse_args().names or [DIT, INT8, *MODELS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([DIT, *CALIBRATED, *MODELS])}")
+    names = parser.parse_args().names or [DIT, *CALIBRATED, *MODELS]
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(name, Path(folder))
