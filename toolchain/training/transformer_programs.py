@@ -20,7 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from enginewright.models.blocks.sequences import PADDING, TASKS, UNLABELLED, Ids
-from enginewright.models.language.transformer_programs import PUBLISHED, Config, Tables, TransformerProgram, rounded
+from enginewright.models.language.transformer_programs import (
+    PUBLISHED,
+    Config,
+    Layer,
+    Tables,
+    TransformerProgram,
+    rounded,
+)
 from enginewright.sources.reference import WEIGHTS
 
 HOTTEST, COLDEST = 3.0, 0.01
@@ -64,8 +71,8 @@ class SoftHeads(nn.Module):
     def matches(self, variables: Tensor, temperature: float) -> Tensor:
         """Variables (V, B, N, k) -> how far each key has the value that each query asks for (H, B, N, N)."""
         query, key = (read(choose(gate, temperature), variables) for gate in (self.query, self.key))
-        asked = query @ choose(self.asked, temperature)[:, None]  # (H, B, N, k)
-        return asked @ key.transpose(2, 3)
+        asked = query.flatten(1, 2) @ choose(self.asked, temperature)  # (H, B * N, k)
+        return asked.view_as(query) @ key.transpose(2, 3)
 
 
 class SoftCopyingHeads(SoftHeads):
@@ -114,13 +121,13 @@ class SoftTables(nn.Module):
 
     def logits(self, pairs: Tensor) -> Tensor:
         """Pairs of inputs (M, P, 2 * width) -> (M, P, k)."""
-        return F.relu(pairs @ self.w_in + self.b_in) @ self.w_out + self.b_out
+        return torch.baddbmm(self.b_out, F.relu(torch.baddbmm(self.b_in, pairs, self.w_in)), self.w_out)
 
     def forward(self, stream: Tensor, temperature: float) -> Tensor:
         """Stream (V, B, N, width) -> variables (M, B, N, k)."""
         pairs = [read(choose(gate, temperature), stream) for gate in (self.first, self.second)]
         logits = self.logits(torch.cat(pairs, dim=3).flatten(1, 2))
-        return choose(logits.log_softmax(-1), temperature).unflatten(1, stream.shape[1:3])
+        return choose(logits, temperature).unflatten(1, stream.shape[1:3])
 
 
 class SoftLayer(nn.Module):
@@ -168,7 +175,9 @@ class Learner(nn.Module):
         counts = torch.ones(1, *ids.shape, dtype=dtype)  # (1, B, N)
         for layer in self.layers:
             variables, counts = layer(variables, counts, seen, temperature)
-        return variables.permute(1, 2, 0, 3).flatten(2) @ self.value_scores + counts.permute(1, 2, 0) @ self.count_scores
+        return (
+            variables.permute(1, 2, 0, 3).flatten(2) @ self.value_scores + counts.permute(1, 2, 0) @ self.count_scores
+        )
 
 
 @torch.no_grad()
@@ -177,6 +186,8 @@ def program_from(learner: Learner) -> TransformerProgram:
     config = learner.config
     program = TransformerProgram(config)
     for hard, soft in zip(program.layers, learner.layers, strict=True):
+        assert isinstance(hard, Layer)
+        assert isinstance(soft, SoftLayer)
         for name in ("copying", "counting"):
             for choice in ("query", "key", "value", "asked"):
                 getattr(getattr(hard, name), choice).copy_(getattr(getattr(soft, name), choice).argmax(-1))
