@@ -89,7 +89,7 @@ PUBLISHED = {
     "dyck-1": learner_of("dyck-1", layers=3, heads=4, mlps=1),
     "dyck-2": learner_of("dyck-2", layers=3, heads=2, mlps=2),
 }
-SHIPPED: dict[str, Config] = {}
+SHIPPED = {size: PUBLISHED[size] for size in ("histogram",)}
 TINY = Config(values=6, vocabulary=6, longest=6, labels=3, layers=2, heads=2, mlps=1, most=8)
 OUTPUTS = ("logits",)
 FIGURES = {
