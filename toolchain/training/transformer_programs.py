@@ -250,7 +250,7 @@ def main() -> None:
     chosen = parser.parse_args()
     ids, labels = TASKS[chosen.size].sequences(5 * chosen.sequences, seed=0)
     _, first = np.unique(ids, axis=0, return_index=True)
-    keep = np.sort(first)[: chosen.sequences]  # each sequence once, in the order drawn
+    keep = np.random.default_rng(0).permutation(first)[: chosen.sequences]  # each sequence once
     test, held_out, learnt = np.split(keep, [len(keep) // 10, len(keep) // 5])
     best = -1.0
     for seed in chosen.seeds:

@@ -70,9 +70,11 @@ def test_a_program_gives_the_logits_of_its_learner_but_for_rounded_scores(size: 
     learner = Learner(config).double()
     ids = torch.from_numpy(TASKS[size].sequences(300, seed=0)[0])
     real = ids != 0
-    wanted, found = learner(ids, 0)[real], program_from(learner)(ids)[real]
+    program = program_from(learner)
+    wanted, found = learner(ids, 0)[real], program(ids)[real]
     bound = (config.variables(config.layers) + config.counts(config.layers) * 4) * STEP / 2
     assert (found - wanted).abs().max() < bound < wanted.std()
+    assert all((weight / STEP == (weight / STEP).round()).all() for weight in program.parameters())
 
 
 def test_choices_are_one_hot_at_temperature_0_and_nearly_so_at_the_coldest() -> None:
