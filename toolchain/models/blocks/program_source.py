@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -132,6 +133,9 @@ class Writer:
         pairs = [(a, b) for a in reached[one] for b in reached[two] if one != two or a == b]
         entries = {pair: int(tables.table[number][pair]) for pair in pairs}
         other = Counter(entries.values()).most_common(1)[0][0]
+        if len(set(entries.values())) == 1:
+            self.lines.append(f"{name} = [{other}] * LONGEST")
+            return range(other, other + 1)
         self.lines.append("table = {")
         for entry in sorted(set(entries.values()) - {other}):
             self.lines += wrapped(f"**dict.fromkeys({[p for p in pairs if entries[p] == entry]}, {entry}),", deep=1)
@@ -145,7 +149,7 @@ class Writer:
 
 
 def program_of(module: TransformerProgram) -> str:
-    """The source of a module that runs anything ``labels_of`` and ``logits_of`` are asked."""
+    """The source of a program: its functions ``labels_of`` and ``logits_of`` take the tokens of one sequence."""
     config = module.config
     writer = Writer(config)
     for index, layer in enumerate(module.layers):
@@ -183,20 +187,31 @@ def program_of(module: TransformerProgram) -> str:
         parts=round(1 / STEP),
         sees=f"tokens[there] != {PADDING}" + (" and there <= here" if config.is_causal else ""),
         steps=textwrap.indent("\n".join(writer.lines), " " * 4),
-        names="\n".join(wrapped(" ".join(f"{name}={name}," for name in names), deep=2)),
-        value_scores=scores(writer.variables, of_values),
-        count_scores=scores(writer.counts, module.count_scores.weight.T),
+        names="\n".join(wrapped(" ".join(f"{name}={name}," for name in names), deep=2, deeper=0)),
+        value_scores=value_scores(writer.variables, of_values),
+        count_scores=count_scores(writer.counts, module.count_scores.weight.T),
     )
 
 
-def scores(names: Iterable[str], of: Tensor) -> str:
-    """The scores (..., labels) that belong to each name, as whole numbers of steps."""
-    rows = (of / STEP).round().int().tolist()
-    lines = [wrapped(f'"{name}": {row},', deep=1) for name, row in zip(names, rows, strict=True)]
-    return "\n".join(line for each in lines for line in each)
+def value_scores(names: Iterable[str], of: Tensor) -> str:
+    """The scores (V, k, labels) of each variable's values, as whole numbers of steps."""
+    lines = []
+    for name, rows in zip(names, whole(of), strict=True):
+        lines += [f'    "{name}": [', *(f"        {row},  # {value}" for value, row in enumerate(rows)), "    ],"]
+    return "\n".join(lines)
 
 
-def wrapped(text: str, *, deep: int) -> Sequence[str]:
-    """A statement on as many lines as it needs."""
-    first, later = " " * 4 * deep, " " * 4 * (deep + 1)
+def count_scores(names: Iterable[str], of: Tensor) -> str:
+    """The scores (C, labels) of each count, as whole numbers of steps."""
+    return "\n".join(f'    "{name}": {row},' for name, row in zip(names, whole(of), strict=True))
+
+
+def whole(scores: Tensor) -> list[Any]:
+    """Scores as whole numbers of steps."""
+    return (scores / STEP).round().int().tolist()
+
+
+def wrapped(text: str, *, deep: int, deeper: int = 1) -> list[str]:
+    """A statement on as many lines as it needs, those after the first ``deeper``."""
+    first, later = " " * 4 * deep, " " * 4 * (deep + deeper)
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=later, break_long_words=False)

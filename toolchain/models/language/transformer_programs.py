@@ -2,14 +2,18 @@
 
 Source: Friedman et al. 2023, arXiv:2306.01128, section 3. This is the form that a trained network ends in: each head
 reads one variable for its query, key and value, each MLP is a table, and each variable is a whole number. It has
-lookups, comparisons and counts, and no product but that of counts and their scores. What differs from the authors' code
-(which computes this form from one-hot vectors):
+lookups, comparisons and counts, and no product but that of counts and their scores. Checked against
+princeton-nlp/TransformerPrograms at commit 59970de: counts, order of operations, and outputs of all sizes with the same
+weights (equal to 1e-14 in float64, before scores are rounded). What differs from it:
 
-* A head looks for the key that its query's value asks for; of several it takes the nearest, of two as near the earlier,
-  and itself last; if there is none, the first token. These are their scores and distance biases, as an order.
-* An MLP of counts is a table as well. Counts above ``most`` are read as ``most``, in training too.
+* They compute this form from one-hot vectors. Here a head looks for the key that its query's value asks for; of several
+  it takes the nearest, of two as near the earlier, and itself last; if there is none, the first token. That is the
+  order of their scores with their distance biases.
+* An MLP of counts is a table as well. Counts above ``most`` are read as ``most``, in training too; only the programs
+  that they print have such an end.
 * Scores of the classifier are multiples of 1/256, so that their sums are exact in float32, in any order.
 * Padding is no label: they give it one and mask it. Tokens of padding see what others see; they see nothing.
+* Their program for the double histogram has 8 heads in a layer; table 1 has 4, as here.
 
 Shapes: B batch, N tokens, V variables, C counts, H heads of a kind, M MLPs of a kind, k values of a variable.
 """
@@ -65,7 +69,7 @@ class Config:
         return 1 + layer * self.heads
 
 
-def learner_of(task: str, *, layers: int, heads: int, mlps: int) -> Config:
+def size_for(task: str, *, layers: int, heads: int, mlps: int) -> Config:
     """The size for a task: as many values as positions."""
     asked = TASKS[task]
     return Config(
@@ -81,15 +85,15 @@ def learner_of(task: str, *, layers: int, heads: int, mlps: int) -> Config:
 
 
 PUBLISHED = {
-    "reverse": learner_of("reverse", layers=3, heads=4, mlps=1),
-    "histogram": learner_of("histogram", layers=1, heads=2, mlps=1),
-    "double-histogram": learner_of("double-histogram", layers=3, heads=2, mlps=1),
-    "sort": learner_of("sort", layers=3, heads=4, mlps=2),
-    "most-frequent": learner_of("most-frequent", layers=3, heads=4, mlps=2),
-    "dyck-1": learner_of("dyck-1", layers=3, heads=4, mlps=1),
-    "dyck-2": learner_of("dyck-2", layers=3, heads=2, mlps=2),
+    "reverse": size_for("reverse", layers=3, heads=4, mlps=1),
+    "histogram": size_for("histogram", layers=1, heads=2, mlps=1),
+    "double-histogram": size_for("double-histogram", layers=3, heads=2, mlps=1),
+    "sort": size_for("sort", layers=3, heads=4, mlps=2),
+    "most-frequent": size_for("most-frequent", layers=3, heads=4, mlps=2),
+    "dyck-1": size_for("dyck-1", layers=3, heads=4, mlps=1),
+    "dyck-2": size_for("dyck-2", layers=3, heads=2, mlps=2),
 }
-SHIPPED = {size: PUBLISHED[size] for size in ("histogram",)}
+SHIPPED = {size: PUBLISHED[size] for size in ("histogram", "sort")}
 TINY = Config(values=6, vocabulary=6, longest=6, labels=3, layers=2, heads=2, mlps=1, most=8)
 OUTPUTS = ("logits",)
 FIGURES = {
