@@ -2,9 +2,10 @@
 
 Source: Friedman et al. 2023, arXiv:2306.01128, section 3. This is the form that a trained network ends in: each head
 reads one variable for its query, key and value, each MLP is a table, and each variable is a whole number. It has
-lookups, comparisons and counts, and no product but that of counts and their scores. Checked against
-princeton-nlp/TransformerPrograms at commit 59970de: counts, order of operations, and outputs of all sizes with the same
-weights (equal to 1e-14 in float64, before scores are rounded). What differs from it:
+lookups, comparisons and counts, and no product but that of counts and their scores; ``program_of`` of
+``models/blocks/program_source.py`` writes it as Python. Checked against princeton-nlp/TransformerPrograms at commit
+59970de: counts, order of operations, and outputs of all sizes with the same weights (equal to 1e-14 in float64, before
+scores are rounded). What differs from it:
 
 * They compute this form from one-hot vectors. Here a head looks for the key that its query's value asks for; of several
   it takes the nearest, of two as near the earlier, and itself last; if there is none, the first token. That is the
@@ -240,6 +241,12 @@ class TransformerProgram(nn.Module):
             variables, counts = layer(variables, counts, seen)
         of_values = self.value_scores(variables.transpose(1, 2) + self.start).sum(2)  # (B, N, labels)
         return of_values + self.count_scores(counts.transpose(1, 2).to(of_values.dtype))
+
+    def python_source(self) -> str:
+        """The same program in Python, without any package."""
+        from enginewright.models.blocks.program_source import program_of
+
+        return program_of(self)
 
 
 def rounded(scores: Tensor) -> Tensor:
