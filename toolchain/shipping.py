@@ -105,12 +105,11 @@ def one_engine(
         )
     model = onnx.load(graph_of(folder, part), load_external_data=False)
     is_program = (place / PROGRAM).is_file()
-    file = PROGRAM if is_program else PLAN
     return Engine(
         kind="python" if is_program else getattr(target, "module", target.name()),
         folder=place.name,
-        file=file,
-        files=by_path({place / file}, folder),
+        file=PROGRAM if is_program else PLAN,
+        files=sizes(place, folder) if is_program else by_path({place / PLAN}, folder),
         inputs=values(model.graph.input, dims, specs),
         outputs=values(model.graph.output, dims, specs),
         passed=passed,

@@ -51,6 +51,8 @@ def test_the_readme_says_how_to_run_the_source_without_anything_else(made: Path,
     (commands,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     subprocess.run(["sh", "-ec", commands.replace("DEST", str(tmp_path))], cwd=made, check=True)
+    target = next(t for t in record.read(made / "report.json").targets if t.name == "python_program")
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == target.bytes
     run = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
