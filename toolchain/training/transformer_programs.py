@@ -244,31 +244,23 @@ def main() -> None:
     parser.add_argument("size", choices=[*PUBLISHED])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sequences", type=int, default=20_000)
-    parser.add_argument("--epochs", type=int, default=250)
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=35)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=5e-2)
     chosen = parser.parse_args()
-    ids, labels = TASKS[chosen.size].sequences(5 * chosen.sequences, seed=0)
-    _, first = np.unique(ids, axis=0, return_index=True)
-    keep = np.random.default_rng(0).permutation(first)[: chosen.sequences]  # each sequence once
-    test, held_out, learnt = np.split(keep, [len(keep) // 10, len(keep) // 5])
+    config, draw = PUBLISHED[chosen.size], TASKS[chosen.size].sequences
+    learnt, validation, test = draw(chosen.sequences, seed=0), draw(5000, seed=1), draw(5000, seed=2)
+    met = {row.tobytes() for row in learnt[0]}
+    new = np.array([row.tobytes() not in met for row in test[0]])
     best = -1.0
     for seed in chosen.seeds:
-        learner = train(
-            PUBLISHED[chosen.size],
-            ids[learnt],
-            labels[learnt],
-            seed=seed,
-            epochs=chosen.epochs,
-            batch=chosen.batch,
-            rate=chosen.rate,
-        )
+        learner = train(config, *learnt, seed=seed, epochs=chosen.epochs, batch=chosen.batch, rate=chosen.rate)
         program = program_from(learner)
-        found = accuracy(program, ids[held_out], labels[held_out])
-        of_test, of_learnt = (accuracy(program, ids[rows], labels[rows]) for rows in (test, learnt))
-        print(f"seed {seed} learnt {of_learnt:.4f} validation {found:.4f} test {of_test:.4f}", flush=True)
-        if found > best:
-            best = found
+        of_validation, of_test = accuracy(program, *validation), accuracy(program, *test)
+        of_new = accuracy(program, test[0][new], test[1][new])
+        print(f"seed {seed} validation {of_validation:.4f} test {of_test:.4f} never met {of_new:.4f}", flush=True)
+        if of_validation > best:
+            best = of_validation
             save_file(program.state_dict(), WEIGHTS / f"transformer_programs-{chosen.size}.safetensors")
 
 

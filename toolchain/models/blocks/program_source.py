@@ -10,13 +10,17 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from enginewright.ground.errors import ToolchainError
 from enginewright.models.blocks.sequences import PADDING
 from enginewright.models.language.transformer_programs import STEP, Config, Heads, Layer, Tables, TransformerProgram
 
 WIDTH = 112
 """Characters of a line of the source."""
+
+LEAVE_OUT = "leave out the steps that change weights: a program has none to spare"
 
 PROGRAM = '''"""A Transformer Program: labels for the tokens of a sequence, by lookups, comparisons and counts.
 
@@ -149,7 +153,13 @@ class Writer:
 
 
 def program_of(module: TransformerProgram) -> str:
-    """The source of a program: its functions ``labels_of`` and ``logits_of`` take the tokens of one sequence."""
+    """The source of a program: its functions ``labels_of`` and ``logits_of`` take the tokens of one sequence.
+
+    Raises:
+        ToolchainError: a step has changed the program's scores to what whole numbers cannot say.
+    """
+    if type(module.value_scores) is not nn.Embedding or type(module.count_scores) is not nn.Linear:
+        raise ToolchainError("a step has replaced a layer of the program; it can no longer be written", help=LEAVE_OUT)
     config = module.config
     writer = Writer(config)
     for index, layer in enumerate(module.layers):
@@ -208,7 +218,10 @@ def count_scores(names: Iterable[str], of: Tensor) -> str:
 
 def whole(scores: Tensor) -> list[Any]:
     """Scores as whole numbers of steps."""
-    return (scores / STEP).round().int().tolist()
+    steps = scores / STEP
+    if not torch.equal(steps, steps.round()):
+        raise ToolchainError(f"scores of the program are no longer multiples of {STEP}", help=LEAVE_OUT)
+    return steps.int().tolist()
 
 
 def wrapped(text: str, *, deep: int, deeper: int = 1) -> list[str]:

@@ -94,7 +94,7 @@ PUBLISHED = {
     "dyck-1": size_for("dyck-1", layers=3, heads=4, mlps=1),
     "dyck-2": size_for("dyck-2", layers=3, heads=2, mlps=2),
 }
-SHIPPED = {size: PUBLISHED[size] for size in ("histogram", "sort")}
+SHIPPED = {size: PUBLISHED[size] for size in ("histogram", "sort", "reverse")}
 TINY = Config(values=6, vocabulary=6, longest=6, labels=3, layers=2, heads=2, mlps=1, most=8)
 OUTPUTS = ("logits",)
 FIGURES = {

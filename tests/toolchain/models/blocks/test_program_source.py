@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from enginewright import sources
+from enginewright.ground.errors import ToolchainError
 from enginewright.models.blocks.program_source import program_of
 from enginewright.models.blocks.sequences import TASKS
 from enginewright.models.language import transformer_programs
@@ -58,9 +59,15 @@ def trained(size: str) -> TransformerProgram:
     return module
 
 
+def test_source_graph_and_module_agree_on_any_tokens(tmp_path: Path) -> None:
+    agree(trained("sort"), any_tokens(trained("sort"), 2000), tmp_path)
+
+
 @pytest.mark.parametrize("size", transformer_programs.SHIPPED)
-def test_source_graph_and_module_agree_on_any_tokens(size: str, tmp_path: Path) -> None:
-    agree(trained(size), any_tokens(trained(size), 2000), tmp_path)
+@torch.no_grad()
+def test_the_source_of_every_trained_program_gives_its_logits(size: str) -> None:
+    ids = any_tokens(trained(size), 500)
+    assert np.array_equal(logits_of(program_of(trained(size)))(ids), trained(size)(torch.from_numpy(ids)).numpy())
 
 
 @pytest.mark.slow
@@ -97,3 +104,15 @@ def test_the_source_needs_no_package_and_answers_on_the_command_line(tmp_path: P
     wanted = module(torch.tensor([[1, 4, 3, 0, 0, 0]])).argmax(2)[0, :3].tolist()
     assert [int(label) for label in run.stdout.split()] == wanted
     assert max(len(line) for line in path.read_text().splitlines()) <= 120
+
+
+def test_a_program_that_steps_have_changed_is_not_written() -> None:
+    torch.manual_seed(0)
+    module = transformer_programs.build(TINY)
+    with torch.no_grad():
+        module.count_scores.weight[0, 0] += 0.001
+    with pytest.raises(ToolchainError, match="no longer multiples"):
+        program_of(module)
+    module.count_scores = torch.nn.Sequential(module.count_scores)  # type: ignore[assignment]
+    with pytest.raises(ToolchainError, match="has replaced a layer"):
+        program_of(module)
