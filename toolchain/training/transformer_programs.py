@@ -1,10 +1,21 @@
 """Train Transformer Programs on sequences that are drawn here, and write the programs that they end in.
 
-    python -m enginewright.training.transformer_programs sort --seeds 0 1 2    # a few minutes for each seed
+    python -m enginewright.training.transformer_programs sort --seeds 0           # about 3 minutes on one core
+    python -m enginewright.training.transformer_programs reverse --seeds 0 1 2    # 2 minutes a seed
+    python -m enginewright.training.transformer_programs histogram --seeds 1      # 1 minute; seed 0 fails
 
 A learner is the network before it is a program: choices are samples of the Gumbel-softmax distribution, whose
-temperature falls from 3 to 0.01 (arXiv:2306.01128, section 3.3). The settings are those of the authors' scripts. Of
-several seeds that which is best on validation sequences is kept; weights go to toolchain/models/weights.
+temperature falls from 3 to 0.01 (arXiv:2306.01128, section 3.3). What differs from the authors' scripts: 35 passes of
+128 sequences at once, not 250 of 512; and sequences of all lengths as often as one another, where theirs are all
+distinct, so that most are of the greatest length. Of several seeds that which is best on validation sequences is kept;
+weights go to toolchain/models/weights. Those that ship (accuracy in percent, of labels, on 5,000 sequences drawn anew,
+and on those of them that were not met in training; the paper's is of sequences that are mostly long):
+
+| size      | seed | fresh | never met | paper |
+| --------- | ---- | ----- | --------- | ----- |
+| sort      | 0    | 99.98 | 99.94     | 99.83 |
+| reverse   | 2    | 94.81 | 96.38     | 99.79 |
+| histogram | 1    | 100.0 | 100.0     | 100.0 |
 """
 
 from __future__ import annotations
