@@ -1,8 +1,8 @@
 """Train Transformer Programs on sequences that are drawn here, and write the programs that they end in.
 
-    python -m enginewright.training.transformer_programs sort --seeds 0           # about 3 minutes on one core
-    python -m enginewright.training.transformer_programs reverse --seeds 0 1 2    # 2 minutes a seed
-    python -m enginewright.training.transformer_programs histogram --seeds 1      # 1 minute; seed 0 fails
+    python -m enginewright.training.transformer_programs sort --seeds 0               # about 3 minutes on one core
+    python -m enginewright.training.transformer_programs reverse --seeds 0 1 2 3 4    # 3 minutes a seed
+    python -m enginewright.training.transformer_programs histogram --seeds 1          # 1 minute
 
 A learner is the network before it is a program: choices are samples of the Gumbel-softmax distribution, whose
 temperature falls from 3 to 0.01 (arXiv:2306.01128, section 3.3). What differs from the authors' scripts: 35 passes of
@@ -16,6 +16,8 @@ and on those of them that were not met in training; the paper's is of sequences 
 | sort      | 0    | 99.98 | 99.94     | 99.83 |
 | reverse   | 2    | 94.81 | 96.38     | 99.79 |
 | histogram | 1    | 100.0 | 100.0     | 100.0 |
+
+No seed of five solves reverse for all lengths: 92.6 to 94.8.
 """
 
 from __future__ import annotations
