@@ -100,6 +100,8 @@ def section(target: TargetRecord, engines: Sequence[Engine], program: Program) -
         lines.append(kept(program))
     if "onnxruntime" in kinds:
         lines += ["Then, in `DEST`, with `pip install onnxruntime numpy`:", code(onnx_code(engines))]
+    elif "python" in kinds:
+        lines += ["Then, in `DEST`, with Python alone, for one row:", code(program_code(engines[0]))]
     else:
         lines += [
             f"Then, in `DEST`, on a GPU like the one that it was built for, with {engines[0].kind} and PyTorch:",
@@ -183,6 +185,17 @@ def session_lines(engine: Engine) -> list[str]:
     path = f"{engine.folder}/{engine.file}"
     providers = f'providers=["{engine.provider}"]'
     return [*lines, f'session = onnxruntime.InferenceSession("{path}"{more}, {providers})']
+
+
+def program_code(engine: Engine) -> list[str]:
+    """Lines that run a program with one row of its input."""
+    (given,) = engine.inputs
+    return [
+        "from runpy import run_path",
+        "",
+        f'program = run_path("{engine.folder}/{engine.file}")',
+        f'print(program["logits_of"]({[given.fill] * given.shape[1]}))',
+    ]
 
 
 def tensorrt_code(engine: Engine) -> list[str]:

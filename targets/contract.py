@@ -92,6 +92,7 @@ class Graph:
         links: whether its weights stay links to files that lie elsewhere, and the engine's own graphs may link them
             too; or else an engine's folder holds its own copy of what it reads, and nothing with two names.
         untouched: the graph is the source's own and no step changed it, so nothing but what was asked for is rewritten.
+        source: writes the network as Python source that needs no package; None where it cannot be.
     """
 
     path: Path
@@ -103,6 +104,7 @@ class Graph:
     say: Callable[[str], None] = lambda text: None
     untouched: bool = False
     links: bool = False
+    source: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

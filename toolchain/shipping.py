@@ -26,6 +26,7 @@ from enginewright.targets.onnxruntime_engine import (
     disabled_optimizers,
     four_bit_products,
 )
+from enginewright.targets.python_program_engine import PROGRAM
 from enginewright.targets.tensorrt_builder import ENGINE as PLAN
 from enginewright.targets.weights import load_graph
 
@@ -103,11 +104,12 @@ def one_engine(
             passed=passed,
         )
     model = onnx.load(graph_of(folder, part), load_external_data=False)
+    is_program = (place / PROGRAM).is_file()
     return Engine(
-        kind=getattr(target, "module", target.name()),
+        kind="python" if is_program else getattr(target, "module", target.name()),
         folder=place.name,
-        file=PLAN,
-        files=by_path({place / PLAN}, folder),
+        file=PROGRAM if is_program else PLAN,
+        files=sizes(place, folder) if is_program else by_path({place / PLAN}, folder),
         inputs=values(model.graph.input, dims, specs),
         outputs=values(model.graph.output, dims, specs),
         passed=passed,

@@ -62,7 +62,8 @@ def test_show_gives_the_fields_that_others_rely_on(enginewright: Cli) -> None:
 
 def test_doctor_gives_four_answers_for_every_target(enginewright: Cli) -> None:
     found = json.loads(enginewright("doctor", "--json").stdout)
-    assert {t["name"] for t in found["targets"]} == {"onnxruntime", "pytorch", "tensorrt", "tensorrt_rtx"}
+    names = {"onnxruntime", "python_program", "pytorch", "tensorrt", "tensorrt_rtx"}
+    assert {t["name"] for t in found["targets"]} == names
     for target in found["targets"]:
         answers = [target[key] for key in ("installed", "importable", "buildable", "runnable")]
         assert all(answers) or target["reason"]
