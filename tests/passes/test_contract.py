@@ -182,7 +182,7 @@ def test_layer_by_layer_is_the_same_as_all_at_once_where_a_pass_says_so(name: st
     if step.works_on == "graph" or not step.by_layer:
         return
     seen: list[torch.nn.Module] = []
-    done = step.apply(copy.deepcopy(module), replace(context, put=seen.append))
+    done = step.apply(copy.deepcopy(module), replace(context, offload=seen.append))
     at_once = step.rewrite(copy.deepcopy(module), done.plan)
     assert content(done.model) == content(at_once)
     assert seen == [done.model.get_submodule(path) for path in done.changed]
