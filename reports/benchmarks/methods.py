@@ -34,6 +34,7 @@ from enginewright.ground.signature import Arrays
 from enginewright.opened import open_subject
 from enginewright.passes.contract import macs_of_shapes
 from enginewright.reports import record, sheets, words
+from enginewright.reports.benchmarks import scores
 from enginewright.reports.benchmarks.large_models import watched, write_sparse
 from enginewright.reports.sheets import Line, Row, Sheet, Verdict
 from enginewright.sources.filling import without_memory
@@ -75,6 +76,20 @@ class Faster(Declared):
     sizes: dict[str, int]
 
 
+class Score(Declared):
+    """A number that a function of ``scores.py`` measures on weights that ship.
+
+    Args:
+        function: its name.
+        of: what it is called with, a size.
+        at_least: what the paper says.
+    """
+
+    function: str
+    of: str
+    at_least: float
+
+
 class Claim(Declared):
     """What the paper says of itself.
 
@@ -82,12 +97,14 @@ class Claim(Declared):
         what: the claim.
         source: where it stands.
         faster: how it is measured, where it is of times on a CPU.
+        score: how it is measured, where it is of weights that ship.
         why_not: why it is not measured here; or what must be known beside what was.
     """
 
     what: str
     source: str
     faster: Faster | None = None
+    score: Score | None = None
     why_not: str = ""
 
 
@@ -327,6 +344,10 @@ def claims(method: Method, name: str) -> Iterator[Line]:
             found = times_as_fast(claim.faster)
             verdict = "met" if found.ratio_low >= claim.faster.at_least and not found.unsafe else "missed"
             measured = f"{found.ratio:.2f} times as fast ({found.ratio_low:.2f} to {found.ratio_high:.2f})"
+        if claim.score is not None:
+            value = getattr(scores, claim.score.function)(claim.score.of)
+            verdict = "met" if value >= claim.score.at_least else "missed"
+            measured = f"{value:.4f}"
         yield Line(
             row="claim",
             what=claim.what,

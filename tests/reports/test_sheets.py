@@ -9,7 +9,7 @@ import pytest
 from enginewright import catalog
 from enginewright.ground.errors import ToolchainError
 from enginewright.reports import sheets
-from enginewright.reports.benchmarks import methods
+from enginewright.reports.benchmarks import methods, scores
 from enginewright.reports.sheets import Line, Sheet
 from tests.conftest import ROOT
 
@@ -52,6 +52,7 @@ def test_a_declaration_names_what_there_is(name: str) -> None:
     assert all((ROOT / test).is_file() for test in method.tests)
     assert bool(method.recipes) != bool(method.no_recipe)
     assert method.claims
+    assert all(hasattr(scores, claim.score.function) for claim in method.claims if claim.score is not None)
 
 
 def test_counts_are_held_against_the_digits_that_were_printed() -> None:
