@@ -1,6 +1,6 @@
 """What is measured of published methods: one sheet each, and the page that shows them all.
 
-    python -m enginewright.reports.benchmarks.methods [NAME…]
+    python -m enginewright.reports.benchmarks.methods [NAME…] [--row ROW]
 
 A method is declared by ``reports/methods/NAME.toml``: its models in the catalogue, their tests, what is exported at a
 published size, recipes that gain something, and what its paper claims. Everything else is measured here, by the command
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,7 @@ class Method(Declared):
         recipes: names of recipes that gain something.
         no_recipe: why there is none.
         claims: of the paper.
+        counts: what explains counts that are not the published ones.
         untrained: why nothing that ships was trained; empty where something was.
     """
 
@@ -135,6 +136,7 @@ class Method(Declared):
     recipes: tuple[str, ...] = ()
     no_recipe: str = ""
     claims: tuple[Claim, ...]
+    counts: str = ""
     untrained: str = ""
 
 
@@ -158,8 +160,11 @@ def counts(method: Method, name: str) -> Iterator[Line]:
         module = catalog.load("models", model)
         figures = getattr(module, "FIGURES", {})
         for size, config in sizes_of(module).items():
-            if size in module.PUBLISHED and size not in figures:
-                yield counted(name, f"{model}:{size}", "no figure was found", f"{parameters(module, config):,}", None)
+            known = {figure.figure for figure in figures.get(size, ())}
+            if size in module.PUBLISHED and not known & {"parameter_count", "macs"}:
+                yield counted(
+                    name, f"{model}:{size}", "no figure was found", f"{parameters(module, config):,}", None, ""
+                )
             for figure in figures.get(size, ()):
                 if figure.figure == "parameter_count":
                     value = parameters(module, config)
@@ -169,13 +174,15 @@ def counts(method: Method, name: str) -> Iterator[Line]:
                     continue
                 wanted, rounding = amount(figure.value)
                 asked = f"{figure.figure} {figure.value} ({figure.source})"
-                yield counted(name, f"{model}:{size}", asked, f"{value:,}", abs(value - wanted) <= rounding)
+                fits = abs(value - wanted) <= rounding
+                yield counted(name, f"{model}:{size}", asked, f"{value:,}", fits, "" if fits else method.counts)
 
 
-def counted(name: str, what: str, asked: str, measured: str, fits: bool | None) -> Line:
+def counted(name: str, what: str, asked: str, measured: str, fits: bool | None, why: str) -> Line:
     """One count; without a published figure it is one that nobody can miss."""
     verdict: Verdict = "not_measurable" if fits is None else "met" if fits else "missed"
-    return Line(row="counts", what=what, asked=asked, measured=measured, verdict=verdict, command=f"{THIS} {name}")
+    command = f"{THIS} {name}"
+    return Line(row="counts", what=what, asked=asked, measured=measured, verdict=verdict, why=why, command=command)
 
 
 def parameters(module: Any, config: Any) -> int:
@@ -408,10 +415,15 @@ MEASURES = {
 }
 
 
-def measure(name: str, method: Method) -> Sheet:
-    """Everything about one method."""
-    lines = []
+def measure(name: str, method: Method, rows: Collection[str]) -> Sheet:
+    """These rows of one method's sheet; the others stay what they were."""
+    path = sheets.FOLDER / f"{name}.json"
+    before = sheets.read(path).lines if path.exists() else ()
+    lines: list[Line] = []
     for row, lines_of in MEASURES.items():
+        if row not in rows:
+            lines += [line for line in before if line.row == row]
+            continue
         began = time.perf_counter()
         lines += list(lines_of(method, name))
         print(f"{name}: {row} {time.perf_counter() - began:.0f} s", flush=True)
@@ -426,20 +438,29 @@ def measure(name: str, method: Method) -> Sheet:
     )
 
 
+def takes_times(method: Method, rows: Collection[str]) -> bool:
+    """Whether times are among what is measured."""
+    return ("gained" in rows and bool(method.recipes)) or (
+        "claim" in rows and any(claim.faster is not None for claim in method.claims)
+    )
+
+
 def main() -> None:
     """Measure the methods that were named, or all."""
     known = declared()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
-    names = parser.parse_args().names or list(known)
+    parser.add_argument("--row", action="append", choices=MEASURES, help="what to measure again; default: all")
+    arguments = parser.parse_args()
+    names, rows = arguments.names or list(known), arguments.row or list(MEASURES)
     if odd := [name for name in names if name not in known]:
         sys.exit(str(unknown("method", odd[0], known)))
-    if os.getloadavg()[0] > QUIET_LOAD:
+    if any(takes_times(known[name], rows) for name in names) and os.getloadavg()[0] > QUIET_LOAD:
         sys.exit(
             f"the load is {os.getloadavg()[0]:.1f}: times would be of other programs too; wait until it is below 1"
         )
     for name in names:
-        sheets.write(measure(name, known[name]))
+        sheets.write(measure(name, known[name], rows))
 
 
 if __name__ == "__main__":
