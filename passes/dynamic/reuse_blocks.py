@@ -151,7 +151,7 @@ class ReuseBlocks(Pass):
         times = self.schedule()
         if len(set(times)) < len(times):
             twice = next(time for time in times if times.count(time) > 1)
-            raise ToolchainError(f"timestep {twice:g} stands twice in the schedule: a step could not be resolved apart")
+            raise ToolchainError(f"timestep {twice:g} stands twice in the schedule: a step could not be told apart")
         if not self.whole:
             return [int(step % self.interval > 0) for step in range(len(times))]
         if list(self.whole) != sorted(set(self.whole)) or self.whole[0] != 0 or self.whole[-1] >= len(times):
