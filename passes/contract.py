@@ -465,7 +465,7 @@ def macs(model: nn.Module, example: Inputs) -> int:
     """
     program = program_of(model)
     each = {
-        name: macs_in_step(network, given_to(model, name, example), program.hoisted.get(name))
+        name: macs_in_step(network, given_to(model, name, example, shapes_alone=True), program.hoisted.get(name))
         for name, network in networks_of(model).items()
     }
     ways = [sum(each[call.network] for call in way.calls) for way in program.ways]

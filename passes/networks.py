@@ -6,6 +6,7 @@ Shapes: B batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from enginewright.ground.driver import Driver, Kind, Memory, Values, first_states
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import SOLE, Hoisted, Program, Table, by_timestep
+from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.passes.kernel.selection import is_within
 
 TENSORS = Kind(
@@ -151,11 +153,19 @@ def at_timestep(call: Mapping[str, Tensor], time: float, *, input: str) -> dict[
     return {**call, input: torch.full_like(call[input], time)}
 
 
-def given_to(model: nn.Module, name: str, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def given_to(
+    model: nn.Module, name: str, call: Mapping[str, Tensor], *, shapes_alone: bool = False
+) -> dict[str, Tensor]:
     """What a call of a model gives to one of its networks: at a timestep at which that network runs.
 
     State tensors are those that a sequence starts with; those of a schedule are left out, because a network that may
     read them runs without.
+
+    Args:
+        model: whose network it is.
+        name: of the network.
+        call: of the model.
+        shapes_alone: give zeros for what other networks give, and run none of them: no weight is read.
     """
     program = program_of(model)
     time = program.time_of(name)
@@ -170,11 +180,15 @@ def given_to(model: nn.Module, name: str, call: Mapping[str, Tensor]) -> dict[st
         lambda _, args, given: seen.append(dict(given)), with_kwargs=True
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), on_shapes(model) if shapes_alone else nullcontext():
             model(**call)
     finally:
         hook.remove()
-    return seen[0]
+    if not shapes_alone:
+        return seen[0]
+    return {
+        key: call[key] if key in call else torch.zeros((), dtype=t.dtype).expand(t.shape) for key, t in seen[0].items()
+    }
 
 
 def without_inputs(model: nn.Module, names: Collection[str]) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -93,8 +93,6 @@ class Run:
     """Hints under the paths of each exported network, by its name."""
     state: State | None = None
     """Where the run is; None before the first step."""
-    source: Callable[[], str] | None = None
-    """What writes the optimized module as Python source; None where it cannot be."""
 
     @cached_property
     def model(self) -> Model:
@@ -199,7 +197,6 @@ def export(
         scratch = folder / ".scratch"
         scratch.mkdir()
         module = run.optimize(scratch)
-        run.source = source_of(module)
         scratch.rmdir()
         write_plans(run, folder)
         if not recipe.head.validation.skip:
@@ -371,7 +368,7 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
         say=run.progress.say,
         links=run.links,
         untouched=not run.results and isinstance(run.model.module, GraphModule),
-        source=run.source,
+        source=source_of(run.state.module) if run.state else None,
     )
     return step.target.build(graph, engine)
 

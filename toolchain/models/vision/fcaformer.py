@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
+from enginewright.models.blocks.transformer import Mlp
 from enginewright.sources.contract import Published
 
 
@@ -105,20 +106,6 @@ class PatchMerging(nn.Sequential):
         )
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, the hidden width four times the width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class ConvBlock(nn.Module):
     """ConvNeXt's block: a wide convolution of each channel, then an MLP on each place."""
 
@@ -126,7 +113,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, 4 * width, approximate="none")
         self.scale = nn.Parameter(torch.full((width,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,7 +183,7 @@ class FcaBlock(nn.Module):
         self.enhance = NormedConv(width, width, 3, groups=width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, 4 * width, approximate="none")
         self.scale2 = nn.Parameter(torch.full((width,), config.layer_scale))
 
     def forward(self, x: Tensor, summaries: Tensor | None) -> tuple[Tensor, Tensor | None]:

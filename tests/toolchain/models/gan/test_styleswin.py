@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from enginewright.models.gan import styleswin
-from enginewright.passes.contract import macs_of_shapes
+from enginewright.passes.contract import macs, macs_of_shapes
+from enginewright.passes.networks import lacks_values
 
 TINY = styleswin.TINY
 RELEASE = (
@@ -339,3 +340,16 @@ def test_the_exported_synthesis_draws_any_number_of_pictures() -> None:
         wanted = network(ws)
         assert wanted.std() > 0.5
         torch.testing.assert_close(exported.module()(ws), wanted)
+
+
+def test_products_of_both_networks_are_counted_on_shapes_alone() -> None:
+    network, seen = styleswin.build(TINY).eval(), []
+    hook = network.networks["synthesis"].register_forward_pre_hook(
+        lambda _, args, given: seen.append(lacks_values(given["ws"]) or not given["ws"].any()), with_kwargs=True
+    )
+    found = macs(network, {"z": torch.randn(1, 32)})
+    assert seen
+    assert all(seen), "styles were computed"
+    hook.remove()
+    mapping = 2 * 32 * 32
+    assert found == mapping + macs(styleswin.Synthesis(TINY).eval(), {"ws": torch.zeros(1, 6, 32)})
