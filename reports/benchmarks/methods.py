@@ -22,7 +22,6 @@ import tomllib
 from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -32,11 +31,11 @@ from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
 from enginewright.opened import open_subject
-from enginewright.passes.contract import macs_of_shapes
 from enginewright.reports import record, words
 from enginewright.reports.benchmarks import scores, sheets
 from enginewright.reports.benchmarks.large_models import watched, write_sparse
 from enginewright.reports.benchmarks.sheets import Line, Row, Sheet, Verdict
+from enginewright.show import model_details
 from enginewright.sources.filling import without_memory
 from enginewright.sources.reference import sizes_of
 from enginewright.validation import latency
@@ -157,25 +156,17 @@ def amount(text: str | float) -> tuple[float, float]:
 def counts(method: Method, name: str) -> Iterator[Line]:
     """Parameters and multiply-accumulates of published sizes beside the published figures."""
     for model in method.models:
-        module = catalog.load("models", model)
-        figures = getattr(module, "FIGURES", {})
-        for size, config in sizes_of(module).items():
-            known = {figure.figure for figure in figures.get(size, ())}
-            if size in module.PUBLISHED and not known & {"parameter_count", "macs"}:
-                yield counted(
-                    name, f"{model}:{size}", "no figure was found", f"{parameters(module, config):,}", None, ""
-                )
-            for figure in figures.get(size, ()):
-                if figure.figure == "parameter_count":
-                    value = parameters(module, config)
-                elif figure.figure == "macs":
-                    value = products(module, config)
-                else:
-                    continue
-                wanted, rounding = amount(figure.value)
-                asked = f"{figure.figure} {figure.value} ({figure.source})"
+        for size in catalog.load("models", model).PUBLISHED:
+            found, what = model_details(model, size), f"{model}:{size}"
+            figures = [each for each in found["published"] if each["figure"] in ("parameter_count", "macs")]
+            if not figures:
+                yield counted(name, what, "no figure was found", f"{found['parameter_count']:,}", None, "")
+            for figure in figures:
+                value = found[figure["figure"]]
+                wanted, rounding = amount(figure["value"])
+                asked = f"{figure['figure']} {figure['value']} ({figure['source']})"
                 fits = abs(value - wanted) <= rounding
-                yield counted(name, f"{model}:{size}", asked, f"{value:,}", fits, "" if fits else method.counts)
+                yield counted(name, what, asked, f"{value:,}", fits, "" if fits else method.counts)
 
 
 def counted(name: str, what: str, asked: str, measured: str, fits: bool | None, why: str) -> Line:
@@ -183,21 +174,6 @@ def counted(name: str, what: str, asked: str, measured: str, fits: bool | None, 
     verdict: Verdict = "not_measurable" if fits is None else "met" if fits else "missed"
     command = f"{THIS} {name}"
     return Line(row="counts", what=what, asked=asked, measured=measured, verdict=verdict, why=why, command=command)
-
-
-def parameters(module: Any, config: Any) -> int:
-    """Parameters of a size; no memory is taken for them."""
-    with without_memory():
-        return sum(parameter.numel() for parameter in module.build(config).parameters())
-
-
-def products(module: Any, config: Any) -> int:
-    """Multiply-accumulates of one row at typical sizes."""
-    specs = module.inputs(config)
-    with torch.device("meta"):
-        net = module.build(config).eval()
-        call = {spec.name: torch.empty(spec.sizes({"batch": 1}), dtype=getattr(torch, spec.dtype)) for spec in specs}
-    return macs_of_shapes(net, call) or 0
 
 
 def faithful(method: Method, name: str) -> Iterator[Line]:

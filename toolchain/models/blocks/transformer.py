@@ -1,4 +1,4 @@
-"""Parts that several transformers share: multi-head self-attention and the two-layer MLP.
+"""Parts that several transformers share: multi-head self-attention, the two-layer MLP, and a block of both.
 
 Shapes: B batch, N tokens, D width, H heads.
 """
@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from enginewright.passes.traits import StreamBlock
 
 
 class SelfAttention(nn.Module):
@@ -45,3 +47,41 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X (B, N, D) -> (B, N, D)."""
         return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module, StreamBlock):
+    """Self-attention and an MLP with an exact GELU, each after a layer norm and beside a residual."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int, *, eps: float = 1e-5, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = SelfAttention(width, heads, qkv_bias=qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, mlp_ratio * width, approximate="none")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D), mask as in :class:`SelfAttention` -> (B, N, D)."""
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+def bias_by_distance(table: Tensor, distance: Tensor) -> Tensor:
+    """What each head adds to a query and a key of a map by how many rows and columns they are apart.
+
+    Args:
+        table: (H, R, R), by rows apart and by columns apart.
+        distance: (S, S), the entry of the table for two rows, or two columns, of the map.
+
+    Returns:
+        (H, S*S, S*S).
+    """
+    bias = table[:, distance][..., distance]  # (H, S, S, S, S): rows of query and key, columns of both
+    return bias.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def start_small(module: nn.Module) -> None:
+    """Start a linear layer: truncated normal, standard deviation 0.02, no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.program import Network, in_turn
 from enginewright.ground.signature import Dim, InputSpec
-from enginewright.models.blocks.transformer import Mlp
+from enginewright.models.blocks.transformer import Mlp, bias_by_distance, start_small
 from enginewright.passes.networks import Networks
 from enginewright.sources.contract import Published
 
@@ -169,8 +169,7 @@ class DoubleAttention(nn.Module):
 
     def position_bias(self) -> Tensor:
         """What each head adds to a query and a key by their distance in rows and columns: (H, V, V)."""
-        bias = self.bias[:, self.distance][..., self.distance]  # (H, w, w, w, w): rows of query, key; columns of both
-        return bias.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return bias_by_distance(self.bias, self.distance)
 
     def cut(self, qkv: Tensor) -> Tensor:
         """Cut a map into windows: (B, S, S, 3, H, d) -> (3, B, Y, X, H, V, d)."""
@@ -307,11 +306,7 @@ class Synthesis(nn.Module):
 
     def initialize(self) -> None:
         """The authors' start: small linears, faint colours, styles of unit variance, and positions at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(start_small)
         for module in self.modules():
             if isinstance(module, DoubleAttention):
                 nn.init.trunc_normal_(module.bias, std=0.02)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
-from enginewright.models.blocks.transformer import Mlp
+from enginewright.models.blocks.transformer import Mlp, bias_by_distance, start_small
 from enginewright.sources.contract import Published
 
 
@@ -148,16 +148,9 @@ class ForwardCrossAttention(nn.Module):
             self.summary_norm = nn.LayerNorm(width)
             self.summary_bias = nn.Parameter(torch.zeros(heads, summaries))
 
-    def bias_by_position(self) -> Tensor:
-        """What each head adds to a query and a key by how many rows and columns they are apart: (H, N, N)."""
-        bias = self.position_bias[:, self.distance][
-            ..., self.distance
-        ]  # (H, S, S, S, S): rows of both, columns of both
-        return bias.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
     def forward(self, x: Tensor, summaries: Tensor | None) -> Tensor:
         """x (B, N, D), normed, and summaries (B, M, D) -> (B, N, D)."""
-        read, bias = x, self.bias_by_position()
+        read, bias = x, bias_by_distance(self.position_bias, self.distance)  # (H, N, N)
         if summaries is not None:
             read = torch.cat([x, self.summary_norm(self.summary_scale * summaries)], dim=1)  # (B, N+M, D)
             bias = torch.cat([bias, self.summary_bias[:, None].expand(-1, x.shape[1], -1)], dim=2)  # (H, N, N+M)
@@ -242,10 +235,8 @@ class FcaFormer(nn.Module):
     def initialize(self) -> None:
         """Linear layers start small, as the authors' do; convolutions start with outputs as large as their inputs."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
+            start_small(module)
+            if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -30,8 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
-from enginewright.models.blocks.transformer import Mlp, SelfAttention
-from enginewright.passes.traits import StreamBlock
+from enginewright.models.blocks.transformer import Block, Mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,22 +107,6 @@ OUTPUTS = {"encoder": "tokens", "denoiser": "prediction", "autoregressive": "log
 """What each network gives beside latents."""
 
 
-class Block(nn.Module, StreamBlock):
-    """Self-attention and an MLP, each after a norm."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = SelfAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, mlp_ratio * width, approximate="none")
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (A, N, D), mask (N, N), true where a token sees another -> (A, N, D)."""
-        x = x + self.attn(self.norm1(x), mask)
-        return x + self.mlp(self.norm2(x))
-
-
 class CrossAttention(nn.Module):
     """Let tokens read those of a source; both are normed. An MLP may follow."""
 
@@ -150,7 +133,7 @@ class CrossAttention(nn.Module):
 
 def blocks(count: int, width: int, heads: int, mlp_ratio: int) -> nn.ModuleList:
     """``count`` blocks of one width."""
-    return nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(count))
+    return nn.ModuleList(Block(width, heads, mlp_ratio, eps=1e-6) for _ in range(count))
 
 
 class Stage(nn.Module):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
-from enginewright.models.blocks.transformer import Mlp, SelfAttention
+from enginewright.models.blocks.transformer import Block, start_small
 from enginewright.sources.contract import Published
 
 
@@ -121,30 +121,14 @@ class Sentence(nn.Module):
         return self.norm2(self.proj(self.norm1(words.reshape(-1, self.patches, self.proj.in_features))))
 
 
-class Layer(nn.Module):
-    """Attention among tokens, then an MLP for each, both after a layer norm and beside a residual."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = SelfAttention(width, heads, qkv_bias=False)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, mlp_ratio * width, approximate="none")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) or (B*N, W, E) -> the same."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class Block(nn.Module):
+class TntBlock(nn.Module):
     """A layer among the words of each patch, whose sum goes to the patch's token, and a layer among all tokens."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.inner = Layer(config.word_width, config.word_heads, config.mlp_ratio)
+        self.inner = Block(config.word_width, config.word_heads, config.mlp_ratio, qkv_bias=False)
         self.sentence = Sentence(config, bias=False)
-        self.outer = Layer(config.width, config.heads, config.mlp_ratio)
+        self.outer = Block(config.width, config.heads, config.mlp_ratio, qkv_bias=False)
 
     def forward(self, words: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """words (B*N, W, E), tokens (B, 1+N, D) -> the same; the class token is told nothing by words."""
@@ -162,18 +146,14 @@ class TNT(nn.Module):
         self.sentence = Sentence(config, bias=True)
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.position = nn.Parameter(torch.zeros(1, 1 + config.patches, config.width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(TntBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.classes)
         self.initialize()
 
     def initialize(self) -> None:
         """The authors' start: small linears and positions."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(start_small)
         for table in (self.words.position, self.class_token, self.position):
             nn.init.trunc_normal_(table, std=0.02)
 

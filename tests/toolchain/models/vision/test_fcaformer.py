@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from enginewright import sources
+from enginewright.models.blocks.transformer import bias_by_distance
 from enginewright.models.vision import fcaformer
 from enginewright.models.vision.fcaformer import TINY, FcaBlock, FcaFormer, FcaStage, ForwardCrossAttention, NormedConv
 from enginewright.passes.contract import macs_of_shapes
@@ -143,7 +144,7 @@ def test_attention_is_one_softmax_over_tokens_and_summaries_with_a_bias_each() -
 def test_the_bias_by_position_is_bit_for_bit_what_an_index_gathers() -> None:
     layer = attention(0, side=5)
     index = torch.tensor([[5 * abs(a // 5 - b // 5) + abs(a % 5 - b % 5) for b in range(25)] for a in range(25)])
-    assert torch.equal(layer.bias_by_position(), layer.position_bias.flatten(1)[:, index])
+    assert torch.equal(bias_by_distance(layer.position_bias, layer.distance), layer.position_bias.flatten(1)[:, index])
     assert not torch.equal(layer.position_bias, layer.position_bias.mT)  # rows and columns are told apart
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enginewright.models.blocks.transformer import SelfAttention
+from enginewright.models.blocks.transformer import Block, SelfAttention
 from enginewright.models.vision import tnt
 from enginewright.passes.contract import macs_of_shapes
 from enginewright.targets.onnx_export import export_onnx
@@ -173,7 +173,7 @@ def test_a_patch_is_cut_into_words_as_a_padded_picture_of_its_own_is() -> None:
 
 @torch.no_grad()
 def test_a_block_updates_words_first_and_tells_the_class_token_nothing() -> None:
-    block = loud(tnt.Block(TINY))
+    block = loud(tnt.TntBlock(TINY))
     block.outer = nn.Identity()
     words, tokens = torch.randn(2 * 9, 16, 12), torch.randn(2, 10, 32)
     related, told = block(words, tokens)
@@ -216,7 +216,7 @@ def test_patches_may_be_shuffled_with_their_positions_but_not_without() -> None:
 
 @torch.no_grad()
 def test_heads_of_words_may_be_padded_with_zeros_to_a_width_that_fused_kernels_take() -> None:
-    narrow = loud(tnt.Layer(12, 2, 4)).attn  # heads of width 6
+    narrow = loud(Block(12, 2, 4, qkv_bias=False)).attn  # heads of width 6
     wide = SelfAttention(12, 2, head_dim=8, qkv_bias=False).requires_grad_(False)
     weight = narrow.qkv.weight.view(3, 2, 6, 12) * torch.tensor([(8 / 6) ** 0.5, 1, 1]).view(3, 1, 1, 1)
     wide.qkv.weight.copy_(F.pad(weight, (0, 0, 0, 2)).reshape(48, 12))
