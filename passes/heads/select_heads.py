@@ -110,7 +110,7 @@ class SelectHeads(Pass):
             )
 
     def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> SelectHeads:
-        """The same for a recipe in another folder."""
+        """This pass as a recipe in another folder names its files and models."""
         here = super().moved(path, model)
         return here.model_copy(update={"log": path(self.log)}) if self.log else here
 

@@ -46,7 +46,7 @@ def is_turned_linear(module: nn.Module) -> bool:
 
 
 def turned(module: Any) -> nn.Linear:
-    """The same layer around a view of the same weight."""
+    """The linear layer that computes what a Conv1D does, around a view of its weight."""
     inputs, outputs = module.weight.shape
     with torch.device("meta"):
         layer = nn.Linear(inputs, outputs, dtype=module.weight.dtype)

@@ -364,7 +364,7 @@ def take(module: nn.Module) -> None:
 
 
 def take_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Inputs in the type of the layer's weights."""
+    """Convert what a layer is called with to the type of its weights."""
     held = [*module.parameters(recurse=False), *running(module).values()]
     dtype = next(tensor.dtype for tensor in held if tensor.is_floating_point())
     return in_dtype(args, dtype), in_dtype(kwargs, dtype)

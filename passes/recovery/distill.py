@@ -85,7 +85,7 @@ class Distill(Pass):
         return value
 
     def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> Distill:
-        """The same for a recipe in another folder."""
+        """This pass as a recipe in another folder names its files and models."""
         teachers = tuple(t.model_copy(update={"model": model(t.model)}) for t in self.teachers)
         data = self.data if self.data in KINDS else path(self.data)
         checkpoint = path(self.checkpoint) if self.checkpoint else ""

@@ -86,7 +86,7 @@ class MergeModels(Pass):
         return style
 
     def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> MergeModels:
-        """The same for a recipe in another folder."""
+        """This pass as a recipe in another folder names its files and models."""
         teachers = tuple(path(text) if is_file(text) else model(text) for text in self.teachers)
         data = self.data if self.data in KINDS else path(self.data)
         checkpoint = path(self.checkpoint) if self.checkpoint else ""

@@ -39,7 +39,7 @@ class FoldAdapters(Pass):
     partly: bool = Field(default=False, description="go on when keys of the file match nothing; they are listed")
 
     def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> Self:
-        """The same for a recipe in another folder."""
+        """This pass as a recipe in another folder names its files and models."""
         del model
         return self.model_copy(update={"file": path(self.file)}) if self.file else self
 
