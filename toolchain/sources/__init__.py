@@ -9,10 +9,11 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from enginewright.sources.contract import Model
+    from enginewright.sources.jobs import Job
 
 FILES = ("onnx", "pt2", "py")
 """Sources whose strings hold a path; those of others hold one if it is there, and may else name a model on a hub."""
@@ -66,6 +67,21 @@ def parts_of(text: str) -> list[str]:
     source = importlib.import_module(f"enginewright.sources.{prefix}_source")
     found = source.components(text) if hasattr(source, "components") else []
     return [part.partition("#")[2] for part in found] if len(found) > 1 else []
+
+
+def job_of(text: str, **settings: Any) -> Job:
+    """The whole job of a model string that stands for several networks.
+
+    Args:
+        text: as ``parts_of`` takes it.
+        settings: how it is run: ``prompts``, ``steps``, ``arguments``.
+
+    Raises:
+        ToolchainError: there is none, or it cannot be run here, and why.
+    """
+    source = importlib.import_module(f"enginewright.sources.{text.partition(':')[0]}_source")
+    found: Job = source.job(text, **settings)
+    return found
 
 
 class PathParts(NamedTuple):
