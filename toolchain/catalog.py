@@ -1,10 +1,10 @@
-"""What there is: models, sources, passes, targets, metrics, recipes; found as files, listed without importing any.
+"""What there is: models, pipelines, passes, targets and the rest; found as files, listed without importing any.
 
 Other installed packages add to it by entry points (``ground/plugins.py``); a name of ours stays ours.
 
 There is no list to edit: a file in the right folder is an entry, its name is the entry's name, and the first line of
 its docstring is the summary. Of a model in several files, in a folder of its own, each that says what its network takes
-is an entry, ``FOLDER-FILE``.
+is an entry, ``FOLDER-FILE``; its ``job.py``, where there is one, makes them a pipeline called ``FOLDER``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOMS = (
     "enginewright",
 )
 """Packages that entries lie in, the innermost first; each is a folder of its own."""
-KINDS = ("models", "sources", "passes", "targets", "metrics", "recipes")
+KINDS = ("models", "pipelines", "sources", "passes", "targets", "metrics", "recipes")
 
 
 def folder_of(package: str) -> Path:
@@ -83,6 +83,9 @@ def entries(kind: str) -> dict[str, Entry]:
     """Everything of one kind, by name, in alphabetical order."""
     named = {
         "models": lambda: model_files(folder_of("enginewright") / "models"),
+        "pipelines": lambda: {
+            path.parent.name: path for path in (folder_of("enginewright") / "models").glob("*/*/job.py")
+        },
         "sources": lambda: by_name((folder_of("enginewright") / "sources").glob("*_source.py")),
         "passes": lambda: by_name(
             family_files(folder_of("enginewright.passes"), apart={"families", "kernel"}, holding="(Pass)")

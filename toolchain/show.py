@@ -75,6 +75,9 @@ def details(kind: str, name: str, size: str) -> dict[str, Any]:
         return {"gate": f"{metric.kind}.{name}", "unit": metric.unit, "higher_is_better": metric.higher_is_better}
     if kind == "sources":
         return {}
+    if kind == "pipelines":
+        found = catalog.load("pipelines", name).SIZES
+        return {"sizes": {key: dict(each.parts) for key, each in found.items()}}
     return {"content": catalog.entry("recipes", name).path.read_text()}
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from enginewright import __version__, artifact, environment, pipeline, preflight, sources
+from enginewright import __version__, artifact, environment, pipeline, preflight, samples, sources
+from enginewright.at_sizes import eager
 from enginewright.ground.errors import CANNOT, MISSED, ToolchainError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
@@ -27,6 +28,7 @@ from enginewright.recipe import WHOLE, Job, Recipe, TargetStep, Validation, thre
 from enginewright.reports import deploying, record, rendering
 from enginewright.reports.pictures import png_grid
 from enginewright.sources.jobs import Job as Work
+from enginewright.validation.contract import SoundTask
 
 BUDGET_S = 60.0
 """Time that timing the whole job may take, about."""
@@ -144,7 +146,7 @@ def try_job(
                 target.name: job.run(job.assemble(engines(job, folder, target.name, trust_code=trust_code)))
                 for target in able
             }
-            original = job.run(job.assemble({}))
+            original = job.run(job.assemble(originals(job)))
         pictures = compare(job, original, runners, able, recipe.head.seed, progress)
     except ToolchainError as cause:
         for target in able:
@@ -154,10 +156,16 @@ def try_job(
     return [*job.notes, *(f"{part} takes no part in the whole job" for part in alone)], pictures
 
 
-def engines(job: Work, folder: Path, target: str, *, trust_code: bool) -> dict[str, Any]:
-    """One target's engines of the parts that a job needs."""
-    name = target.removeprefix(f"{WHOLE}.")
-    return {part: load(folder / part, name, trust_code=trust_code) for part in job.parts}
+def engines(job: Work, folder: Path, target: str | None, *, trust_code: bool) -> dict[str, Any]:
+    """One target's engines of the parts that a job needs, or the first that run here, as the job takes them."""
+    name = target and target.removeprefix(f"{WHOLE}.")
+    found = {part: load(folder / part, name, trust_code=trust_code) for part in job.parts}
+    return {part: engine.runner for part, engine in found.items()} if job.models else found
+
+
+def originals(job: Work) -> dict[str, Runner]:
+    """The untouched networks of a job that has none of its own."""
+    return {part: eager(sources.load(text), threads_here()) for part, text in job.models.items()}
 
 
 def compare(
@@ -182,7 +190,7 @@ def compare(
                 setattr(target, key, value)
             if not target.faults:
                 fit[target.name] = runners[target.name]
-                pictures += shown(target.name, wanted, kept)
+                pictures += shown(target.name, wanted, kept, job.rate)
     with progress.stage("time the whole job, in turns"):
         rounds = max(FEWEST, min(30, int(BUDGET_S / max(seconds, 1e-3) / (len(fit) + 1))))
         threads = threads_here()
@@ -202,26 +210,42 @@ def keeping(runner: Runner, kept: list[Arrays]) -> Runner:
     return run
 
 
-def shown(name: str, wanted: Sequence[Arrays], got: Sequence[Arrays]) -> list[record.Samples]:
-    """Pictures (n, H, W, C) in [0, 1] among the results, or the first frames of films (n, F, H, W, C), side by side."""
+def shown(name: str, wanted: Sequence[Arrays], got: Sequence[Arrays], rate: int) -> list[record.Samples]:
+    """The original's results beside an engine's, to look at; none where they are neither pictures nor sounds.
 
-    def grid(results: Sequence[Arrays]) -> str | None:
-        found = [array[:, 0] if array.ndim == 5 else array for result in results for array in result.values()]
-        if not found or any(each.ndim != 4 or each.shape[-1] not in (1, 3) for each in found):
-            return None
-        return png_grid(np.concatenate(found).transpose(0, 3, 1, 2) * 2 - 1)
-
-    first, second = grid(wanted), grid(got)
-    if first is None or second is None:
+    Args:
+        name: of the target.
+        wanted: results of the original: pictures (n, H, W, C) in [0, 1], films (n, F, H, W, C), of which the first
+            frames are shown, or among others a ``wave`` (n, S).
+        got: those of the engines.
+        rate: samples a second of a wave; 0: there is none.
+    """
+    if rate:
+        waves = {
+            key: np.concatenate([result["wave"] for result in results])
+            for key, results in (("original", wanted), (name, got))
+        }
+        sounds = SoundTask(sample=lambda runner, n, seed: waves[name], samples=len(waves[name]), rate=rate)
+        return samples.shown(sounds, waves, [name], len(waves[name]))
+    pair = [pictures_of(results) for results in (wanted, got)]
+    if None in pair:
         return []
     return [
         record.Samples(
             target=name,
-            original_png=first,
-            candidate_png=second,
+            original_png=str(pair[0]),
+            candidate_png=str(pair[1]),
             caption="the whole job: the original's results and those of the engines, from the same noise",
         )
     ]
+
+
+def pictures_of(results: Sequence[Arrays]) -> str | None:
+    """All pictures among some results in one PNG; None where something else is among them."""
+    found = [array[:, 0] if array.ndim == 5 else array for result in results for array in result.values()]
+    if any(each.ndim != 4 or each.shape[-1] not in (1, 3) for each in found):
+        return None
+    return png_grid(np.concatenate(found).transpose(0, 3, 1, 2) * 2 - 1)
 
 
 def report_of(
@@ -352,4 +376,4 @@ def load_pipeline(
         recipe = replace(recipe, head=recipe.head.model_copy(update={"model": model}))
     settings = recipe.head.job or Job()
     job = sources.job_of(recipe.model, **settings.model_dump(exclude={"skip"}))
-    return job.assemble({part: load(folder / part, target, trust_code=trust_code) for part in job.parts})
+    return job.assemble(engines(job, folder, target, trust_code=trust_code))

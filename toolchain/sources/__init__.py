@@ -62,8 +62,12 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_
 def parts_of(text: str) -> list[str]:
     """Names of the networks that a model string stands for when it stands for several, as a pipeline's folder does."""
     prefix = text.partition(":")[0]
-    if prefix not in prefixes() or "#" in text:
+    if "#" in text:
         return []
+    if prefix not in prefixes():
+        from enginewright.sources import reference
+
+        return list(reference.components(text))
     source = importlib.import_module(f"enginewright.sources.{prefix}_source")
     found = source.components(text) if hasattr(source, "components") else []
     return [part.partition("#")[2] for part in found] if len(found) > 1 else []
@@ -79,8 +83,9 @@ def job_of(text: str, **settings: Any) -> Job:
     Raises:
         ToolchainError: there is none, or it cannot be run here, and why.
     """
-    source = importlib.import_module(f"enginewright.sources.{text.partition(':')[0]}_source")
-    found: Job = source.job(text, **settings)
+    prefix = text.partition(":")[0]
+    name = f"{prefix}_source" if prefix in prefixes() else "reference"
+    found: Job = importlib.import_module(f"enginewright.sources.{name}").job(text, **settings)
     return found
 
 

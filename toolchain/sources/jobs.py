@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from enginewright.ground.runner import Runner
@@ -20,6 +20,9 @@ class Job:
         assemble: networks by the part that each stands for (those that are left out are the original's own) -> the
             thing that users call, such as a pipeline of diffusers.
         run: the same thing -> a runner of the calls, whose outputs are the job's results.
+        models: for each part the model string of its original, where the job has none of its own; the parts are then
+            given as runners.
+        rate: samples a second, where results called ``wave`` are sounds.
         notes: how it is run, as sentences without full stops.
     """
 
@@ -27,4 +30,6 @@ class Job:
     calls: tuple[Arrays, ...]
     assemble: Callable[[Mapping[str, Any]], Any]
     run: Callable[[Any], Runner]
+    models: Mapping[str, str] = field(default_factory=dict)
+    rate: int = 0
     notes: tuple[str, ...] = ()
