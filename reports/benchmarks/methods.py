@@ -31,10 +31,10 @@ from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
 from enginewright.opened import open_subject
-from enginewright.reports import record, words
-from enginewright.reports.benchmarks import scores, sheets
+from enginewright.reports import record, sheets, words
+from enginewright.reports.benchmarks import scores
 from enginewright.reports.benchmarks.large_models import watched, write_sparse
-from enginewright.reports.benchmarks.sheets import Line, Row, Sheet, Verdict
+from enginewright.reports.sheets import Line, Row, Sheet, Verdict
 from enginewright.show import model_details
 from enginewright.sources.filling import without_memory
 from enginewright.sources.reference import sizes_of

@@ -9,7 +9,7 @@ import pytest
 from enginewright import catalog
 from enginewright.ground.errors import ToolchainError
 from enginewright.reports.benchmarks import methods, scores, sheets
-from enginewright.reports.benchmarks.sheets import Line, Sheet
+from enginewright.reports.sheets import Line, Sheet
 from tests.conftest import ROOT
 
 DECLARED = methods.declared()

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from enginewright.ground.errors import invalid, raise_faults
 from enginewright.ground.reading import read_json
 
-FOLDER = Path(__file__).resolve().parents[1] / "methods"
+FOLDER = Path(__file__).resolve().parent / "methods"
 PAGE = FOLDER.parent / "METHODS.md"
 
 Row = Literal["counts", "faithful", "exported", "gained", "claim", "trained"]
