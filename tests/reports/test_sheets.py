@@ -8,7 +8,8 @@ import pytest
 
 from enginewright import catalog
 from enginewright.ground.errors import ToolchainError
-from enginewright.reports.benchmarks import methods, scores, sheets
+from enginewright.reports import sheets
+from enginewright.reports.benchmarks import methods, scores
 from enginewright.reports.sheets import Line, Sheet
 from tests.conftest import ROOT
 
