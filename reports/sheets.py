@@ -131,9 +131,9 @@ def section(sheet: Sheet) -> str:
         for line in sheet.lines
     ]
     head = ["Row", "What", "Asked", "Measured", "Verdict", "Remark", "Command"]
-    models = ", ".join(f"`{model}`" for model in sheet.models)
+    models = f"Models: {', '.join(f'`{model}`' for model in sheet.models)}. " if sheet.models else ""
     return (
-        f"## {sheet.name}\n\n{sheet.title} ({sheet.paper}). Models: {models}. Recorded {sheet.recorded}"
+        f"## {sheet.name}\n\n{sheet.title} ({sheet.paper}). {models}Recorded {sheet.recorded}"
         f"{f' on {machine}' if machine else ''}.\n\n{table(head, lines)}"
     )
 
