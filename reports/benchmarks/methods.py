@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +28,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from enginewright import catalog, environment
+from enginewright.ground.distance import relative_l2
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.ground.reading import read_json
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
 from enginewright.opened import open_subject
+from enginewright.recipe import read as read_recipe
 from enginewright.reports import record, sheets, words
+from enginewright.reports.benchmarks import counts as counting
 from enginewright.reports.benchmarks import scores
 from enginewright.reports.benchmarks.large_models import watched, write_sparse
 from enginewright.reports.sheets import Line, Row, Sheet, Verdict
@@ -52,6 +55,8 @@ ROUNDS = 30
 """Timed calls of each engine."""
 ROUNDING = 1e-4
 """Relative error up to which a graph in fp32 is what PyTorch computes."""
+EAGER = "pytorch"
+"""The target that runs the changed module as it is."""
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
 THIS = "python -m enginewright.reports.benchmarks.methods"
 
@@ -91,7 +96,7 @@ class Bounded(Declared):
 
 
 class Score(Bounded):
-    """A number that a function of ``scores.py`` measures, on weights that ship or by counting.
+    """A number that a function of ``scores.py`` measures on weights that ship, or one of ``counts.py`` by counting.
 
     Args:
         function: its name.
@@ -100,6 +105,23 @@ class Score(Bounded):
 
     function: str
     of: str
+
+    def found(self) -> float:
+        """The number."""
+        return float(function_of(self.function)(self.of))
+
+
+def function_of(name: str) -> Callable[[str], float]:
+    """The function that measures a score or counts.
+
+    Raises:
+        ToolchainError: there is none of that name.
+    """
+    for module in (scores, counting):
+        if name in vars(module):
+            found: Callable[[str], float] = vars(module)[name]
+            return found
+    raise unknown("function", name, [*vars(scores), *vars(counting)])
 
 
 class Recorded(Bounded):
@@ -163,7 +185,8 @@ class Method(Declared):
         passes: entries of the catalogue, of a method that changes a model of others.
         tests: files that prove that they are faithful.
         unchecked: why nothing of the authors' could be checked beside it; empty where it was.
-        tiny: model strings whose engines are compared, and recipes, where a pass is what is tried.
+        tiny: model strings whose engines are compared, and recipes, where a pass is what is tried. A recipe with the
+            target ``pytorch`` has its engines compared with the changed module too: a pass may approximate, no engine.
         published: a model string that is exported at a published size, with weights of zeros; empty: none.
         recipes: names of recipes that gain something.
         no_recipe: why there is none.
@@ -269,15 +292,41 @@ def exported(method: Method, name: str) -> Iterator[Line]:
             arguments = ("run", model) if model in catalog.entries("recipes") else ("export", model, *targets)
             subprocess.run(enginewright(*arguments, "-o", f"{folder}/out"), cwd=ROOT, capture_output=True, check=False)
             report = record.read(Path(folder) / "out" / "report.json")
+            beside = beside_changed(Path(folder) / "out", report.targets)
         command = f"enginewright {' '.join(arguments)} -o OUT"
         for target in report.targets:
-            yield engine(model, target, command)
+            if target.name != EAGER:
+                yield engine(model, target, command, beside.get(target.name, ()))
     if method.published:
         yield of_published_size(method.published)
 
 
-def engine(model: str, target: record.TargetRecord, command: str) -> Line:
-    """One engine of a tiny size."""
+def beside_changed(out: Path, targets: Sequence[record.TargetRecord]) -> Mapping[str, Sequence[float]]:
+    """How far the engines of a recipe that built ``pytorch`` are from the changed module, by name, at all sizes."""
+    if not any(target.name == EAGER and target.built for target in targets):
+        return {}
+    opened = open_subject(str(out))
+    assert opened.model is not None
+    found: dict[str, list[float]] = {}
+    for target in targets:
+        if target.name == EAGER or not target.fidelity:
+            continue
+        for number, size in enumerate([{}, *(size.sizes for size in target.sizes if size.verdict == "met")]):
+            call = opened.model.at(size, number)
+            wanted, got = opened.runners[EAGER](call), opened.runners[target.name](call)
+            found.setdefault(target.name, []).append(max(relative_l2(wanted[each], got[each]) for each in wanted))
+    return found
+
+
+def engine(model: str, target: record.TargetRecord, command: str, beside: Sequence[float]) -> Line:
+    """One engine of a tiny size.
+
+    Args:
+        model: what it was built from.
+        target: what was measured of it.
+        command: that builds it.
+        beside: errors beside the changed module, at all sizes; empty: those to what was intended count.
+    """
     what = f"{model}, {target.name}"
     if not target.fidelity:
         return Line(
@@ -292,12 +341,14 @@ def engine(model: str, target: record.TargetRecord, command: str) -> Line:
     errors = [output.relative_l2 for output in target.fidelity]
     errors += [size.relative_l2 for size in target.sizes if size.relative_l2 is not None]
     tried = len({json.dumps(size.sizes) for size in target.sizes if size.verdict == "met"})
-    fits = max(errors) <= ROUNDING and not target.faults
+    fits = max(beside or errors) <= ROUNDING and not target.faults
+    to = ", to the changed module in PyTorch" if beside else ""
+    meant = f"; {max(errors):.2g} to what is meant" if beside else ""
     return Line(
         row="exported",
         what=what,
-        asked=f"relative error at most {ROUNDING:g} at every size",
-        measured=f"{max(errors):.2g} at the typical and {words.plural(tried, 'other size')}",
+        asked=f"relative error at most {ROUNDING:g} at every size{to}",
+        measured=f"{max(beside or errors):.2g} at the typical and {words.plural(tried, 'other size')}{meant}",
         verdict="met" if fits else "missed",
         why="; ".join(target.faults),
         command=command,
@@ -386,7 +437,7 @@ def held(claim: Claim, row: Row, name: str) -> Line:
         verdict = "met" if found.ratio_low >= claim.faster.at_least and not found.unsafe else "missed"
         measured = f"{found.ratio:.2f} times as fast ({found.ratio_low:.2f} to {found.ratio_high:.2f})"
     if claim.score is not None:
-        value = getattr(scores, claim.score.function)(claim.score.of)
+        value = claim.score.found()
         verdict, measured = claim.score.verdict(value), said(value)
     if claim.recorded is not None:
         value = claim.recorded.found()
@@ -428,9 +479,22 @@ def called(runner: Runner, inputs: Arrays, ignored: Arrays) -> Arrays:
     return runner(inputs)
 
 
+def changed_by(name: str) -> str:
+    """The model string of a recipe that ships."""
+    return read_recipe(catalog.recipe_path(name)).head.model
+
+
+def ships(model: str) -> bool:
+    """Whether a model string names weights that ship."""
+    entry, _, size = model.partition(":")
+    return entry in catalog.entries("models") and size in catalog.load("models", entry).SHIPPED
+
+
 def trained(method: Method, name: str) -> Iterator[Line]:
-    """Which weights ship."""
+    """Which weights ship: a method's own, or those that its recipes change, where it is a change of others' models."""
     shipped = [f"{model}:{size}" for model in method.models for size in catalog.load("models", model).SHIPPED]
+    if not method.models:
+        shipped = sorted({changed for name in method.recipes if ships(changed := changed_by(name))})
     if not shipped:
         yield absent("trained", "weights that ship", method.untrained)
     for model in shipped:

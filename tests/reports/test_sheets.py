@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import pytest
 
 from enginewright import catalog
 from enginewright.ground.errors import ToolchainError
-from enginewright.reports import sheets
-from enginewright.reports.benchmarks import methods, scores
+from enginewright.reports import record, sheets
+from enginewright.reports.benchmarks import methods
 from enginewright.reports.sheets import Line, Sheet
 from tests.conftest import ROOT
 
@@ -57,7 +58,7 @@ def test_a_declaration_names_what_there_is(name: str) -> None:
     assert bool(method.recipes) != bool(method.no_recipe)
     assert method.claims
     for claim in (*method.claims, *method.counted):
-        assert claim.score is None or hasattr(scores, claim.score.function)
+        assert claim.score is None or callable(methods.function_of(claim.score.function))
         assert claim.recorded is None or claim.recorded.found() is not None
 
 
@@ -100,6 +101,45 @@ def test_a_recorded_number_is_found_and_held_against_both_bounds(tmp_path: Any, 
     for keys, said in ((("runs", 1), "has no 1"), (("name",), "holds no number")):
         with pytest.raises(ToolchainError, match=said):
             methods.Recorded(**{**where, "value": keys}).found()
+
+
+def test_a_score_that_nobody_measures_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ToolchainError, match="labels_rigth") as caught:
+        methods.function_of("labels_rigth")
+    assert "labels_right" in str(caught.value.help)
+
+
+def test_an_engine_of_an_approximation_is_held_against_the_changed_module() -> None:
+    errors = {"max_abs": 1.0, "mean_abs": 1.0, "cosine": 0.99, "snr_db": 10.0}
+    able = dict.fromkeys(("installed", "importable", "buildable", "runnable", "built"), True)
+    fidelity = [{"output": "y", "relative_l2": 0.1, **errors}]
+    target = record.TargetRecord(name="onnxruntime", parameters={}, fidelity=fidelity, **able)  # type: ignore[arg-type]
+    near, far, alone = (methods.engine("toy", target, "x", beside) for beside in ((1e-7, 2e-6), (1e-7, 1e-3), ()))
+    assert (near.verdict, far.verdict, alone.verdict) == ("met", "missed", "missed")
+    assert near.measured == "2e-06 at the typical and 0 other sizes; 0.1 to what is meant"
+    assert "changed module" in near.asked
+    assert "changed module" not in alone.asked
+
+
+def test_weights_that_a_recipe_of_passes_changes_are_the_trained_ones() -> None:
+    method = next(iter(DECLARED.values())).model_copy(update={"models": (), "passes": ("quantize_int8",)})
+    recipes = ("dit-digits-int8", "tnt-8bit")
+    (line,) = methods.trained(method.model_copy(update={"recipes": recipes}), "toy")
+    assert (line.what, line.verdict) == ("dit:digits", "met")
+    (line,) = methods.trained(method.model_copy(update={"recipes": (), "untrained": "not yet"}), "toy")
+    assert (line.verdict, line.why) == ("missed", "not yet")
+
+
+@pytest.mark.slow
+def test_engines_are_asked_beside_the_changed_module_at_all_sizes(tmp_path: Any) -> None:
+    out = tmp_path / "out"
+    subprocess.run(methods.enginewright("run", "dense2moe-tiny", "-o", str(out)), check=True)
+    targets = record.read(out / "report.json").targets
+    found = methods.beside_changed(out, targets)
+    assert list(found) == ["onnxruntime"]
+    assert len(found["onnxruntime"]) == 4
+    assert max(found["onnxruntime"]) < methods.ROUNDING
+    assert methods.beside_changed(out, [each for each in targets if each.name != "pytorch"]) == {}
 
 
 def test_a_broken_sheet_is_refused_with_its_place(tmp_path: Any) -> None:

@@ -1,0 +1,82 @@
+"""Counts of networks of others: every figure is the paper's or one that was counted in the authors' code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from enginewright.ground.errors import ToolchainError
+from enginewright.reports.benchmarks import counts
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize(
+    ("of", "parameters"),
+    {
+        "FLUX.1-dev": 11_901_408_320,
+        "SD3-medium": 2_028_328_000,
+        "SD1.5": 859_520_964,
+        "SD1.5, 8 styles": 862_810_564,
+        "SiT-XL/2": 675_111_184,
+        "SiT-XL/2 in training": 683_242_512,
+        "SiT-B/2 in training": 137_845_008,
+        "BERT-base, cased, two classes": 108_311_810,
+        "DistilBERT": 66_362_880,
+        "ViT-Ti/16": 5_717_416,
+    }.items(),
+)
+def test_parameters_are_counted_on_the_meta_device(of: str, parameters: int) -> None:
+    assert all(parameter.is_meta for parameter in counts.made(of).parameters())
+    assert counts.parameters(of) == parameters
+
+
+def test_a_style_adds_a_row_to_the_table_and_nothing_else() -> None:
+    base = counts.parameters("SD1.5")
+    with torch.device("meta"):
+        one, two = (counts.parameter_count(counts.with_styles(counts.unet(), n)) - base for n in (1, 2))
+    assert (one, two - one) == (2 * (1280 * 1280 + 1280) + 1280, 1280)
+
+
+def test_heads_to_choose_from() -> None:
+    assert counts.heads("SD3-medium") == 24 * 24
+    assert counts.heads("BERT-base") == 12 * 12
+
+
+def test_experts_of_flux_leave_five_eighths_of_its_feed_forwards_idle() -> None:
+    assert counts.active_feed_forward_share("FLUX.1-dev") == 0.375
+    assert counts.feed_forward_share("FLUX.1-dev") == pytest.approx(0.4822, abs=5e-5)
+    units = 12_288 * 5 // 8
+    assert counts.parameters("FLUX.1-dev") - counts.active_parameters("FLUX.1-dev") == 76 * units * (2 * 3072 + 1)
+
+
+@pytest.mark.parametrize(
+    ("of", "parameters"), {"attention": 2_362_368, "ffn": 4_722_432, "head": 196_800, "group": 393_472}.items()
+)
+def test_what_goes_with_a_part_of_bert(of: str, parameters: int) -> None:
+    assert counts.removed(of) == parameters
+
+
+def test_merging_leaves_41_of_197_tokens() -> None:
+    assert counts.tokens_left("S, 13") == 197 - 12 * 13 == 41
+    assert counts.tokens_left("S, 0") == 197
+
+
+def test_products_of_a_small_transformer() -> None:
+    assert counts.macs("S") == 4_598_882_304
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("of", "gmacs"), {"S, 13": 2.70, "B, 13": 10.37, "L, 8": 30.96}.items())
+def test_merging_saves_what_the_card_counts(of: str, gmacs: float) -> None:
+    assert counts.merged_macs(of) == pytest.approx(gmacs * 1e9, abs=0.005e9)
+
+
+def test_the_missing_package_is_named(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ToolchainError, match="diffusers"):
+        counts.parameters("SD1.5")
