@@ -99,8 +99,7 @@ def texts_asked(ask: Callable[[Callable[[str], str]], object]) -> list[str]:
 
 def scores_of(step: Pass) -> list[str]:
     """What a step is judged by, where it says so."""
-    values = (getattr(step, name, None) for name in ("score", "losses"))
-    return [value for value in values if isinstance(value, str) and value]
+    return [value for name in step.functions if (value := getattr(step, name))]
 
 
 def missing(wanted: Wanted, recipe: Recipe) -> ToolchainError | None:

@@ -6,6 +6,8 @@ of diffusers isolate the image's rows alone. Departures: ``pag_u`` has a column 
 head of the model; with ``guidance`` the plain and the perturbed rows are two runs of the batch in one graph, not one of
 twice the batch, because then each block before the first chosen head can stand in the graph once, and nothing that
 carries no batch need be told apart from what does.
+Checked against cvlab-kaist/HeadHunter at commit 3828d1c: its map of a chosen head, (1-u) A + u I over all tokens of
+image and text, put into diffusers' SD3 gives the same prediction to rounding at u = 1 and u = 0.25.
 """
 
 from __future__ import annotations

@@ -120,6 +120,9 @@ def match(metric: Tensor, r: int, *, leading: int, into: Sequence[int] | None = 
 
 
 def cell_corners(tokens: int, *, leading: int) -> list[int]:
-    """The top left token of each cell of 2 x 2 in a square picture (ToMe for Stable Diffusion, without randomness)."""
+    """The top left token of each cell of 2 x 2 in a square picture (ToMe for Stable Diffusion, without randomness).
+
+    What an odd side leaves over is no cell: its tokens may go, and none of them receives.
+    """
     side = round((tokens - leading) ** 0.5)
-    return [leading + y * side + x for y in range(0, side, 2) for x in range(0, side, 2)]
+    return [leading + y * side + x for y in range(0, side - 1, 2) for x in range(0, side - 1, 2)]

@@ -4,6 +4,8 @@ Source: Bolya et al. 2022, arXiv:2210.09461 (ToMe) and the authors' code: bipart
 over heads, between attention and feed-forward; means weighted by size; proportional attention. Departures: tokens
 that stay keep their order, and where the model needs them (``restore``) all tokens come back at the end, each as the
 one that it went into. Every block must run on its own, so that a block that merges none only weighs.
+Checked against facebookresearch/ToMe at commit af95e4b: merges in a row with none, one and two leading tokens give the
+same tokens and sizes to rounding, the order apart where there is no class token, and both schedules the same r.
 
 Where image and text attend together (SD3, Flux), image tokens are merged and text is not; a merged token turns by the
 rotary position of its receiver. Flux's double and single blocks are two stacks: all tokens come back between them, and

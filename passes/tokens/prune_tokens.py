@@ -6,6 +6,8 @@ arXiv:2106.12620 (IA-RED2) for ``policy``: before a group of blocks an interpret
 number that stays is fixed, so that shapes are; tokens that stay keep their order; without a class token, and where
 there is padding, the score is the mean attention that a token receives; where the model reads all tokens at its end
 (``restore``) a dropped token comes back as it was when it was dropped.
+Checked against youweiliang/evit at commit 5ca95a7: a vision transformer with the same weights gives the same logits to
+rounding after two borders, with a fused token and without.
 """
 
 from __future__ import annotations

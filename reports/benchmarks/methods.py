@@ -256,12 +256,12 @@ def faithful(method: Method, name: str) -> Iterator[Line]:
     for model in (*method.models, *method.passes):
         kind = "models" if model in method.models else "passes"
         text = " ".join(catalog.entry(kind, model).docstring.split())
-        found = re.search(r"Checked (?:against|beside) .*?\.(?= |$)", text)
+        found = [] if method.unchecked else re.findall(r"Checked (?:against|beside) .*?\.(?= |$)", text)
         yield Line(
             row="faithful",
             what=model,
             asked="checked beside the authors' code",
-            measured=found[0] if found else "",
+            measured=" ".join(found),
             verdict="met" if found else "not_measurable" if method.unchecked else "missed",
             why="" if found else method.unchecked,
             command=f"enginewright show {model}",

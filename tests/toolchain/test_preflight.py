@@ -55,7 +55,11 @@ def export(recipe: Any, folder: Path) -> None:
 
 
 def test_files_that_are_made_on_the_way_need_not_be_there(tmp_path: Path) -> None:
-    steps = [{"pass": "distill", "checkpoint": "kept"}, {"pass": "select_heads", "mode": "prune", "log": "log.jsonl"}]
+    steps = [
+        {"pass": "distill", "checkpoint": "kept"},
+        {"pass": "select_heads", "mode": "prune", "log": "log.jsonl"},
+        {"pass": "prune_tokens", "score": "received"},  # no name of a function, and of no file
+    ]
     for step in steps:
         with pytest.raises(AssertionError, match="a model was loaded"):
             pipeline.decide(make({"model": "dit:tiny", "steps": [step]}, folder=tmp_path), QUIET)

@@ -99,4 +99,6 @@ def test_small_helpers():
     assert ascending(torch.tensor([[5, 1, 3]])).tolist() == [[1, 3, 5]]
     assert inverse(torch.tensor([[2, 0, 1]])).tolist() == [[1, 2, 0]]
     assert cell_corners(17, leading=1) == [1, 3, 9, 11]
+    assert cell_corners(25, leading=0) == [0, 2, 10, 12]  # the last row and column are no cell's
+    assert cell_corners(1, leading=0) == []
     assert [clipped(4, n, 1) for n in (20, 8, 3, 2, 1)] == [4, 3, 1, 0, 0]
