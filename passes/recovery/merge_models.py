@@ -3,8 +3,9 @@
 Source: DMM 2025, arXiv:2504.12364: one student, one teacher for each style, outputs and block features matched on
 inputs of no style in particular; the style's embedding is added to the timestep's (``passes/recovery/styles.py``).
 Departures: errors are relative to each teacher's mean square, and features are weighted as in ``distill``; a U-Net's
-features are those of its transformer blocks, not of its nine stages; in a step every teacher is asked the same calls; no adversarial loss and no last stage on samples of the teachers; buffers stay
-the base's. Adding a style to a merged model later is not here: merge again with all teachers.
+features are those of its transformer blocks, not of its nine stages; in a step every teacher is asked the same calls;
+no adversarial loss and no last stage on samples of the teachers; buffers stay the base's. Adding a style to a merged
+model later is not here: merge again with all teachers.
 Checked against MCG-NJU/DMM at commit b38e52d: its embedding of a style beside the timestep's, put into diffusers'
 U-Net, gives the same prediction to rounding; its release has no adversarial loss either, and starts that embedding's
 last layer at random, not at zero.

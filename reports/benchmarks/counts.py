@@ -21,7 +21,7 @@ from enginewright.passes.moe.dense_to_moe import DenseToMoe
 from enginewright.passes.pruning.elements import carry_out, elements_of
 from enginewright.passes.recovery.styles import add_styles, time_embeddings
 from enginewright.passes.tokens.merge_tokens import MergeTokens
-from enginewright.passes.traits import FeedForward, HeadedAttention, layers_of
+from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layers_of
 
 SD3_MEDIUM = {
     "sample_size": 128,
@@ -76,8 +76,8 @@ def sit(size: str) -> nn.Module:
 
 def with_projector(network: nn.Module) -> nn.Module:
     """A SiT in training: beside it what takes its features to the teacher's."""
-    width = network.get_submodule("final_layer.linear").in_features
-    sizes = (width, SIT_PROJECTOR, SIT_PROJECTOR, TEACHER)
+    last: Any = network.get_submodule("final_layer.linear")
+    sizes = (last.in_features, SIT_PROJECTOR, SIT_PROJECTOR, TEACHER)
     projector = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
     return nn.ModuleList([network, projector])
 
@@ -134,7 +134,8 @@ def parameters(of: str) -> float:
 
 def heads(of: str) -> float:
     """Attention heads of all layers that a pass could choose from."""
-    return sum(layer.heads for _, layer in layers_of(made(of), HeadedAttention))
+    each: list[int] = [layer.heads for _, layer in layers_of(made(of), HeadedAttention)]
+    return sum(each)
 
 
 def feed_forward_parameters(network: nn.Module) -> Iterator[tuple[int, int, int]]:
@@ -167,7 +168,11 @@ def active_feed_forward_share(of: str) -> float:
 
 def active_parameters(of: str) -> float:
     """Parameters that a token uses in a mixture of experts, routers apart."""
-    network = made(of)
+    return active_parameters_in(made(of))
+
+
+def active_parameters_in(network: nn.Module) -> int:
+    """The same of a network, or of one of its blocks."""
     idle = ((hidden - active_units(hidden)) * each for hidden, each, _ in feed_forward_parameters(network))
     return parameter_count(network) - sum(idle)
 
@@ -225,3 +230,33 @@ def removed(of: str) -> float:
     change = {"whole": True} if kind == of else {"removed": element.parts(256)[0]}
     before = parameter_count(network)
     return before - parameter_count(carry_out(network, {element.key: {**element.entry(), **change}}))
+
+
+def active_parameters_of_blocks(of: str) -> float:
+    """What ``active_parameters`` counts where some blocks alone run: a network, and how many of each of its stacks."""
+    name, *running = of.split(", ")
+    network = made(name)
+    stacks = [stack.blocks for _, stack in layers_of(network, BlockStack)]
+    idle = sum(
+        (len(blocks) - int(count)) * active_parameters_in(blocks[0])
+        for blocks, count in zip(stacks, running, strict=True)
+    )
+    return active_parameters_in(network) - idle
+
+
+def saved_by_blocks(of: str) -> float:
+    """The share of all parameters that is then idle."""
+    return 1 - active_parameters_of_blocks(of) / parameters(of.partition(", ")[0])
+
+
+def storage_saved(of: str) -> float:
+    """How many times the merged U-Net of Stable Diffusion 1.5 goes into so many U-Nets that it was made of."""
+    with torch.device("meta"):
+        merged = with_styles(unet(), int(of))
+    return int(of) * parameters("SD1.5") / parameter_count(merged)
+
+
+def parameters_saved(of: str) -> float:
+    """The share of parameters that the second of two networks (``BERT-base, DistilBERT``) does without."""
+    whole, small = of.split(", ")
+    return 1 - parameters(small) / parameters(whole)

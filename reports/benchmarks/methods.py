@@ -455,7 +455,7 @@ def held(claim: Claim, row: Row, name: str) -> Line:
 
 def said(value: float) -> str:
     """A number for a reader: a count with all its digits, a share with four."""
-    return f"{int(value):,}" if value == int(value) and abs(value) >= 1000 else f"{value:.4f}"
+    return f"{int(value):,}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
 
 
 def times_as_fast(claim: Faster) -> LatencySummary:
