@@ -8,8 +8,8 @@ Departures: a ``score`` is one number, so the second test falls away and equalit
 fail is then told in the score's own unit; what goes is cut out, not masked, so that each trial is the model that
 ships; a layer keeps its last part unless it goes as a whole.
 Checked against amrnag/Specialized-Transformers at commit fa673a9: order, both tests and the gate of 1.1 are its
-script's; a BERT whose heads, groups or whole layers it would mask gives what the cut one gives, and hard attention keeps
-the same probabilities, to rounding.
+script's; a BERT whose heads, groups or whole layers it would mask gives what the cut one gives, and hard attention
+keeps the same probabilities, to rounding.
 """
 
 from __future__ import annotations
