@@ -143,11 +143,17 @@ class Plan(Generic[D]):
         return hashlib.sha256(self.as_json().encode()).hexdigest()
 
     @staticmethod
-    def from_json(text: str, arrays: Mapping[str, Tensor] | None = None) -> Plan:
-        """Read what ``as_json`` wrote, with the arrays that it names; decisions stay JSON until a pass checks them.
+    def from_json(text: str, arrays: Mapping[str, Tensor] | None = None, *, by: Declared | None = None) -> Plan:
+        """Read what ``as_json`` wrote, with the arrays that it names.
+
+        Args:
+            text: JSON.
+            arrays: by name.
+            by: the pass that is to carry it out; None: decisions stay JSON, and nothing is asked of them.
 
         Raises:
-            ToolchainError: an array is missing, unknown or has another content than it had.
+            ToolchainError: an array is missing, unknown or has another content than it had, or a decision is not as the
+                pass declares it.
         """
         content = parse_json(text, what="the plan")
         parts = (content.get(key) for key in ("choice", "skipped", "facts")) if isinstance(content, dict) else [None]
@@ -157,7 +163,8 @@ class Plan(Generic[D]):
         named = content.get("arrays", {})
         if named.keys() != arrays.keys() or any(digest_of(arrays[name]) != named[name] for name in named):
             raise ToolchainError("the plan's arrays are not those that it was made with")
-        return Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"], arrays=arrays)
+        plan = Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"], arrays=arrays)
+        return by.checked(plan) if by else plan
 
     def write(self, path: Path, *, by: Declared | None = None, version: str = "") -> None:
         """Write ``path`` as JSON and, where there are arrays, a safetensors file beside it.
@@ -181,7 +188,7 @@ class Plan(Generic[D]):
 
         Args:
             path: the file.
-            by: the pass that is to carry it out; None: nothing is asked of its decisions.
+            by: the pass that is to carry it out, as for ``from_json``.
 
         Raises:
             ToolchainError: it is no plan, one of another schema, or not such as the pass writes now.
@@ -191,8 +198,7 @@ class Plan(Generic[D]):
         try:
             text = read_text(path, what="the plan")
             refuse_other(parse_json(text, what="the plan"), path, by)
-            plan = Plan.from_json(text, arrays)
-            return by.checked(plan) if by else plan
+            return Plan.from_json(text, arrays, by=by)
         except ToolchainError as fault:
             where = f"{path}: {fault.where}" if fault.where and fault.where != str(path) else str(path)
             raise ToolchainError(fault.message, where=where, help=fault.help or "export again") from fault

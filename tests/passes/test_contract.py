@@ -18,6 +18,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
 from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.passes.networks import networks_of
+from enginewright.passes.plans import as_json
 from enginewright.targets.pytorch_engine import flat
 from enginewright.validation.inputs import draw
 from tests.graphs import mixed
@@ -97,6 +98,61 @@ def call_after(step: Pass, plan: Plan, context: Context) -> dict[str, torch.Tens
     return {**without(context, step.removed_inputs(plan)).calibration[0], **new}
 
 
+UNDECLARED = {
+    "convert_dtype",
+    "cut_after",
+    "dense_to_moe",
+    "distill",
+    "fix_inputs",
+    "fold_adapters",
+    "hoist_constants",
+    "merge_guidance",
+    "merge_models",
+    "merge_tokens",
+    "merge_unmerge_tokens",
+    "mixture_of_blocks",
+    "prune_tokens",
+    "quantize_fp8",
+    "quantize_graph_int8",
+    "quantize_int8",
+    "quantize_svd",
+    "quantize_weights",
+    "reuse_blocks",
+    "search_precision",
+    "skip_spatial_tokens",
+    "slice_width_by_timestep",
+}
+
+
+@pytest.mark.parametrize("name", sorted(catalog.entries("passes").keys() - UNDECLARED))
+def test_every_pass_declares_what_it_decides_and_its_plans_keep_to_that(name: str, tmp_path: Path) -> None:
+    step = example_of(name)
+    assert step.decisions, "no kind of decision is declared"
+    for kind in step.decisions:
+        assert kind.__doc__
+        assert all(field.description for field in kind.model_fields.values()), kind.__name__
+        assert all(kind.arrays.values()), "each array says what it is"
+    module, context = model_and_context(type(step), tmp_path)
+    plan = step.planned(module, context)
+    assert all(isinstance(decision, step.decisions) for decision in plan.choice.values())
+
+    plan.write(tmp_path / "plan.json", by=step.declared)
+    again = Plan.read(tmp_path / "plan.json", step.declared)
+    assert (again.choice, again.skipped, again.digest()) == (dict(plan.choice), dict(plan.skipped), plan.digest())
+    assert {path: type(decision) for path, decision in again.choice.items()} == {
+        path: type(decision) for path, decision in plan.choice.items()
+    }
+
+    path, decision = next(iter(plan.choice.items()))
+    spoiled = replace(plan, choice={path: {**as_json(decision), "made_up": 1}})
+    with pytest.raises(ToolchainError, match=f"a decision of {name} has no setting 'made_up'") as caught:
+        step.declared.checked(replace(spoiled, arrays={}))
+    assert caught.value.where == f"choice.{path}.made_up".replace("..", ".")
+    strange = replace(plan, arrays={**plan.arrays, f"{path}.made_up": torch.ones(1)})
+    with pytest.raises(ToolchainError, match=rf"no decision of {name} declares the plan's array '.*made_up'"):
+        step.declared.checked(strange)
+
+
 @pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp_path: Path) -> None:
     step = example_of(name)
@@ -114,7 +170,8 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
     json.loads(plan.as_json())
 
     one = last_of(step.rewrite(copy.deepcopy(module), plan))
-    two = last_of(step.rewrite(copy.deepcopy(module), Plan.from_json(plan.as_json(), plan.arrays)))
+    read = Plan.from_json(plan.as_json(), plan.arrays, by=step.declared)
+    two = last_of(step.rewrite(copy.deepcopy(module), read))
     call = context.calibration[0]
     after = call_after(step, plan, context)
     with torch.no_grad():

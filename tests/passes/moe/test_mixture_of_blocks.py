@@ -235,7 +235,7 @@ def test_in_every_range_the_whole_model_is_its_own_network(deep):
     context = Context(calibration=calls())
     step = MixtureOfBlocks()
     plan = step.plan(deep, context)
-    whole = step.rewrite(copy.deepcopy(deep), Plan.from_json(plan.as_json()))
+    whole = step.rewrite(copy.deepcopy(deep), Plan.from_json(plan.as_json(), by=step.declared))
     for bucket in range(4):
         inputs = {**calls(1)[0], "t": torch.full((2,), 250 * bucket + 3)}
         assert torch.equal(run(whole, inputs), run(smaller(deep, plan, bucket), inputs))

@@ -86,7 +86,7 @@ def test_two_candidates_are_told_apart_and_replayed(chain):
     plan = step.plan(model, context)
 
     assert {path: entry["candidate"] for path, entry in plan.choice.items()} == {"a": 1, "c": 1}
-    again = step.rewrite(Chain().eval(), Plan.from_json(plan.as_json(), plan.arrays))
+    again = step.rewrite(Chain().eval(), Plan.from_json(plan.as_json(), plan.arrays, by=step.declared))
     assert quantized(again) == {"a", "c"}
 
 
@@ -199,7 +199,9 @@ def test_the_error_that_was_measured_is_that_of_the_model_that_comes_out(name, b
     if not any(entry.get("rows") for entry in result.plan.choice.values()):  # else engines compute more exactly
         assert result.plan.facts["error"] == pytest.approx(measured, rel=1e-3)
     assert result.plan.facts["uniform"][0]["error"] == pytest.approx(result.plan.facts["error"], rel=1e-3)
-    replayed = step.rewrite(copy.deepcopy(model), Plan.from_json(result.plan.as_json(), result.plan.arrays))
+    replayed = step.rewrite(
+        copy.deepcopy(model), Plan.from_json(result.plan.as_json(), result.plan.arrays, by=step.declared)
+    )
     assert error_of(replayed, original, context) == pytest.approx(measured, rel=1e-3)
 
 

@@ -194,7 +194,7 @@ def test_a_plan_comes_back_from_disk(dit, tmp_path):
     plan.write(tmp_path / "01-distill.json")
 
     one = step.rewrite(copy.deepcopy(student), plan)
-    two = step.rewrite(copy.deepcopy(student), Plan.read(tmp_path / "01-distill.json"))
+    two = step.rewrite(copy.deepcopy(student), Plan.read(tmp_path / "01-distill.json", step.declared))
     assert torch.equal(dit.output(one), dit.output(two))
     json.loads(plan.as_json())
 

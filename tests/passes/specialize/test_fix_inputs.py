@@ -119,7 +119,7 @@ def test_an_input_that_decides_no_module_is_gone_all_the_same():
 
 def test_a_plan_comes_back_from_text():
     plan = outcome(reference_dit(), t=500.0).plan
-    again = Plan.from_json(plan.as_json(), plan.arrays)
+    again = Plan.from_json(plan.as_json(), plan.arrays, by=FixInputs().declared)
     assert json.loads(plan.as_json())["facts"]["bound"]["t"]["value"] == 500
     assert again.digest() == plan.digest()
 

@@ -204,7 +204,7 @@ def test_a_plan_carries_the_interpreters_and_is_replayed_without_data(tmp_path):
     step = PruneTokens(method="policy", keep=0.5)
     plan = step.plan(subject.model, Context(calibration=[subject.inputs]))
     plan.write(tmp_path / "plan.json")
-    again = Plan.read(tmp_path / "plan.json")
+    again = Plan.read(tmp_path / "plan.json", step.declared)
     models = [step.rewrite(subject.copy(), each) for each in (plan, again)]
     assert torch.equal(*(subject.output(model) for model in models))
     names = {f"layers.{i}.interpreter.{part}" for i in (0, 1) for part in ("weight", "bias")}
