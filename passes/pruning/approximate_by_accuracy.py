@@ -26,7 +26,7 @@ from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
-from enginewright.passes.pruning.elements import Element, LeftOut, carry_out, elements_of
+from enginewright.passes.pruning.elements import CutLayer, Element, carry_out, elements_of
 from enginewright.passes.traits import FixedAttention, layers_of
 
 
@@ -38,7 +38,7 @@ class ApproximateByAccuracy(Pass):
 
     functions: ClassVar[tuple[str, ...]] = ("score", "losses")
     looks_for: ClassVar[str] = "feed-forwards and attention layers that a family knows"
-    decisions: ClassVar[tuple[type[Decision], ...]] = (LeftOut,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (CutLayer,)
 
     score: str = Field("", description="what a trial is judged by, one number, higher is better: FILE.py:FUNCTION")
     losses: str = Field(
@@ -58,7 +58,7 @@ class ApproximateByAccuracy(Pass):
     hard_attention: int = Field(0, ge=0, description="try attention with so many probabilities a query; 0: do not")
     exclude: tuple[str, ...] = Field((), description="glob patterns of layer paths left alone")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan[LeftOut]:
+    def plan(self, model: nn.Module, context: Context) -> Plan[CutLayer]:
         """Search; each trial is a copy around the same tensors. Every evaluation is in the plan's facts.
 
         Raises ``ToolchainError`` for weights without values, a value that is not finite, and an ``exclude`` pattern
@@ -100,7 +100,7 @@ class ApproximateByAccuracy(Pass):
                 help=f"give a tolerance above 0, or another score: {SCORE_HELP}",
             )
 
-    def rewrite(self, model: nn.Module, plan: Plan[LeftOut]) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[CutLayer]) -> nn.Module:
         """Cut, in place."""
         return carry_out(model, plan.choice)
 
@@ -204,7 +204,7 @@ class Search:
 
     def __init__(self, model: nn.Module, judge: Judge, context: Context) -> None:
         self.model, self.judge, self.context = model, judge, context
-        self.choice: dict[str, LeftOut] = {}
+        self.choice: dict[str, CutLayer] = {}
         self.trials: list[dict[str, Any]] = []
         self.done = 0
         with evaluating(model):
@@ -215,7 +215,7 @@ class Search:
         self.context.say(self.done, of, text)
         self.done += 1
 
-    def found(self, element: Element) -> LeftOut:
+    def found(self, element: Element) -> CutLayer:
         """What is left out of an element so far."""
         return self.choice.get(element.key, element.untouched())
 

@@ -17,7 +17,7 @@ from enginewright.passes.pruning.hard_attention import HardAttention
 from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of
 
 
-class LeftOut(Decision):
+class CutLayer(Decision):
     """What is left out of one layer."""
 
     kind: Literal["ffn", "attention"] = Field(description="of layer: its parts are hidden units, or heads")
@@ -48,9 +48,9 @@ class Element:
         """Its name in a plan: the path, and where two layers have the same one, the kind after a colon."""
         return f"{self.path}:{self.kind}" if self.shares_path else self.path
 
-    def untouched(self) -> LeftOut:
+    def untouched(self) -> CutLayer:
         """Nothing is left out."""
-        return LeftOut(kind=self.kind, of=self.of, whole=False, removed=(), hard=0)
+        return CutLayer(kind=self.kind, of=self.of, whole=False, removed=(), hard=0)
 
     def parts(self, group: int) -> list[list[int]]:
         """Its heads, or groups of its hidden units."""
@@ -73,7 +73,7 @@ def elements_of(model: nn.Module) -> list[Element]:
     return sorted(found, key=order)
 
 
-def carry_out(model: nn.Module, choice: Mapping[str, LeftOut]) -> nn.Module:
+def carry_out(model: nn.Module, choice: Mapping[str, CutLayer]) -> nn.Module:
     """Cut layers, take whole ones out and make attention hard, in place.
 
     Args:
@@ -104,7 +104,7 @@ def layer_of(model: nn.Module, path: str, kind: str) -> FeedForward | HeadedAtte
     return layer_at(model, path, FeedForward) if kind == "ffn" else layer_at(model, path, HeadedAttention)
 
 
-def kept(what: LeftOut) -> Iterator[int]:
+def kept(what: CutLayer) -> Iterator[int]:
     """Heads or hidden units that stay."""
     gone = set(what.removed)
     return (i for i in range(what.of) if i not in gone)

@@ -101,26 +101,18 @@ def call_after(step: Pass, plan: Plan, context: Context) -> dict[str, torch.Tens
 UNDECLARED = {
     "convert_dtype",
     "cut_after",
-    "dense_to_moe",
     "distill",
     "fix_inputs",
     "fold_adapters",
     "hoist_constants",
     "merge_guidance",
     "merge_models",
-    "merge_tokens",
-    "merge_unmerge_tokens",
-    "mixture_of_blocks",
-    "prune_tokens",
     "quantize_fp8",
     "quantize_graph_int8",
     "quantize_int8",
     "quantize_svd",
     "quantize_weights",
-    "reuse_blocks",
     "search_precision",
-    "skip_spatial_tokens",
-    "slice_width_by_timestep",
 }
 
 

@@ -11,7 +11,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.pruning.approximate_by_accuracy import ApproximateByAccuracy
-from enginewright.passes.pruning.elements import LeftOut, carry_out, elements_of
+from enginewright.passes.pruning.elements import CutLayer, carry_out, elements_of
 from enginewright.passes.pruning.hard_attention import HardAttention
 from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at
 from tests.engines import built, exported, in_onnxruntime
@@ -56,7 +56,7 @@ def test_whatever_is_removed_is_masked(subject, seed):
     for element in elements_of(subject.model):
         whole = draw.random() < 0.4
         removed = () if whole else sorted(draw.sample(range(element.of), draw.randrange(1, element.of)))
-        choice[element.path] = LeftOut(kind=element.kind, of=element.of, whole=whole, removed=tuple(removed))
+        choice[element.path] = CutLayer(kind=element.kind, of=element.of, whole=whole, removed=tuple(removed))
 
     cut = carry_out(share(subject.model), choice)
 
@@ -74,7 +74,7 @@ def test_parameters_fall_by_the_integers_of_bert_base():
     ffn, attention = elements_of(model)
 
     def lost(element, **change):
-        what = LeftOut(kind=element.kind, of=element.of, **change)
+        what = CutLayer(kind=element.kind, of=element.of, **change)
         cut = carry_out(share(model), {element.path: what})
         return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut.parameters())
 
@@ -101,8 +101,8 @@ def test_what_a_target_lacks_is_found_and_the_rest_stays(dit):
     target = mask(
         dit.copy(),
         {
-            "blocks.1.mlp": {"kind": "ffn", "of": 128, "whole": True, "removed": []},
-            "blocks.0.attn": {"kind": "attention", "of": 4, "whole": False, "removed": [1, 2]},
+            "blocks.1.mlp": CutLayer(kind="ffn", of=128, whole=True),
+            "blocks.0.attn": CutLayer(kind="attention", of=4, removed=(1, 2)),
         },
     )
     step = ApproximateByAccuracy(score="mine", gate=10, group=64)
@@ -179,14 +179,14 @@ def test_hard_attention_comes_first_and_falls_away_with_the_layer(dit):
         ("blocks.0.attn", "hard"),
         ("blocks.1.attn", "hard"),
     ]
-    assert plan.choice["blocks.1.attn"] == LeftOut(kind="attention", of=4, hard=3)
+    assert plan.choice["blocks.1.attn"] == CutLayer(kind="attention", of=4, hard=3)
     assert plan.choice["blocks.0.attn"].whole
     assert plan.choice["blocks.0.attn"].hard == 0
 
 
 def test_heads_and_hard_attention_go_together(subject):
     path = subject.paths[0]
-    entry = LeftOut(kind="attention", of=4, removed=(2,), hard=1000)
+    entry = CutLayer(kind="attention", of=4, removed=(2,), hard=1000)
     cut = carry_out(share(subject.model), {path: entry})
     masked = mask(subject.copy(), {path: entry})
     torch.testing.assert_close(subject.output(cut), subject.output(masked), atol=1e-5, rtol=1e-5)
@@ -251,7 +251,7 @@ def test_what_a_user_can_mend_is_said(dit):
         ApproximateByAccuracy(losses="a.py:f").plan(dit.model, Context())
     with pytest.raises(ToolchainError, match="value is not finite: nan"):
         ApproximateByAccuracy().plan(dit.model, scored(lambda model: float("nan")))
-    entry = LeftOut(kind="ffn", of=64, removed=(1,))
+    entry = CutLayer(kind="ffn", of=64, removed=(1,))
     with pytest.raises(ToolchainError, match="for a layer of 64 parts; this one has 128"):
         ApproximateByAccuracy().rewrite(dit.copy(), Plan(choice={"blocks.0.mlp": entry}))
 
@@ -264,7 +264,7 @@ def test_what_is_left_exports_runs_and_builds(name, tmp_path):
     subject = SUBJECTS[name]()
     last, first = subject.paths[1], subject.paths[0]
     choice = {
-        each.path: LeftOut(
+        each.path: CutLayer(
             kind=each.kind, of=each.of, whole=each.path == last or (each.kind == "ffn" and ".0" in each.path)
         )
         for each in elements_of(subject.model)
