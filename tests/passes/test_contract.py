@@ -100,13 +100,6 @@ def call_after(step: Pass, plan: Plan, context: Context) -> dict[str, torch.Tens
 
 UNDECLARED = {
     "convert_dtype",
-    "cut_after",
-    "distill",
-    "fix_inputs",
-    "fold_adapters",
-    "hoist_constants",
-    "merge_guidance",
-    "merge_models",
     "quantize_fp8",
     "quantize_graph_int8",
     "quantize_int8",
