@@ -51,7 +51,7 @@ def test_the_sensitive_layer_stays_and_the_others_go(chain):
     assert sensitivity["b"][0] > 5 * max(sensitivity["a"][0], sensitivity["c"][0])
     assert result.plan.facts["error"] <= 0.02
     assert result.plan.facts["uniform"][0]["error"] > 0.02
-    assert result.plan.choice["a"]["pass"] == "quantize_int8"
+    assert result.plan.choice["a"].pass_name == "quantize_int8"
 
 
 def test_a_budget_is_kept_and_spent_where_it_matters(chain):
@@ -85,7 +85,7 @@ def test_two_candidates_are_told_apart_and_replayed(chain):
     step = SearchPrecision(candidates=(coarse, INT8), max_error=0.02)
     plan = step.plan(model, context)
 
-    assert {path: entry["candidate"] for path, entry in plan.choice.items()} == {"a": 1, "c": 1}
+    assert {path: entry.candidate for path, entry in plan.choice.items()} == {"a": 1, "c": 1}
     again = step.rewrite(Chain().eval(), Plan.from_json(plan.as_json(), plan.arrays, by=step.declared))
     assert quantized(again) == {"a", "c"}
 
@@ -196,7 +196,9 @@ def test_the_error_that_was_measured_is_that_of_the_model_that_comes_out(name, b
     measured = result.plan.facts["error_in_pytorch"]
     assert measured > 1e-6
     assert error_of(result.model, original, context) == pytest.approx(measured, rel=1e-3)
-    if not any(entry.get("rows") for entry in result.plan.choice.values()):  # else engines compute more exactly
+    if not any(
+        getattr(entry.decision, "rows", False) for entry in result.plan.choice.values()
+    ):  # else engines compute more exactly
         assert result.plan.facts["error"] == pytest.approx(measured, rel=1e-3)
     assert result.plan.facts["uniform"][0]["error"] == pytest.approx(result.plan.facts["error"], rel=1e-3)
     replayed = step.rewrite(
@@ -239,7 +241,7 @@ def test_four_bits_cost_less_than_eight(blocks):
     assert eight["cost_share"] == pytest.approx(0.28, abs=0.02)
     assert four["cost_share"] < 0.65 * eight["cost_share"]
     tight = SearchPrecision(candidates=(INT8, ALGORITHMS["rounding"]), budget=0.2).apply(model, context)
-    assert {entry["pass"] for entry in tight.plan.choice.values()} >= {"quantize_weights"}
+    assert {entry.pass_name for entry in tight.plan.choice.values()} >= {"quantize_weights"}
     assert tight.after.bytes <= 0.21 * tight.before.bytes
 
 
@@ -248,5 +250,5 @@ def test_candidates_of_other_kinds_stand_side_by_side(blocks):
     original = copy.deepcopy(model)
     candidates = (ALGORITHMS["half precision"], ALGORITHMS["smoothquant"], ALGORITHMS["gptq"])
     result = SearchPrecision(candidates=candidates, budget=0.24, calls=3).apply(model, context)
-    assert len({entry["pass"] for entry in result.plan.choice.values()}) > 1
+    assert len({entry.pass_name for entry in result.plan.choice.values()}) > 1
     assert error_of(result.model, original, context) == pytest.approx(result.plan.facts["error_in_pytorch"], rel=1e-3)
