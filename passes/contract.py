@@ -1,5 +1,7 @@
 """What a pass is: it decides (``plan``), then carries out (``rewrite``), and says what changed and what did not.
 
+What a plan is stands in ``plans.py``; passes import both from here.
+
 A pass is one file under ``passes/<family>/`` with one subclass of ``Pass``; the file's name is the pass's name.
 """
 
@@ -32,9 +34,10 @@ from enginewright.passes.kernel.plain import plain
 from enginewright.passes.kernel.surgery import follow, several_names
 from enginewright.passes.networks import given_to, networks_of, program_of
 from enginewright.passes.plans import Decision as Decision
-from enginewright.passes.plans import Declared
+from enginewright.passes.plans import Declared as Declared
 from enginewright.passes.plans import Json as Json
 from enginewright.passes.plans import Plan as Plan
+from enginewright.passes.plans import as_json as as_json
 from enginewright.passes.plans import digest_of as digest_of
 
 Inputs = dict[str, Tensor]

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from enginewright.passes.contract import Plan, module_at
+from enginewright.passes.contract import Plan, as_json, module_at
 from enginewright.passes.kernel.patterns import PATTERN, keeps_pattern
-from enginewright.passes.plans import as_json
 from enginewright.targets.contract import LayerHint
 
 

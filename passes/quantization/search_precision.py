@@ -24,13 +24,23 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Inputs, Json, Pass, Plan, cost, macs_by_module
+from enginewright.passes.contract import (
+    Context,
+    Decision,
+    Declared,
+    Inputs,
+    Json,
+    Pass,
+    Plan,
+    as_json,
+    cost,
+    macs_by_module,
+)
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.rounding import weight_scales
 from enginewright.passes.kernel.scales import as_bytes
 from enginewright.passes.kernel.surgery import share
-from enginewright.passes.plans import Declared, as_json
 from enginewright.passes.quantization.budget import Option, Trade, at_most, best_trades, within
 from enginewright.passes.quantization.grouping import DividedNorm, QuantizedLayer
 from enginewright.passes.quantization.linear import QuantizedLinear

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 
 from enginewright import catalog, sources
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
+from enginewright.passes.contract import WORDS, Context, Pass, Plan, as_json, cost, macs, without
 from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.passes.networks import networks_of
-from enginewright.passes.plans import as_json
 from enginewright.targets.pytorch_engine import flat
 from enginewright.validation.inputs import draw
 from tests.graphs import mixed

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import Context, Decision, Plan
-from enginewright.passes.plans import Declared
+from enginewright.passes.contract import Context, Decision, Declared, Plan
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 
 
