@@ -39,7 +39,7 @@ class Decision(BaseModel):
     What was never set is not written, so that a new field with a default leaves older plans as they were.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     version: ClassVar[int] = 1
     """Raised when a decision that was written before would be read or carried out otherwise."""

@@ -126,6 +126,14 @@ def test_a_decision_that_is_not_as_declared_is_refused_by_path_and_field(
     assert caught.value.where == f"{path}: {where}"
 
 
+def test_a_number_that_no_json_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    Plan(choice={"a": Cut(kept=(), of=1, factor=0.5)}).write(path)
+    path.write_text(path.read_text().replace("0.5", "1e999"))
+    with pytest.raises(ToolchainError, match="factor is inf; it must be a finite number"):
+        Plan.read(path, CUTS)
+
+
 def test_an_array_that_no_decision_declares_is_refused() -> None:
     cut = Cut(kept=(0,), of=1)
     for name in ("a.bias", "b.weight", "b.kept", "weight"):
