@@ -147,7 +147,7 @@ def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
 def recorded(run: Run, folder: Path) -> list[tuple[Pass, Plan]]:
     """An artifact's steps with the plans that they were carried out with."""
     return [
-        (step, Plan.read(folder / "plans" / f"{number + 1:02d}-{step.name()}.json"))
+        (step, Plan.read(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", step.declared))
         for number, step in enumerate(run.recipe.steps)
     ]
 

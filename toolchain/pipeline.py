@@ -268,7 +268,9 @@ def write_plans(run: Run, folder: Path) -> None:
     """``plans/NN-name.json`` for each step."""
     (folder / "plans").mkdir()
     for number, (step, result, _) in enumerate(run.results):
-        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", version=__version__)
+        result.plan.write(
+            folder / "plans" / f"{number + 1:02d}-{step.name()}.json", by=step.declared, version=__version__
+        )
 
 
 def write_graph(
