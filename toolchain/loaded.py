@@ -21,6 +21,7 @@ from enginewright.recipe import threads_here
 from enginewright.sources.contract import LIBRARIES, Interface, read_interface
 from enginewright.sources.filling import without_memory
 from enginewright.targets import stored
+from enginewright.trust import engine_untrusted
 
 ABSENT = {"attention_mask": 1, "token_type_ids": 0}
 """What an input is when a caller leaves it out, as transformers has it."""
@@ -173,7 +174,8 @@ def load(
         folder: what ``enginewright export`` wrote.
         target: which engine; by default the first that runs here.
         threads: CPU threads; by default every core allowed.
-        trust_code: run the Python code that the model is made by, which only the target ``pytorch`` needs.
+        trust_code: run the Python code that the model is made by, which only the target ``pytorch`` needs, and native
+            code that the artifact brings, which the target ``aot_inductor`` is.
 
     Raises:
         ToolchainError: damaged, or no engine of it runs here, or that would run code which is not trusted.
@@ -185,8 +187,10 @@ def load(
 
 def first_engine(run: Run, folder: Path, target: str | None, threads: int) -> Runner:
     """The engine asked for, or the first that runs here."""
-    reasons: list[str] = []
-    for name in [target] if target else [step.name for step in run.recipe.targets]:
+    doubted = [engine_untrusted(step, trusted=run.trust_code) for step in run.recipe.targets if not target]
+    reasons = [f"{error.message} ({error.help})" for error in doubted if error]
+    trusted = [step.name for step in run.recipe.targets if not engine_untrusted(step, trusted=run.trust_code)]
+    for name in [target] if target else trusted:
         try:
             return engines_of(run, folder, name, threads)[0][name]
         except UnavailableError as cause:
