@@ -2,8 +2,8 @@
 
 A family is one file under ``passes/families/`` with a function ``recognise(module) -> Trait | None`` for each trait
 it knows (named in its ``RECOGNISERS``). Our own models, and yours if you like, declare what their layers are by the
-base classes below (``FusedAttention``, ``PlainFeedForward``, ``StreamBlock``, …); layers of other libraries are known by
-their structure, and no model library is imported.
+base classes below (``FusedAttention``, ``PlainFeedForward``, ``StreamBlock``, …); layers of other libraries are known
+by their structure, and no model library is imported.
 """
 
 from __future__ import annotations
