@@ -379,12 +379,20 @@ def macs(model: nn.Module, example: Inputs) -> int:
     """
     program = program_of(model)
     each = {
-        name: macs_in_step(network, given_to(model, name, example, shapes_alone=True), program.hoisted.get(name))
+        name: macs_in_step(network, shapes_given_to(model, name, example), program.hoisted.get(name))
         for name, network in networks_of(model).items()
     }
     ways = [sum(each[call.network] for call in way.calls) for way in program.ways]
     table = program.table.ways if program.table else (0,)
     return round(sum(ways[way] for way in table) / len(table))
+
+
+def shapes_given_to(model: nn.Module, name: str, example: Inputs) -> Inputs:
+    """What a call gives to one of a model's networks, its values made up where shapes do not depend on them."""
+    try:
+        return given_to(model, name, example, shapes_alone=True)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+        return given_to(model, name, example)
 
 
 def macs_in_step(network: nn.Module, example: Inputs, once: Hoisted | None) -> int:

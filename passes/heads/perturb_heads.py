@@ -22,7 +22,7 @@ from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, UNBLENDED_
 from enginewright.passes.contract import Context, Decision, NewInput, Pass, Plan
 from enginewright.passes.heads.softpag import Perturbation, PerturbedHeads, blocks_before, entries, names_of
 from enginewright.passes.kernel.audit import without_proof
-from enginewright.passes.kernel.heads import uncut
+from enginewright.passes.kernel.heads import on_other_rows, uncut
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import each_network, local
@@ -74,6 +74,8 @@ class PerturbHeads(Pass):
         skipped = uncut(model, layers)
         check_patterns(self.heads, [*layers, *skipped], what="attention layer", setting="heads")
         skipped |= unblended(layers, self.perturbation())
+        if self.u is None:
+            skipped |= on_other_rows(model, [path for path in layers if path not in skipped], context)
         skipped |= without_proof(model, {path: each for path, each in layers.items() if path not in skipped}, context)
         chosen = {path: self.chosen(path, layer) for path, layer in layers.items() if path not in skipped}
         skipped |= {path: "none of its heads was asked for" for path, heads in chosen.items() if not heads}

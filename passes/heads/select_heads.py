@@ -28,7 +28,7 @@ from enginewright.passes.heads.search_log import SearchLog
 from enginewright.passes.heads.softpag import Perturbation, PerturbedHeads, entries, names_of
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
-from enginewright.passes.kernel.heads import KeptHeads, keep_heads, uncut
+from enginewright.passes.kernel.heads import KeptHeads, held_in_state, keep_heads, on_other_rows, uncut
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.traits import HeadedAttention, layers_of
@@ -81,6 +81,10 @@ class SelectHeads(Pass):
         skipped = uncut(model, layers)
         check_patterns(self.layers, [*layers, *skipped], what="attention layer", setting="layers")
         skipped |= self.left_out({path: layer for path, layer in layers.items() if path not in skipped})
+        if self.mode == "prune":
+            skipped |= held_in_state(model, layers)
+        elif not self.baked:
+            skipped |= on_other_rows(model, [path for path in layers if path not in skipped], context)
         skipped |= without_proof(model, {path: each for path, each in layers.items() if path not in skipped}, context)
         pool = {path: layer.heads for path, layer in layers.items() if path not in skipped}
         self.check_enough(pool)

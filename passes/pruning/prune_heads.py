@@ -23,10 +23,9 @@ from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
-from enginewright.passes.kernel.heads import Heads, KeptHeads, keep_heads, uncut
+from enginewright.passes.kernel.heads import Heads, KeptHeads, held_in_state, keep_heads, uncut
 from enginewright.passes.kernel.probes import Call, probe
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, refuse_meta
-from enginewright.passes.networks import program_of
 from enginewright.passes.traits import HeadedAttention, layers_of
 
 Scores = dict[str, list[float]]
@@ -65,8 +64,7 @@ class PruneHeads(Pass):
         layers = dict(layers_of(model, HeadedAttention))
         skipped = uncut(model, layers)
         check_patterns(self.exclude, [*layers, *skipped], what="attention layer")
-        if program_of(model).start:
-            skipped |= dict.fromkeys(layers, "a sequence's state holds its keys and values, one for each of its heads")
+        skipped |= held_in_state(model, layers)
         skipped |= {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
         skipped |= (disproved := without_proof(model, layers, context))

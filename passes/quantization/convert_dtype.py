@@ -31,7 +31,7 @@ from enginewright.ground.facts import FLOAT_WEIGHTS, FULL_PRECISION, Fact
 from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.distance import relative_l2
-from enginewright.passes.kernel.observe import Look, calls_of, evaluating, floats_in, looking, observe
+from enginewright.passes.kernel.observe import Look, calls_of, evaluating, floats_in, looking, observe, tensors_in
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import networks_of
@@ -414,8 +414,9 @@ def finite(value: Any) -> bool:
 
 
 def vector(model: nn.Module, inputs: Inputs) -> Tensor:
-    """All floating-point outputs of a call, end to end."""
-    return torch.cat([tensor.double().flatten() for tensor in floats_in(model(**inputs))])
+    """All floating-point outputs of a call, end to end; of a model that gives none, all its outputs."""
+    result = model(**inputs)
+    return torch.cat([tensor.double().flatten() for tensor in floats_in(result) or tensors_in(result)])
 
 
 def watch(

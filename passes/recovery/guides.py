@@ -187,5 +187,7 @@ def map_reason(ours: list[Tensor], theirs: list[Tensor]) -> str:
 def gap(student: Callable[..., object], teacher: Callable[..., object], calls: list[Inputs]) -> float:
     """Root of the mean relative squared error of the student's outputs over these calls."""
     with torch.no_grad():
+        if calls and not floats_in(student(**calls[0])):
+            raise ToolchainError("the model gives whole numbers alone, from which nothing can be learned by gradients")
         errors = [output_loss(floats_in(student(**call)), floats_in(teacher(**call))) for call in calls]
     return float(torch.stack(errors).mean().clamp(min=TINY**2).sqrt()) if errors else 0.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from enginewright.ground.errors import ToolchainError, unknown
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan, counted
 from enginewright.passes.kernel.observe import Look, looking
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share
@@ -70,7 +70,26 @@ class CutAfter(Pass):
         choice: dict[str, CutStack | DroppedNorm] = {path: CutStack(kept=kept, of=count)}
         if self.final_norm == "drop" and (norm := norm_after(model, found, context)):
             choice[norm] = DroppedNorm(dropped=True)
-        return Plan(choice=choice, facts={"final_norm": self.final_norm})
+        plan = Plan(choice=choice, facts={"final_norm": self.final_norm})
+        self.refuse_uncallable(model, plan, context)
+        return plan
+
+    def refuse_uncallable(self, model: nn.Module, plan: Plan[CutStack | DroppedNorm], context: Context) -> None:
+        """Raise where a model reads what goes in other ways than by calling it, such as a norm's own weights."""
+        example = next(iter(context.calibration), context.example)
+        if example is None:
+            return
+        cut = self.rewrite(share(model), plan)
+        try:
+            counted(cut, example)
+        except Exception as cause:  # whatever a model's own code raises
+            said = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            norms = [path for path, each in plan.choice.items() if isinstance(each, DroppedNorm)]
+            raise ToolchainError(
+                f"the model cannot be called any more when it is cut: {said}",
+                where=next(iter(plan.choice)),
+                help=f"the norm {norms[0]!r} goes too: try final_norm = 'keep'" if norms else None,
+            ) from cause
 
     def rewrite(self, model: nn.Module, plan: Plan[CutStack | DroppedNorm]) -> nn.Module:
         """Cut, in place. Raises ``ToolchainError`` when the stack has not the blocks of the plan."""

@@ -90,6 +90,10 @@ class FixInputs(Pass):
                 f"{table.input} chooses the network, of which there are {len(networks)}; it cannot be bound now",
                 help="bind it in a recipe without networks by timestep: one timestep needs one network",
             )
+        if (start := program_of(model).start) in bound:
+            raise ToolchainError(
+                f"{start} says where in its sequence a call goes on, which is another place in each; it cannot be bound"
+            )
         found = {}
         for name, network in networks.items():
             for path, seen in constants_of(network, given_to(model, name, call), list(bound)).items():

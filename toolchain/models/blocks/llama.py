@@ -57,10 +57,10 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Turn each feature pair (i, i + E/2) of x (B, H, L, E) by its position's angle."""
+    """Turn each feature pair (i, i + E/2) of x (B, H, L, E) by its position's angle; the result has the type of x."""
     cos, sin = angles
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module, SplitAttention):
@@ -97,7 +97,9 @@ class Attention(nn.Module, SplitAttention):
         """
         q, k, v = self.project(x, angles)
         keys, values = write(keys, k, slots), write(values, v, slots)
-        return self.join_heads(F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)), keys, values
+        # A cache keeps its type where the layer has another.
+        y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=visible)
+        return self.join_heads(y), keys, values
 
     def project(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """X (B, L, D) -> queries and keys, turned by position, and values, each (B, H, L, E)."""
@@ -107,7 +109,7 @@ class Attention(nn.Module, SplitAttention):
 
 def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     """Cache (B, H, M, E) with new (B, H, L, E) at slots (B or 1, L) -> a new cache (B, H, M, E)."""
-    return cache.scatter(2, slots[:, None, :, None].expand(new.shape), new)
+    return cache.scatter(2, slots[:, None, :, None].expand(new.shape), new.to(cache.dtype))
 
 
 class GatedMlp(nn.Module, GatedFeedForward):
