@@ -22,6 +22,7 @@ from enginewright.passes.tokens.fitting import fitted, watch
 from enginewright.passes.tokens.interpreter import Fit, Interpreter, interpreter
 from enginewright.passes.tokens.prune_tokens import PruneTokens
 from enginewright.passes.tokens.running import token_stacks
+from enginewright.passes.traits import PatchNetwork
 from tests.passes.conftest import SUBJECTS, bert, vit
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
 
@@ -314,10 +315,9 @@ def test_keeping_fewer_costs_less(dit):
 
 
 def test_default_borders_stand_at_quarters_and_thirds():
-    class Blocks(nn.Module):
+    class Blocks(nn.Module, PatchNetwork):
         def __init__(self):
             super().__init__()
-            self.x_embedder = nn.Identity()
             self.blocks = nn.ModuleList(copy.deepcopy(SUBJECTS["reference_dit"]().model.blocks[0]) for _ in range(12))
 
         def forward(self, x, c):
