@@ -130,6 +130,12 @@ class Plan(Generic[D]):
     facts: Mapping[str, Json] = field(default_factory=dict)
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def array(self, name: str) -> Tensor:
+        """One of the arrays. Raises ``ToolchainError`` where the plan lacks it."""
+        if name not in self.arrays:
+            raise ToolchainError(f"the plan lacks the array {name!r}, which a decision of it needs", where=name)
+        return self.arrays[name]
+
     def as_json(self) -> str:
         """The plan as text, its arrays by their digests; equal plans give equal text."""
         choice = {path: as_json(decision) for path, decision in self.choice.items()}

@@ -149,7 +149,7 @@ class SliceWidthByTimestep(Pass):
                     layer.keep_hidden([unit * width + i for unit in kept for i in range(width)])
             if units != sliced.of:
                 raise ToolchainError(f"the plan is for a layer of {sliced.of} heads; this one has {units}", where=path)
-            masks.append((path, plan.arrays[f"{path}.mask"][own][:, list(kept)]))
+            masks.append((path, plan.array(f"{path}.mask")[own][:, list(kept)]))
         layers = [(self.layer(model, path), mask) for path, mask in masks]
         return mask_units(model, layers, plan.facts["input"], at)
 

@@ -206,7 +206,7 @@ class DenseToMoe(Pass):
                 raise ToolchainError(
                     f"the plan is for a layer of {dealt.of} hidden units; this one has {layer.hidden}", where=path
                 )
-            router = router_of(layer, *(plan.arrays[f"{path}.router.{name}"] for name in ("weight", "bias")))
+            router = router_of(layer, *(plan.array(f"{path}.router.{name}") for name in ("weight", "bias")))
             layer.replace_in(model, path, self.mixture(layer, dealt, router))
         return model
 

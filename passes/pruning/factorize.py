@@ -108,7 +108,7 @@ class Factorize(Pass):
         for path in plan.choice:
             layer = model.get_submodule(path)
             assert isinstance(layer, nn.Linear), f"{path} is no linear layer any more"
-            reads, writes = plan.arrays[f"{path}/in"], plan.arrays[f"{path}/out"]
+            reads, writes = plan.array(f"{path}/in"), plan.array(f"{path}/out")
             if (writes.shape[0], reads.shape[1]) != tuple(layer.weight.shape):
                 wanted, shape = (writes.shape[0], reads.shape[1]), tuple(layer.weight.shape)
                 raise ToolchainError(f"the plan is for a weight of shape {wanted}; this one has {shape}", where=path)

@@ -91,7 +91,7 @@ class Sparsify24(Pass):
                     skipped[path] = "the calibration inputs never reach it"
                     continue
                 arrays[f"{path}/weight"] = sparsegpt(weight, squares, where=path)
-            norm = kept_norm(arrays[f"{path}/weight"] if arrays else sparse(weight), weight)
+            norm = kept_norm(arrays[f"{path}/weight"] if self.method == "sparsegpt" else sparse(weight), weight)
             choice[path] = SparseWeight(pattern=PATTERN, kept_norm=norm)
         facts = {"method": self.method, "gains": "time on GPUs with sparse tensor cores alone; none on a CPU"}
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
@@ -105,7 +105,7 @@ class Sparsify24(Pass):
             layer = model.get_submodule(path)
             assert isinstance(layer, nn.Linear), f"{path} is no linear layer any more"
             old = layer.weight.detach()
-            weight = plan.arrays[f"{path}/weight"].to(old.device) if plan.arrays else sparse(old)
+            weight = plan.array(f"{path}/weight").to(old.device) if self.method == "sparsegpt" else sparse(old)
             if weight.shape != old.shape or old.shape[1] % 4:
                 wanted = tuple(weight.shape)
                 raise ToolchainError(f"the plan is for a weight {wanted}; this has {tuple(old.shape)}", where=path)

@@ -139,11 +139,11 @@ def rewrite_layers(model: nn.Module, plan: Plan[L | DividedNorm], build: Build[L
     for path, decision in plan.choice.items():
         layer = model.get_submodule(path)
         if isinstance(decision, DividedNorm):
-            fresh = divided(layer, plan.arrays[decision.divided_by])
+            fresh = divided(layer, plan.array(decision.divided_by))
         else:
             assert isinstance(layer, nn.Linear), f"{path} is no linear layer any more"
             smooth = decision.smooth
-            s = None if smooth is None else plan.arrays[smooth.by]
+            s = None if smooth is None else plan.array(smooth.by)
             inverse = None if s is None or smooth is None or smooth.folded else 1 / s
             fresh = build(path, multiplied(layer, s), decision, inverse)
         parent, _, name = path.rpartition(".")

@@ -100,7 +100,7 @@ class QuantizeSvd(Pass):
         """Put a ``BranchedLinear`` in the place of each planned layer, and divide the norms that smooth."""
 
         def build(path: str, layer: nn.Linear, decision: SplitLayer, inverse: Tensor | None) -> nn.Module:
-            down, up = plan.arrays[f"{path}.down"], plan.arrays[f"{path}.up"]
+            down, up = plan.array(f"{path}.down"), plan.array(f"{path}.up")
             rest = layer.weight.detach().float() - up @ down
             scale = decision.input_scale
             if decision.precision == "int8":

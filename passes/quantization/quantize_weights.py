@@ -146,8 +146,8 @@ class QuantizeWeights(Pass):
         """Put a ``BlockLinear`` in the place of each planned layer, and divide the norms that smooth."""
 
         def build(path: str, layer: nn.Linear, decision: RoundedLayer, inverse: Tensor | None) -> nn.Module:
-            if f"{path}.codes" in plan.arrays:
-                blocks = from_arrays(path, plan.arrays)
+            if decision.algorithm == "gptq":
+                blocks = from_arrays(path, plan)
             else:
                 blocks = in_blocks(layer.weight.detach().float().T, decision.precision, decision.block)
             return BlockLinear(blocks, decision.precision, layer.bias, inverse, decision.input_scale)
@@ -161,6 +161,6 @@ def as_arrays(path: str, blocks: Blocks) -> dict[str, Tensor]:
     return found if blocks.scale is None else {**found, f"{path}.scale": blocks.scale}
 
 
-def from_arrays(path: str, arrays: Mapping[str, Tensor]) -> Blocks:
+def from_arrays(path: str, plan: Plan) -> Blocks:
     """Rounded weights from a plan's arrays."""
-    return Blocks(arrays[f"{path}.codes"], arrays[f"{path}.scales"], arrays.get(f"{path}.scale"))
+    return Blocks(plan.array(f"{path}.codes"), plan.array(f"{path}.scales"), plan.arrays.get(f"{path}.scale"))

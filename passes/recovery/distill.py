@@ -301,7 +301,7 @@ def put_weights(model: nn.Module, plan: Plan[TrainedWeights]) -> nn.Module:
         module = model.get_submodule(path)
         for leaf in trained.weights:
             name = f"{path}.{leaf}" if path else leaf
-            old, new = getattr(module, leaf), plan.arrays[name]
+            old, new = getattr(module, leaf), plan.array(name)
             if old.shape != new.shape:
                 raise ToolchainError(
                     f"the plan is for a weight of shape {tuple(new.shape)}; this one has {tuple(old.shape)}",

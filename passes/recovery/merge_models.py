@@ -191,14 +191,15 @@ class MergeModels(Pass):
         put_weights(model, plan)
         places = {path: each.styles for path, each in plan.choice.items() if isinstance(each, StyledEmbedding)}
         if self.style:
-            return bake_in(model, list(places), plan.arrays, self.style)
+            arrays = {name: plan.array(name) for path in places for name in (f"{path}.{part}" for part in PARTS)}
+            return bake_in(model, list(places), arrays, self.style)
         if not places:
             return model
-        widths = {path: plan.arrays[f"{path}.style_table"].shape[1] for path in places}
+        widths = {path: plan.array(f"{path}.style_table").shape[1] for path in places}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             add_styles(model, widths, next(iter(places.values())))
             for name, parameter in styles_of(model, widths).items():
-                parameter.copy_(plan.arrays[name])
+                parameter.copy_(plan.array(name))
         return model
 
     def new_inputs(self, plan: Plan[TrainedWeights]) -> tuple[NewInput, ...]:

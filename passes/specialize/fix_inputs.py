@@ -105,7 +105,7 @@ class FixInputs(Pass):
         for path, decision in plan.choice.items():
             if isinstance(decision, ConstantModule):
                 training = model.get_submodule(path).training
-                model.set_submodule(path, Constant(plan.arrays[path], decision.follows).train(training))
+                model.set_submodule(path, Constant(plan.array(path), decision.follows).train(training))
         bound = bound_in(plan)
         return without_inputs(each_network(model, lambda network, _: call_without(network, bound)), tuple(bound))
 

@@ -161,7 +161,7 @@ class PruneTokens(Pass):
             if kept is None:
                 return Step(block, stack.block)
             if self.method == "policy":
-                weight, bias = (plan.arrays[f"{path}.interpreter.{name}"] for name in ("weight", "bias"))
+                weight, bias = (plan.array(f"{path}.interpreter.{name}") for name in ("weight", "bias"))
                 like = next(block.parameters())
                 return PolicyStep(block, stack.block, interpreter(weight, bias, like), kept=kept, leading=stack.leading)
             received = self.score == "received" or (self.score == "auto" and (not stack.leading or stack.padded))

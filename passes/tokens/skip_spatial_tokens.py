@@ -113,7 +113,7 @@ class SkipSpatialTokens(Pass):
             run = plan.choice.get(path)
             if run is None:
                 return Step(block, stack.block)
-            weight, bias = (plan.arrays[f"{path}.router.{name}"] for name in ("weight", "bias"))
+            weight, bias = (plan.array(f"{path}.router.{name}") for name in ("weight", "bias"))
             router = interpreter(weight, bias, next(block.parameters()))
             return SkipStep(block, stack.block, router, count=run.tokens, of=run.of, leading=stack.leading)
 

@@ -122,6 +122,9 @@ def test_every_pass_declares_what_it_decides_and_its_plans_keep_to_that(name: st
     with pytest.raises(ToolchainError, match=f"a decision of {name} has no setting 'made_up'") as caught:
         step.declared.checked(replace(spoiled, arrays={}))
     assert caught.value.where == f"choice.{path}.made_up".replace("..", ".")
+    if plan.arrays:
+        with pytest.raises(ToolchainError, match=r"the plan lacks the array '|the adapter's tensors are not those"):
+            step.carry_out(copy.deepcopy(module), replace(plan, arrays={}), Context())
     strange = replace(plan, arrays={**plan.arrays, f"{path}.made_up": torch.ones(1)})
     with pytest.raises(ToolchainError, match=rf"no decision of {name} declares the plan's array '.*made_up'"):
         step.declared.checked(strange)

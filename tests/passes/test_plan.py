@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Decision, Declared, Plan
+from enginewright.passes.quantization.grouping import DividedNorm
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 
 
@@ -141,6 +145,18 @@ def test_an_array_that_no_decision_declares_is_refused() -> None:
         with pytest.raises(ToolchainError, match=f"no decision of cut declares the plan's array '{name}'"):
             CUTS.checked(plan)
     CUTS.checked(Plan(choice={"a": cut}, arrays={"a.weight": torch.ones(1)}))
+
+
+def test_an_array_that_is_needed_and_not_there_is_named() -> None:
+    """As of a plan whose reference was edited: the norm is divided by what no layer is multiplied by."""
+    net = nn.ModuleDict({"norm": nn.LayerNorm(4)})
+    plan = Plan(choice={"norm": DividedNorm(divided_by="a.smoth")}, arrays={"a.smoth": torch.full((4,), 2.0)})
+    step = QuantizeInt8()
+    step.declared.checked(plan)
+    divided = step.carry_out(copy.deepcopy(net), plan, Context())
+    assert torch.equal(divided.norm.weight, torch.full((4,), 0.5))
+    with pytest.raises(ToolchainError, match=r"the plan lacks the array 'a\.smooth', which a decision of it needs"):
+        step.carry_out(net, replace(plan, choice={"norm": DividedNorm(divided_by="a.smooth")}), Context())
 
 
 def test_without_a_declaration_a_decision_is_any_json() -> None:

@@ -162,7 +162,7 @@ def test_what_a_user_can_mend_is_said(dit):
         sparsegpt(torch.randn(4, 4), torch.full((4, 4), float("nan")), where="a")
     plan = Plan(choice={"0": SparseWeight(pattern="2:4", kept_norm=1.0)}, arrays={"0/weight": torch.zeros(8, 8)})
     with pytest.raises(ToolchainError, match=r"a weight \(8, 8\); this has \(4, 4\)"):
-        Sparsify24().rewrite(nn.Sequential(nn.Linear(4, 4)), plan)
+        Sparsify24(method="sparsegpt").rewrite(nn.Sequential(nn.Linear(4, 4)), plan)
 
 
 # What follows

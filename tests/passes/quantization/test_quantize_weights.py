@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -106,6 +107,14 @@ def test_awq_and_gptq_beat_rounding_on_the_inputs_that_they_saw(net: Net) -> Non
         error[algorithm] = relative(result.model(**call), wanted)
     assert error["awq"] < error["rtn"]
     assert error["gptq"] < error["rtn"]
+
+
+def test_codes_that_data_chose_are_never_replaced_by_rounding(net: Net) -> None:
+    step = QuantizeWeights(algorithm="gptq")
+    plan = step.plan(net, context())
+    without = replace(plan, arrays={name: array for name, array in plan.arrays.items() if not name.endswith(".codes")})
+    with pytest.raises(ToolchainError, match=r"the plan lacks the array 'a\.codes'"):
+        step.carry_out(net, without, context())
 
 
 def test_awq_folds_into_the_norm_and_nothing_else(net: Net) -> None:
