@@ -85,6 +85,12 @@ def reopen(folder: Path, places: Sequence[Path | None] = (None,), *, trust_code:
         ToolchainError: the artifact is damaged.
     """
     manifest = artifact.read_manifest(folder)
+    if parts := manifest.get("parts"):
+        raise ToolchainError(
+            f"{str(folder)!r} holds several networks",
+            help=f"name one of them: {', '.join(str(folder / part) for part in parts)}; "
+            "enginewright.load_pipeline gives all together",
+        )
     recipe = read(folder / "recipe.toml")
     return Reopened(recipe, Progress(quiet=True), manifest=manifest, places=places, trust_code=trust_code)
 

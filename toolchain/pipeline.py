@@ -179,9 +179,18 @@ def outcome_of(result: Result) -> str:
 
 
 def export(
-    recipe: Recipe, out: Path, *, force: bool, progress: Progress, trust_code: bool = False
+    recipe: Recipe, out: Path, *, force: bool, progress: Progress, trust_code: bool = False, lies: Path | None = None
 ) -> tuple[record.Report, int]:
-    """Run a recipe into ``out``; returns the report and the exit code."""
+    """Run a recipe of one network into ``out``; returns the report and the exit code.
+
+    Args:
+        recipe: what to do.
+        out: the folder to write.
+        force: replace an artifact of ours that is there.
+        progress: told of each stage.
+        trust_code: whether artifacts that the recipe names may run the code of their models.
+        lies: where the folder will lie in the end, if that is elsewhere.
+    """
     began = time.perf_counter()
     run = Run(recipe, progress, trust_code=trust_code)
     preflight.check_files(recipe)
@@ -211,7 +220,7 @@ def export(
         targets = [build(run, step, folder) for step in recipe.targets]
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
-        write_artifact(run, report, folder, artifact.place_of(out))
+        write_artifact(run, report, folder, lies or artifact.place_of(out))
     return report, exit_code(report)
 
 

@@ -26,7 +26,7 @@ from enginewright.passes.contract import Context, Pass, Plan
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.interpreter import interpreter
 from enginewright.passes.tokens.running import Found, Step, blocks_of, path_of, replace_stacks, token_stacks
-from enginewright.passes.tokens.skipping import SkipStep, fitted, watched
+from enginewright.passes.tokens.skipping import SkipStep, fitted
 from enginewright.passes.traits import TokenStack, layers_of
 
 
@@ -53,14 +53,16 @@ class SkipSpatialTokens(Pass):
         facts: dict[str, Any] = {"calibration_calls": len(context.calibration)}
         for found in stacks:
             entries = self.entries(found, skipped)
-            steps = watched(model, found, context) if entries else []
+            counts = {number: entry["tokens"] for number, entry in entries.items()}
+            routers = fitted(model, found, counts, context) if counts else {}
             for number, entry in entries.items():
                 path = found.block(number)
-                if not steps[number].inputs:
+                if number not in routers:
                     skipped[path] = "the calibration inputs never reach it"
                     continue
-                weight, bias, facts[path] = fitted(steps[number], entry["tokens"], where=path)
-                arrays |= {f"{path}.router.weight": weight, f"{path}.router.bias": bias}
+                router = routers[number]
+                facts[path] = router.facts
+                arrays |= {f"{path}.router.weight": router.weight, f"{path}.router.bias": router.bias}
                 choice[path] = entry
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 

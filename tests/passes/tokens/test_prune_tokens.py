@@ -1,5 +1,6 @@
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.recovery.distill import Distill
 from enginewright.passes.tokens.dropping import PolicyStep, keep_maps, probabilities, received, whole
-from enginewright.passes.tokens.interpreter import Interpreter, fit, interpreter
+from enginewright.passes.tokens.fitting import fitted, watch
+from enginewright.passes.tokens.interpreter import Fit, Interpreter, interpreter
 from enginewright.passes.tokens.prune_tokens import PruneTokens
+from enginewright.passes.tokens.running import token_stacks
 from enginewright.passes.traits import PatchNetwork
 from tests.passes.conftest import SUBJECTS, bert, vit
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
@@ -181,11 +184,37 @@ def test_a_real_token_is_dropped_where_there_are_too_many():
 def test_the_fitted_start_finds_what_attention_depends_on():
     torch.manual_seed(0)
     x, true = torch.randn(500, 6), torch.randn(2, 6)
-    weight, bias = fit(x, (x @ true.T + 0.3).exp())
+    fit = Fit()
+    for rows in (slice(0, 7), slice(7, 500)):  # call by call
+        fit.add(x[rows], (x @ true.T + 0.3).exp()[rows])
+    weight, bias = fit.solved()
     torch.testing.assert_close(weight, true, atol=0.02, rtol=0)
     torch.testing.assert_close(bias, torch.full((2,), 0.3), atol=0.02, rtol=0)
     scores = interpreter(weight, bias, x)(x[None])
     torch.testing.assert_close(scores[0], torch.sigmoid(x @ true.T + 0.3).mean(-1), atol=0.02, rtol=0)
+
+
+def test_a_fit_is_the_least_squares_of_all_calls_and_keeps_no_token():
+    torch.manual_seed(0)
+    subject = vit("sdpa")
+    calls = [{"pixel_values": torch.randn(2, 3, 8, 8)} for _ in range(3)]
+    (found,), _ = token_stacks(subject.model, Context(calibration=calls, example=calls[0]))
+    seen, alive = [], []
+
+    def see(x, attention, real):
+        alive.append(sum(each() is not None for each in seen))
+        seen.append(weakref.ref(x))
+        assert attention.shape == (*x.shape[:2], 4)
+        assert real.all()
+
+    watch(subject.model, found, (0, 1), Context(calibration=calls), [see, see])
+    assert len(seen) == 6
+    assert max(alive) <= 1  # of what came before, no more than the tokens of one block
+    together = {name: torch.cat([call[name] for call in calls]) for name in calls[0]}
+    apart, _ = fitted(subject.model, found, (0, 1), Context(calibration=calls), quantile=None)
+    at_once, _ = fitted(subject.model, found, (0, 1), Context(calibration=[together]), quantile=None)
+    for name, array in apart.items():
+        torch.testing.assert_close(array, at_once[name], rtol=1e-3, atol=1e-4)
 
 
 def test_counts_come_from_calibration_and_fall():
