@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from enginewright.models.vision.drsformer import ChannelNorm
 from enginewright.passes.contract import Context
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 from enginewright.passes.quantization.smoothing import divided, factors, scales_with_weight
@@ -137,6 +138,12 @@ def test_a_norm_that_adds_one_to_its_weight_is_not_taken_for_one_that_can_be_div
     assert scales_with_weight(nn.LayerNorm(64))
     assert not scales_with_weight(OnePlusRMSNorm(64))
     assert not scales_with_weight(nn.GroupNorm(4, 64))
+
+
+def test_a_norm_that_takes_maps_alone_is_left_as_it_is() -> None:
+    norm = ChannelNorm(64)
+    assert norm(torch.randn(2, 64, 3, 3)).shape == (2, 64, 3, 3)
+    assert not scales_with_weight(norm)
 
 
 def test_dividing_a_norm_leaves_the_original_alone() -> None:
