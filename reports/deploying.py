@@ -124,6 +124,12 @@ def section(target: TargetRecord, engines: Sequence[Engine], program: Program) -
         lines += ["Then, in `DEST`, with `pip install onnxruntime numpy`:", code(onnx_code(engines))]
     elif "python" in kinds:
         lines += ["Then, in `DEST`, with Python alone, for one row:", code(program_code(engines[0]))]
+    elif "aot_inductor" in kinds:
+        lines += [
+            "Then, in `DEST`, with the same version of PyTorch, on a processor like the one that it was built on (the "
+            "package is native code, and PyTorch checks neither):",
+            code(["import torch", "", *(line for engine in engines for line in package_code(engine))]),
+        ]
     else:
         lines += [
             f"Then, in `DEST`, on a GPU like the one that it was built for, with {engines[0].kind} and PyTorch:",
@@ -220,6 +226,22 @@ def program_code(engine: Engine) -> list[str]:
     ]
 
 
+def package_code(engine: Engine) -> list[str]:
+    """Lines that run a compiled package with PyTorch; it does not check what it is called with."""
+    return [
+        f'package = torch._inductor.aoti_load_package("{engine.folder}/{engine.file}")',
+        "inputs = {",
+        *(f"    {call_of(value, 'torch', device='')}" for value in engine.inputs),
+        "}",
+        "with torch.inference_mode():",
+        "    found = package(**inputs)",
+        f"names = {[value.name for value in engine.outputs]}",
+        "outputs = dict(zip(names, found if isinstance(found, tuple) else [found]))",
+        "for name, tensor in outputs.items():",
+        "    print(name, tensor.dtype, tuple(tensor.shape))",
+    ]
+
+
 def tensorrt_code(engine: Engine) -> list[str]:
     """Lines that run an engine with TensorRT; PyTorch holds the memory."""
     return [
@@ -248,9 +270,9 @@ def tensorrt_code(engine: Engine) -> list[str]:
     ]
 
 
-def call_of(value: Value, library: str) -> str:
-    """One entry of a call, with the shape in words behind it."""
-    device = ', device="cuda"' if library == "torch" else ""
+def call_of(value: Value, library: str, *, device: str = ', device="cuda"') -> str:
+    """One entry of a call, with the shape in words behind it; PyTorch's tensors lie on a device."""
+    device = device if library == "torch" else ""
     kind = {"bool": "bool_" if library == "np" else "bool"}.get(value.dtype, value.dtype)
     made = f"{library}.full({value.shape}, {value.fill}, dtype={library}.{kind}{device})"
     return f'"{value.name}": {made},' + (f"  # {value.said}" if value.said else "")

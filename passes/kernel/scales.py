@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.passes.contract import Context
+from enginewright.passes.contract import Context, Decision
 from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.rounding import QMAX, QMIN, significant, weight_scales
 from enginewright.passes.kernel.statistics import Histogram, InputStatistics
@@ -24,6 +25,16 @@ ROWS_ABOVE, ROWS_GAIN = 0.01, 0.7
 first, and with one for each row below the second times that."""
 
 Observer = Literal["max", "percentile", "mse"]
+
+
+class Int8Product(Decision):
+    """How a product is computed in 8 bits."""
+
+    precision: Literal["int8"] = Field(description="numbers of the weights and of the input")
+    input_scale: float = Field(description="of the input")
+    rows: bool = Field(description="whether each row of the input wants a scale of its own")
+    saturating_share: float = Field(description="of the 16-bit sums of a CPU that lacks products of bytes")
+    reduced_range: bool = Field(description="whether 7-bit weights are better on such a CPU")
 
 
 def calibration_facts(context: Context) -> dict[str, Any]:

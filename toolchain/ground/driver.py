@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +10,7 @@ import numpy as np
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import Call, Program, Way
-
-Values = dict[str, Any]
-"""Arrays or tensors by name."""
+from enginewright.ground.runner import Values, clock_of
 
 Run = Callable[[Values], Values]
 """A network that is ready: named inputs -> named outputs."""
@@ -177,9 +174,11 @@ class Driver:
         before = self.memory.once.get(call.network)
         if before and all(self.kind.equal(before[0][name], given[name]) for name in call.once):
             return before[1]
-        began = time.perf_counter()
-        outputs = dict(self.networks[call.network](given))
-        self.memory.seconds.setdefault(call.network, []).append(time.perf_counter() - began)
+        network = self.networks[call.network]
+        clock = clock_of(network)
+        began = clock()
+        outputs = dict(network(given))
+        self.memory.seconds.setdefault(call.network, []).append(clock() - began)
         self.memory.once[call.network] = {name: self.kind.copy(given[name]) for name in call.once}, outputs
         return outputs
 

@@ -9,6 +9,7 @@ from enginewright.ground.driver import Driver, Memory, Values
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way, by_timestep, in_turn, parted
 from enginewright.ground.signature import InputSpec
+from tests.devices import FakeDevice, FakeRunner
 
 REUSE = Program(
     networks={"whole": Network(gives=("kept",)), "short": Network()},
@@ -209,3 +210,12 @@ def test_a_sequence_that_nobody_started_is_not_gone_on_with() -> None:
     run(call_at(0, 1, 2))
     with pytest.raises(ToolchainError, match="of 1 rows, and the one before has 2"):
         run(call_at(1, 1))
+
+
+def test_what_is_done_once_is_timed_by_the_clock_of_its_device() -> None:
+    gpu = FakeDevice()
+    network = FakeRunner(gpu, 4.0)
+    program = Program(networks={"": Network()}, ways=(Way(calls=(Call(network="", once=("x",)),)),))
+    memory = Memory()
+    Driver(program=program, networks={"": network}, memory=memory)({"x": np.ones(2)})
+    assert memory.seconds == {"": [4.0]}
