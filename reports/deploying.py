@@ -83,6 +83,28 @@ def render(report: Report, engines: Mapping[str, Sequence[Engine]], program: Pro
     return "\n\n".join(parts) + "\n"
 
 
+def render_pipeline(report: Report) -> str:
+    """The README of a pipeline's artifact as Markdown: its parts, and how all of them run together."""
+    rows = [f"| [`{part.name}`]({part.name}/README.md) | {words.size(part.model.bytes)} |" for part in report.parts]
+    parts = [
+        f"# {report.model.name}: how to use this folder",
+        "enginewright made it. `report.html` says what was done and measured, `recipe.toml` how to do it again, and "
+        "`manifest.json` holds a digest of every file. Each network has a folder of its own, whose README says what to "
+        "copy and how to run it with nothing of enginewright:",
+        "\n".join(["| Network | Weights of the original |", "| --- | ---: |", *rows]),
+        "## With enginewright installed",
+        code(
+            [
+                "import enginewright",
+                "",
+                'pipe = enginewright.load_pipeline("THIS FOLDER")  # the original pipeline, run by the engines',
+                f'network = enginewright.load("THIS FOLDER/{report.parts[0].name}")  # one of them alone',
+            ]
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def section(target: TargetRecord, engines: Sequence[Engine], program: Program) -> str:
     """One target: its files, its inputs and outputs, and code that runs it."""
     kinds = {engine.kind for engine in engines}

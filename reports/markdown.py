@@ -69,7 +69,7 @@ def target_row(report: Report, target: TargetRecord) -> tuple[str, ...]:
 
 def step_line(step: Step) -> str:
     """What one step changed, and the commonest reason to leave layers alone."""
-    line = f"* **{plain(step.name)}** changed {words.plural(len(step.changed), 'layer')}"
+    line = f"* **{plain(step.label)}** changed {words.plural(len(step.changed), 'layer')}"
     line += f", {words.size(step.bytes.before)} -> {words.size(step.bytes.after)}"
     reasons = summary.skip_reasons(step)
     if reasons:

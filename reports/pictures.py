@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,23 @@ def png_grid(pictures: npt.NDArray[np.generic], *, columns: int = 10) -> str:
     sheet[:n] = pixels
     grid = sheet.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     return base64.b64encode(png(grid.reshape(rows * height, columns * width, channels))).decode()
+
+
+SHADES_DB = 80.0
+"""From the loudest place of a spectrum, which is white, down to black."""
+
+
+def spectra_png(log_mel: npt.NDArray[np.generic], *, loudest: float) -> str:
+    """Spectra of sounds (n, M, T), side by side, low tones at the bottom, a white line behind each -> PNG as base64.
+
+    Args:
+        log_mel: natural logarithms of magnitudes.
+        loudest: the one that is white; the same for all pictures that stand beside one another.
+    """
+    below_db = (loudest - log_mel.astype(np.float64)) * 20 / math.log(10)
+    shades = 1 - 2 * np.nan_to_num(below_db, nan=SHADES_DB) / SHADES_DB  # (n, M, T); no number is silent
+    lined = np.pad(shades[:, ::-1], ((0, 0), (0, 0), (0, 1)), constant_values=1)
+    return png_grid(lined[:, None], columns=len(lined))
 
 
 def token_map_png(tokens: TokenMap) -> str:

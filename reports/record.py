@@ -74,6 +74,8 @@ class Step(Part):
     """What one step of the recipe did."""
 
     name: str
+    part: str = ""
+    """Of a pipeline, the part that it changed."""
     parameters: dict[str, Any]
     plan_digest: str
     changed: list[str]
@@ -85,6 +87,11 @@ class Step(Part):
     notes: list[str] = []
     curve: Curve | None = None
     maps: list[TokenMap] = []
+
+    @property
+    def label(self) -> str:
+        """Its name, after that of the part where there are several."""
+        return f"{self.part}: {self.name}" if self.part else self.name
 
 
 class Fidelity(Part):
@@ -192,6 +199,8 @@ class TargetRecord(Part):
     name: str
     kind: str = ""
     """The target; another word than its name where a recipe names it. Older records leave it out."""
+    part: str = ""
+    """Of a pipeline, the part that it was built of, or ``whole``; its name is then ``PART.TARGET``."""
     parameters: dict[str, Any]
     installed: bool
     importable: bool
@@ -267,11 +276,22 @@ class ModelRecord(Part):
     """What its source chose or left out, and what it added, as sentences without full stops."""
 
 
+class PartRecord(Part):
+    """A part of a pipeline, which has an artifact of its own in the folder of its name."""
+
+    name: str
+    model: ModelRecord
+    verdict: Verdict
+
+
 class Report(Part):
     """A whole run."""
 
     schema_version: Literal[1] = SCHEMA
     model: ModelRecord
+    """Of a pipeline: all its parts together."""
+    parts: list[PartRecord] = []
+    """Of a pipeline; empty for one network."""
     verdict: Verdict
     steps: list[Step]
     targets: list[TargetRecord]
@@ -284,6 +304,11 @@ class Report(Part):
     versions: dict[str, str] = {}
     notes: list[str] = []
     """Sentences about the artifact as a whole."""
+
+    def weights_of(self, target: TargetRecord) -> int:
+        """Bytes of the weights that a target was built from."""
+        own = (each.model.bytes for each in self.parts if each.name == target.part)
+        return next(own, self.model.bytes)
 
 
 def write(report: Report, path: Path) -> None:

@@ -64,6 +64,9 @@ def _done(report: Report) -> str:
     came = f"{model.name} ({words.amount(model.parameter_count)} parameters, {words.size(model.bytes)} of weights)"
     if not report.steps:
         return f"{came} was exported as it is."
+    if report.parts:
+        steps = words.listing([step.label for step in report.steps])
+        return f"{came} is a pipeline of {words.listing([part.name for part in report.parts])}; steps: {steps}."
     after = words.size(report.steps[-1].bytes.after)
     steps = words.listing([step.name for step in report.steps])
     return f"{came} went through {steps}, which left {after} of weights."
@@ -73,7 +76,9 @@ def target_sentence(report: Report, target: TargetRecord) -> str:
     """One target: built or not, how large, how fast, how far off."""
     if not target.built:
         return f"{target.name} was not built: {why_not_measured(report, target)}."
-    built = f"{target.name} was built: {words.size(report.model.bytes)} of weights became {words.size(target.bytes)}"
+    built = (
+        f"{target.name} was built: {words.size(report.weights_of(target))} of weights became {words.size(target.bytes)}"
+    )
     if target.folders:
         built += f" to copy ({place(target)})"
     if target.faults:

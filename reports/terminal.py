@@ -76,7 +76,7 @@ def row(target: TargetRecord) -> tuple[str, ...]:
 
 def step_line(step: Step) -> str:
     """What one step changed, and the commonest reason to leave layers alone."""
-    line = f"{step.name} changed {words.plural(len(step.changed), 'layer')}"
+    line = f"{step.label} changed {words.plural(len(step.changed), 'layer')}"
     line += f", {words.size(step.bytes.before)} -> {words.size(step.bytes.after)} of weights"
     if reasons := summary.skip_reasons(step):
         reason, count = reasons[0]

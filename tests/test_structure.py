@@ -110,7 +110,7 @@ def test_every_folder_is_packaged_under_one_name() -> None:
         path.parent.relative_to(ROOT).as_posix()
         for room in (*ROOMS, "toolchain")
         for path in (ROOT / room).rglob("*.*")
-        if path.suffix in (".py", ".toml", ".json", ".safetensors", ".j2")
+        if path.suffix in (".py", ".toml", ".json", ".safetensors", ".wav", ".j2")
     }
     wanted = {
         ".".join(("enginewright", *folder.split("/"))).replace("enginewright.toolchain", "enginewright")

@@ -58,6 +58,7 @@ def test_the_wheel_holds_weights_recipes_templates_and_no_tests(wheel: Path) -> 
         "enginewright/reports/report.html.j2",
         "enginewright/targets/tensorrt_worker.py",
         "enginewright/models/weights/digits-reference.safetensors",
+        "enginewright/models/weights/speech.wav",
     ):
         assert wanted in names
     apart = ("reports/benchmarks/", "reports/results/", "reports/baselines/", "training/")

@@ -11,6 +11,10 @@ An artifact's engine takes the place of the module that it was made from::
 
     pipe.transformer = enginewright.load("out")     # tensors in, tensors out, as the module had it
     module = enginewright.load_module("out")        # the optimized PyTorch module, for further training
+
+That of a whole pipeline gives the pipeline, run by the engines of all its networks::
+
+    pipe = enginewright.load_pipeline("out")
 """
 
 from __future__ import annotations
@@ -27,14 +31,27 @@ if TYPE_CHECKING:
     from enginewright.loaded import load as load
     from enginewright.loaded import load_module as load_module
     from enginewright.spec import ModelSpec as ModelSpec
+    from enginewright.whole import load_pipeline as load_pipeline
 
 __version__ = "0.1.0"
-__all__ = ["ModelSpec", "__version__", "bench", "compare", "export", "load", "load_module", "open", "plan"]
+__all__ = [
+    "ModelSpec",
+    "__version__",
+    "bench",
+    "compare",
+    "export",
+    "load",
+    "load_module",
+    "load_pipeline",
+    "open",
+    "plan",
+]
 
 _PLACES = {
     **dict.fromkeys(("bench", "compare", "export", "open", "plan"), "enginewright.api"),
     **dict.fromkeys(("load", "load_module"), "enginewright.loaded"),
     "ModelSpec": "enginewright.spec",
+    "load_pipeline": "enginewright.whole",
 }
 
 

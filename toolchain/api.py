@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from enginewright import artifact, pipeline, sources
+from enginewright import artifact, pipeline, whole
 from enginewright.arguments import named
 from enginewright.ground.errors import ToolchainError
 from enginewright.measure import (
@@ -87,7 +87,7 @@ def plan(
         For each step what it would change, leave and cost, and its plan.
     """
     progress = Progress(quiet=quiet)
-    return pipeline.decide(recipe_of(model, steps, (), settings), progress, trust_code=trust_code)
+    return whole.decide(recipe_of(model, steps, (), settings), progress, trust_code=trust_code)
 
 
 def export(
@@ -120,14 +120,9 @@ def export(
         ToolchainError: something asked for is wrong or cannot be done here; nothing is written then.
     """
     asked = recipe_of(model, steps, targets, settings)
-    if parts := sources.parts_of(asked.model):
-        raise ToolchainError(
-            f"{asked.model!r} is a pipeline of {len(parts)} networks",
-            help=f"export one of them: {', '.join(asked.part(part).model for part in parts)}",
-        )
     artifact.refuse_existing(Path(out), force=force)
     progress = Progress(quiet=quiet)
-    return pipeline.export(asked, Path(out), force=force, progress=progress, trust_code=trust_code)[0]
+    return whole.export(asked, Path(out), force=force, progress=progress, trust_code=trust_code)[0]
 
 
 def recipe_of(

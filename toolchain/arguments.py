@@ -39,6 +39,7 @@ def recipe_from(chosen: Namespace, model: str | None = None) -> Recipe:
         content["weights"] = file
     content["calibration"] = given(file=chosen.calibration, calls=chosen.calibration_calls)
     content["validation"] = validation_from(chosen)
+    content |= given(job=job_from(getattr(chosen, "job", ())))
     from enginewright.recipe import make
 
     return make(content)
@@ -51,6 +52,19 @@ def validation_from(chosen: Namespace) -> dict[str, Any]:
     sizes = dict(text.split("=") for text in getattr(chosen, "size", ()))
     table |= given(batch={name: int(number) for name, number in sizes.items()} or None)
     return {**table, "skip": True} if getattr(chosen, "no_validate", False) else table
+
+
+JOB = ("skip", "prompts", "steps")
+"""Settings of a pipeline's whole job; others are arguments of the pipeline's call."""
+
+
+def job_from(texts: Sequence[str]) -> dict[str, Any] | None:
+    """How to run a pipeline's whole job, as a recipe's table; None where nothing was said of it."""
+    table: dict[str, Any] = {}
+    for text in texts:
+        key, value = setting(text, where=f"--job {text}")
+        (table if key in JOB else table.setdefault("arguments", {}))[key] = value
+    return table or None
 
 
 def given(**settings: Any) -> dict[str, Any]:
@@ -90,16 +104,22 @@ def named(key: str, text: str) -> dict[str, Any]:
     name, _, rest = text.partition(":")
     table: dict[str, Any] = {key: name}
     for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
-        setting, equals, value = part.partition("=")
-        if not equals:
-            raise ToolchainError(f"{part!r} is not key=value", where=f"--{key} {text}")
-        try:
-            table[setting.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            table[setting.strip()] = value
-        except (RecursionError, ValueError) as cause:
-            raise ToolchainError(f"{value[:40]}… is no value", where=f"--{key} {text[:40]}…") from cause
+        own, value = setting(part, where=f"--{key} {text}")
+        table[own] = value
     return table
+
+
+def setting(text: str, *, where: str) -> tuple[str, Any]:
+    """``key=value``; the value as TOML reads it, or else plain text."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ToolchainError(f"{text!r} is not key=value", where=where)
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
+    except (RecursionError, ValueError) as cause:
+        raise ToolchainError(f"{value[:40]}… is no value", where=f"{where[:60]}…") from cause
 
 
 def sizes_from(texts: Sequence[str], specs: Sequence[InputSpec]) -> dict[str, int]:

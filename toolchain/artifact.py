@@ -122,7 +122,7 @@ def strange_in(out: Path) -> str:
         return ""
     try:
         content = read_json(out / MANIFEST, what=MANIFEST)
-        known = {MANIFEST, REPORT, *RENDERED, *content["files"]}
+        known = {MANIFEST, REPORT, *rendered(content), *content["files"]}
         assert isinstance(content["schema"], int)
     except (ToolchainError, AssertionError, KeyError, TypeError):
         return "exists and is no artifact of ours"
@@ -235,14 +235,20 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
     The digests find accidents. Whoever means to deceive writes new ones: they prove nothing about who made the folder.
     """
+    left = {MANIFEST, REPORT, *rendered(content)}
     files = {
-        path.relative_to(folder).as_posix(): entry(path)
+        name: entry(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, REPORT, *RENDERED)
+        if path.is_file() and (name := path.relative_to(folder).as_posix()) not in left
     }
     report = {"report": entry(folder / REPORT)} if (folder / REPORT).is_file() else {}
     text = json.dumps({"schema": SCHEMA, **content, **report, "files": files}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text)
+
+
+def rendered(content: Mapping[str, Any]) -> set[str]:
+    """Files of an artifact, and of the parts of a pipeline's, that are rendered from a report."""
+    return {*RENDERED, *(f"{part}/{name}" for part in content.get("parts", ()) for name in RENDERED)}
 
 
 def entry(path: Path) -> dict[str, Any]:

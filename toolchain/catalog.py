@@ -1,10 +1,10 @@
-"""What there is: models, sources, passes, targets, metrics, recipes; found as files, listed without importing any.
+"""What there is: models, pipelines, passes, targets and the rest; found as files, listed without importing any.
 
 Other installed packages add to it by entry points (``ground/plugins.py``); a name of ours stays ours.
 
 There is no list to edit: a file in the right folder is an entry, its name is the entry's name, and the first line of
 its docstring is the summary. Of a model in several files, in a folder of its own, each that says what its network takes
-is an entry, ``FOLDER-FILE``.
+is an entry, ``FOLDER-FILE``; its ``job.py``, where there is one, makes them a pipeline called ``FOLDER``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ ROOMS = (
     "enginewright",
 )
 """Packages that entries lie in, the innermost first; each is a folder of its own."""
-KINDS = ("models", "sources", "passes", "targets", "metrics", "recipes")
+KINDS = ("models", "pipelines", "methods", "sources", "passes", "targets", "metrics", "recipes")
 
 
 def folder_of(package: str) -> Path:
@@ -65,8 +66,10 @@ class Entry:
 
     @property
     def docstring(self) -> str:
-        """Its whole docstring, or a recipe's leading comment."""
+        """Its whole docstring, a recipe's leading comment, or a method's title."""
         text = self.path.read_text()
+        if self.kind == "methods":
+            return str(tomllib.loads(text)["title"])
         if self.path.suffix == ".toml":
             lines = text.splitlines()
             end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
@@ -83,6 +86,10 @@ def entries(kind: str) -> dict[str, Entry]:
     """Everything of one kind, by name, in alphabetical order."""
     named = {
         "models": lambda: model_files(folder_of("enginewright") / "models"),
+        "pipelines": lambda: {
+            path.parent.name: path for path in (folder_of("enginewright") / "models").glob("*/*/job.py")
+        },
+        "methods": lambda: by_name((folder_of("enginewright.reports") / "methods").glob("*.toml")),
         "sources": lambda: by_name((folder_of("enginewright") / "sources").glob("*_source.py")),
         "passes": lambda: by_name(
             family_files(folder_of("enginewright.passes"), apart={"families", "kernel"}, holding="(Pass)")

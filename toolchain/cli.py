@@ -240,8 +240,16 @@ def validation_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--samples", type=whole(1), metavar="N", help="samples of whole sampling runs; default: the task's"
     )
-    one.add_argument("--rounds", type=whole(3), metavar="N", help="timed calls of each engine; default: 20")
+    one.add_argument("--rounds", type=whole(3), metavar="N", help="timed calls of each engine; default: 30")
     one.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads; default: every core allowed")
+    one.add_argument(
+        "--job",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of a pipeline's whole job: steps=8, prompts=['a red bicycle'], skip=true; or an argument of its call, "
+        "such as height=256",
+    )
     size_option(one)
 
 

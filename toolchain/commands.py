@@ -89,34 +89,14 @@ def read_saying(path: Path, *, quiet: bool) -> Any:
 
 
 def export(recipe: Any, chosen: Namespace) -> int:
-    """Run a recipe and say how it went; a pipeline gives one artifact for each of its networks."""
-    from enginewright import artifact
-
-    parts = sources.parts_of(recipe.model)
-    if not parts:
-        artifact.refuse_existing(chosen.output, force=chosen.force)
-        data, code, text = export_one(recipe, chosen.output, chosen)
-        answer(chosen, data, text)
-        return code
-    for part in parts:
-        artifact.refuse_existing(chosen.output / part, force=chosen.force)
-    done = [export_one(recipe.part(part), chosen.output / part, chosen) for part in parts]
-    answer(
-        chosen,
-        {part: data for part, (data, _, _) in zip(parts, done, strict=True)},
-        lambda: [text() for _, _, text in done],
-    )
-    codes = [code for _, code, _ in done]
-    return MISSED if MISSED in codes else max(codes)
-
-
-def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any], int, Callable[[], None]]:
-    """One artifact: its report, the exit code, and a way to say it."""
-    from enginewright import pipeline
+    """Run a recipe and say how it went."""
+    from enginewright import artifact, whole
     from enginewright.reports import markdown, terminal
 
+    out = chosen.output
+    artifact.refuse_existing(out, force=chosen.force)
     progress = Progress(quiet=chosen.quiet)
-    report, code = pipeline.export(recipe, out, force=chosen.force, progress=progress, trust_code=chosen.trust_code)
+    report, code = whole.export(recipe, out, force=chosen.force, progress=progress, trust_code=chosen.trust_code)
 
     def text() -> None:
         if chosen.markdown:
@@ -125,22 +105,23 @@ def export_one(recipe: Any, out: Path, chosen: Namespace) -> tuple[dict[str, Any
         show(terminal.blocks(report))
         print(f"\nwrote {out}: open {out / 'report.html'}; {out / 'README.md'} tells how to run it elsewhere")
 
-    return {**json.loads((out / "report.json").read_text()), "exit_code": code}, code, text
+    answer(chosen, {**json.loads((out / "report.json").read_text()), "exit_code": code}, text)
+    return code
 
 
 def plan_command(chosen: Namespace) -> int:
     """Decide every step and estimate; nothing is written."""
-    from enginewright import pipeline
+    from enginewright import whole
 
     is_file = chosen.subject.endswith(".toml")
     recipe = read_saying(Path(chosen.subject), quiet=chosen.quiet) if is_file else recipe_from(chosen, chosen.subject)
-    decisions = pipeline.decide(recipe, Progress(quiet=chosen.quiet), trust_code=chosen.trust_code)
+    decisions = whole.decide(recipe, Progress(quiet=chosen.quiet), trust_code=chosen.trust_code)
     data = [{**d.step.model_dump(mode="json"), "plan": json.loads(d.plan.as_json())} for d in decisions]
 
     def text() -> None:
         for d in decisions:
             step = d.step
-            print(f"{step.name}: would change {len(step.changed)} layers, leave {len(step.skipped)}")
+            print(f"{step.label}: would change {len(step.changed)} layers, leave {len(step.skipped)}")
             for label in ("parameter_count", "macs", "bytes"):
                 count = getattr(step, label)
                 if count.before is not None and count.after is not None:

@@ -80,7 +80,8 @@ class Engine:
                         f"the engine has no input {name!r}; it was exported with {', '.join(sorted(wanted))}"
                     )
                 returned = name.removeprefix("output_") in self.interface.keys  # it comes in any case
-                if value not in (None, False) and not returned:
+                idle = isinstance(value, torch.Generator)  # no engine draws: a model that does is not exported
+                if value not in (None, False) and not returned and not idle:
                     raise ToolchainError(f"the engine cannot be called with {name}={value!r}: it was exported without")
                 del given[name]
         return {name: value for name, value in given.items() if value is not None}

@@ -18,10 +18,10 @@ from enginewright.originals import originals_beside
 from enginewright.progress import Progress
 from enginewright.recipe import Validation
 from enginewright.reports import record
-from enginewright.reports.pictures import png_grid
+from enginewright.samples import shown
 from enginewright.sources.contract import Model
 from enginewright.validation import latency
-from enginewright.validation.contract import SamplingTask, Workload, WorkloadMetric
+from enginewright.validation.contract import Workload, WorkloadMetric
 from enginewright.validation.fidelity import OutputFidelity, compare, dead_columns, empty, non_finite, worst
 from enginewright.validation.gates import ORIGINAL, GateBound, judge
 from enginewright.validation.inputs import draw
@@ -29,9 +29,6 @@ from enginewright.validation.metrics import load_metrics
 
 STEADY = 1e-4
 """Relative L2 distance of two answers of a steady original: the order of float32 additions may change, no more."""
-
-SHOWN = 20
-"""Samples that the report shows."""
 
 
 def measure(
@@ -266,17 +263,7 @@ def sampling(
         name: [quality_of(metric, label, task, drawn["original"], drawn[name]) for label, metric in metrics.items()]
         for name in runners
     }
-    shown = [
-        record.Samples(
-            target=name,
-            original_png=png_grid(drawn["original"].pictures[:SHOWN]),
-            candidate_png=png_grid(drawn[name].pictures[:SHOWN]),
-            caption=f"the first {min(SHOWN, count)} of {count} samples, from the same noise",
-        )
-        for name in runners
-        if isinstance(task, SamplingTask)
-    ]
-    return quality, shown
+    return quality, shown(task, drawn, list(runners), count)
 
 
 def metrics_of(task: Workload) -> dict[str, WorkloadMetric]:

@@ -85,6 +85,12 @@ def reopen(folder: Path, places: Sequence[Path | None] = (None,), *, trust_code:
         ToolchainError: the artifact is damaged.
     """
     manifest = artifact.read_manifest(folder)
+    if parts := manifest.get("parts"):
+        raise ToolchainError(
+            f"{str(folder)!r} holds several networks",
+            help=f"name one of them: {', '.join(str(folder / part) for part in parts)}; "
+            "enginewright.load_pipeline gives all together",
+        )
     recipe = read(folder / "recipe.toml")
     return Reopened(recipe, Progress(quiet=True), manifest=manifest, places=places, trust_code=trust_code)
 
@@ -141,7 +147,7 @@ def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
 def recorded(run: Run, folder: Path) -> list[tuple[Pass, Plan]]:
     """An artifact's steps with the plans that they were carried out with."""
     return [
-        (step, Plan.read(folder / "plans" / f"{number + 1:02d}-{step.name()}.json"))
+        (step, Plan.read(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", step.declared))
         for number, step in enumerate(run.recipe.steps)
     ]
 

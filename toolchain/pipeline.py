@@ -183,9 +183,18 @@ def outcome_of(result: Result) -> str:
 
 
 def export(
-    recipe: Recipe, out: Path, *, force: bool, progress: Progress, trust_code: bool = False
+    recipe: Recipe, out: Path, *, force: bool, progress: Progress, trust_code: bool = False, lies: Path | None = None
 ) -> tuple[record.Report, int]:
-    """Run a recipe into ``out``; returns the report and the exit code."""
+    """Run a recipe of one network into ``out``; returns the report and the exit code.
+
+    Args:
+        recipe: what to do.
+        out: the folder to write.
+        force: replace an artifact of ours that is there.
+        progress: told of each stage.
+        trust_code: whether artifacts that the recipe names may run the code of their models.
+        lies: where the folder will lie in the end, if that is elsewhere.
+    """
     began = time.perf_counter()
     run = Run(recipe, progress, trust_code=trust_code)
     preflight.check_files(recipe)
@@ -216,7 +225,7 @@ def export(
         run.programs.clear()
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
-        write_artifact(run, report, folder, artifact.place_of(out))
+        write_artifact(run, report, folder, lies or artifact.place_of(out))
     return report, exit_code(report)
 
 
@@ -268,7 +277,9 @@ def write_plans(run: Run, folder: Path) -> None:
     """``plans/NN-name.json`` for each step."""
     (folder / "plans").mkdir()
     for number, (step, result, _) in enumerate(run.results):
-        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", version=__version__)
+        result.plan.write(
+            folder / "plans" / f"{number + 1:02d}-{step.name()}.json", by=step.declared, version=__version__
+        )
 
 
 def write_graph(

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from enginewright import catalog, sources
 from enginewright.asking import DTYPES, LARGEST_SEED
-from enginewright.ground.errors import FaultsError, ToolchainError, invalid, raise_faults
+from enginewright.ground.errors import FaultsError, ToolchainError, invalid, raise_faults, unknown
 from enginewright.ground.facts import Missing, legal_order, missing
 from enginewright.ground.reading import read_toml
 from enginewright.passes.contract import WORDS, Pass
@@ -93,6 +93,17 @@ class Validation(Table):
     batch: dict[str, int] = Field({}, description="sizes of dynamic dimensions for timing; default: typical sizes")
 
 
+class Job(Table):
+    """The whole job of a pipeline, run with the engines of its parts and with the original ones."""
+
+    skip: bool = Field(False, description="compare the parts alone")
+    prompts: tuple[str, ...] = Field((), description="texts to draw, a run each; none: two of ours")
+    steps: int = Field(4, ge=1, description="steps of the sampler in each run")
+    arguments: dict[str, Any] = Field(
+        {}, description="further arguments of the pipeline's call, such as height, width or guidance_scale"
+    )
+
+
 class Head(Table):
     """A recipe but for its steps and targets."""
 
@@ -105,6 +116,7 @@ class Head(Table):
     export: Export = Export()
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
+    job: Job | None = Field(None, description="of a pipeline: how its parts are tried together")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +145,8 @@ class Recipe:
     """Relative paths in the recipe start here."""
     notes: tuple[str, ...] = ()
     """What is worth knowing before work starts."""
+    only: tuple[tuple[str, ...], ...] = ()
+    """For each step the parts of a pipeline that it is for; empty: all of them."""
 
     def path(self, text: str) -> Path:
         """A path of the recipe."""
@@ -144,8 +158,31 @@ class Recipe:
         return sources.with_path(self.head.model, self.folder, lambda path: str(self.path(path)))
 
     def part(self, name: str) -> Recipe:
-        """The same recipe for one network of a pipeline."""
-        return replace(self, head=self.head.model_copy(update={"model": f"{self.head.model}#{name}"}))
+        """The same recipe for one part of a pipeline: its own steps, and gates that are asked of no other part."""
+        model = f"{self.head.model}#{name}"
+        mine = (gate.of_part(name) for gate in self.gates)
+        gates = tuple(gate for gate in mine if gate is not None)
+        change = {"model": model, "gates": tuple(str(gate) for gate in gates), "job": None}
+        steps = tuple(step for step, parts in zip(self.steps, self.only, strict=True) if not parts or name in parts)
+        return replace(
+            self, head=self.head.model_copy(update=change), steps=steps, gates=gates, only=((),) * len(steps)
+        )
+
+    def refuse_parts(self, parts: Sequence[str]) -> None:
+        """Raise where a step or a gate is for a part that a model has not; a model that is no pipeline has none.
+
+        Args:
+            parts: of the model.
+        """
+        steps = [(name, f"steps[{i}].parts") for i, names in enumerate(self.only) for name in names]
+        gates = [(gate.part, "gates") for gate in self.gates if gate.part]
+        asked = [(name, where) for name, where in (*steps, *gates) if name not in parts and name != WHOLE]
+        if not parts and (steps or gates or self.head.job):
+            where = (*(where for _, where in (*steps, *gates)), "job")[0]
+            raise ToolchainError(
+                f"{self.head.model!r} is one network and no pipeline, so nothing is for a part of it", where=where
+            )
+        raise_faults([unknown("part", name, parts, where=where) for name, where in asked])
 
     def with_weights(self, mode: Literal["copy", "link"]) -> Recipe:
         """The same recipe with what became of weights on disk said."""
@@ -181,7 +218,10 @@ class Recipe:
         head = self.head.model_dump(by_alias=True, exclude_none=True)
         content: dict[str, Any] = {key: value for key, value in head.items() if not isinstance(value, dict)}
         content |= {key: value for key, value in head.items() if isinstance(value, dict)}
-        content["steps"] = [{"pass": step.name(), **bare(step)} for step in self.steps]
+        content["steps"] = [
+            {"pass": step.name(), **({"parts": list(parts)} if parts else {}), **bare(step)}
+            for step, parts in zip(self.steps, self.only, strict=True)
+        ]
         content["targets"] = [
             {
                 "target": t.target.name(),
@@ -199,6 +239,9 @@ def bare(parameters: BaseModel) -> dict[str, Any]:
     """Parameters as TOML can hold them: no nulls."""
     return parameters.model_dump(mode="json", exclude_none=True)
 
+
+WHOLE = "whole"
+"""What the whole job of a pipeline is called, beside its parts."""
 
 NAME = re.compile("[A-Za-z0-9_]+")
 """What a target may be called, since folders and gates are named after it."""
@@ -246,10 +289,9 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
         head = Head.model_validate(rest)
     except ValidationError as error:
         faults.extend(invalid(error, what="recipe", where=where, model=Head))
-    steps = [
-        attempt(partial(read_step, table, place_in(where, f"steps[{i}]")))
-        for i, table in enumerate(tables(content, "steps", where, faults))
-    ]
+    step_tables = tables(content, "steps", where, faults)
+    steps = [attempt(partial(read_step, table, place_in(where, f"steps[{i}]"))) for i, table in enumerate(step_tables)]
+    only = [attempt(partial(parts_asked, table, place_in(where, f"steps[{i}]"))) for i, table in enumerate(step_tables)]
     targets = [
         attempt(partial(read_target, table, place_in(where, f"targets[{i}]")))
         for i, table in enumerate(tables(content, "targets", where, faults))
@@ -270,9 +312,10 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
             f"a gate asks for target {gate.target!r}, which the recipe lacks", where=place_in(where, "gates")
         )
         for gate in gates
-        if gate and gate.target and gate.target not in named
+        if gate and gate.target and gate.engine not in named
     ]
-    faults.extend(order_faults([step for step in steps if step], where))
+    sound = [(step, parts) for step, parts in zip(steps, only, strict=True) if step and parts is not None]
+    faults.extend(order_faults([step for step, _ in sound], where, [parts for _, parts in sound]))
     if head:
         faults.extend(kind_faults([step for step in steps if step], head.model, where))
         faults.extend(setting_faults(head, where))
@@ -280,7 +323,13 @@ def make(content: Mapping[str, Any], *, where: str = "", folder: Path = Path()) 
     raise_faults([*faults, *found])
     assert head is not None
     return Recipe(
-        head=head, steps=tuple(steps), targets=tuple(targets), gates=tuple(gates), folder=folder, notes=tuple(notes)
+        head=head,
+        steps=tuple(steps),
+        targets=tuple(targets),
+        gates=tuple(gates),
+        folder=folder,
+        notes=tuple(notes),
+        only=tuple(only),
     )
 
 
@@ -306,12 +355,22 @@ def read_step(table: Mapping[str, Any], where: str) -> Pass:
     cls = catalog.pass_class(name, where=where)
 
     def build() -> Pass:
-        step = cls(**{key: value for key, value in table.items() if key != "pass"})
+        step = cls(**{key: value for key, value in table.items() if key not in ("pass", "parts")})
         step.refuse_incomplete()
         return step
 
     step: Pass = placed(build, where)
     return step
+
+
+def parts_asked(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The parts of a pipeline that a step is for; empty for all."""
+    names = table.get("parts", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ToolchainError(
+            f"parts is {names!r}; it is an array of names", where=where, help='for example: parts = ["transformer"]'
+        )
+    return tuple(names)
 
 
 def read_target(table: Mapping[str, Any], where: str) -> TargetStep:
@@ -339,11 +398,23 @@ def placed(build: Callable[[], Any], where: str) -> Any:
         ) from None
 
 
-def order_faults(steps: list[Pass], where: str) -> list[ToolchainError]:
-    """Steps that need what a step before them destroyed, or what none established."""
-    absent = missing(steps)
-    order = legal_order(steps) if absent else None
-    return [order_fault(steps, each, order, place_in(where, f"steps[{each.step}]")) for each in absent]
+def order_faults(steps: list[Pass], where: str, only: Sequence[Sequence[str]] = ()) -> list[ToolchainError]:
+    """Steps that need what a step before them destroyed, or what none established; of each part of a pipeline alone.
+
+    Args:
+        steps: in order.
+        where: what errors call the recipe.
+        only: for each step the parts that it is for; empty: all of them.
+    """
+    found: dict[str, ToolchainError] = {}
+    for part in dict.fromkeys(name for names in (*only, ("",)) for name in names):
+        mine = [i for i in range(len(steps)) if not only or not only[i] or part in only[i]]
+        own = [steps[i] for i in mine]
+        absent = missing(own)
+        order = legal_order(own) if absent else None
+        faults = (order_fault(own, each, order, place_in(where, f"steps[{mine[each.step]}]")) for each in absent)
+        found |= {str(fault): fault for fault in faults}
+    return list(found.values())
 
 
 def order_fault(steps: list[Pass], absent: Missing, order: list[int] | None, where: str) -> ToolchainError:

@@ -24,7 +24,7 @@ from enginewright.recipe import Recipe, threads_here
 from enginewright.sources import user_file
 from enginewright.sources.contract import Model
 from enginewright.targets.pytorch_engine import EagerRunner, flat
-from enginewright.validation.contract import SamplingTask, Workload, WorkloadMetric
+from enginewright.validation.contract import Workload, WorkloadMetric
 from enginewright.validation.metrics import load_metrics
 
 Score = Callable[[nn.Module], float]
@@ -51,8 +51,8 @@ def score_of(text: str, model: Model, recipe: Recipe, calls: Sequence[Inputs] | 
         raise unknown("score", text, ["fidelity", *metrics, "FILE.py:FUNCTION"])
     metric = metrics[text]
     if not isinstance(model.task, metric.workload):
-        kind = "sampling" if metric.workload is SamplingTask else "decoding"
-        raise ToolchainError(f"score {text!r} is of whole {kind} runs, and {model.name} has no {kind} task")
+        job = metric.workload.job
+        raise ToolchainError(f"score {text!r} is of whole {job} runs, and {model.name} has no {job} task")
     return of_samples(metric, model.task, model, recipe)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 
 from enginewright import catalog, sources
 from enginewright.ground.errors import unknown
+from enginewright.reports import sheets
 from enginewright.sources.mistaken import READERS, mistaken
 
 if TYPE_CHECKING:
@@ -75,7 +77,25 @@ def details(kind: str, name: str, size: str) -> dict[str, Any]:
         return {"gate": f"{metric.kind}.{name}", "unit": metric.unit, "higher_is_better": metric.higher_is_better}
     if kind == "sources":
         return {}
+    if kind == "methods":
+        return method_details(name)
+    if kind == "pipelines":
+        found = catalog.load("pipelines", name).SIZES
+        sizes = {key: dict(each.parts) for key, each in found.items()}
+        return {"sizes": sizes, "methods": [each.name for each in sheets.read_all() if each.name == name]}
     return {"content": catalog.entry("recipes", name).path.read_text()}
+
+
+def method_details(name: str) -> dict[str, Any]:
+    """Where a published method stands here: its paper, models, recipes, and what was measured of it, where it was."""
+    declared = tomllib.loads(catalog.entry("methods", name).path.read_text())
+    sheet = next((each for each in sheets.read_all() if each.name == name), None)
+    return {
+        "paper": declared["paper"],
+        "models": declared.get("models", []),
+        "recipes": declared.get("recipes", []),
+        "measured": sheet.model_dump(mode="json")["lines"] if sheet else [],
+    }
 
 
 def parameters(cls: type[BaseModel]) -> dict[str, Any]:
@@ -122,6 +142,7 @@ def model_details(name: str, size: str) -> dict[str, Any]:
         "inputs": inputs_as_json(specs),
         "outputs": list(outputs_of(module, sizes[size])),
         "published": [vars(figure) for figure in getattr(module, "FIGURES", {}).get(size, ())],
+        "methods": [sheet.name for sheet in sheets.read_all() if name in sheet.models],
     }
 
 
@@ -197,6 +218,12 @@ def tell(data: dict[str, Any]) -> None:
         print(f"  {name}: {answer}")
     if data["kind"] == "models":
         tell_model(data)
+    if data["kind"] == "methods":
+        tell_method(data)
+    for size, parts in (data["sizes"] if data["kind"] == "pipelines" else {}).items():
+        print(f"{size}: {', '.join(f'{part} ({model})' for part, model in parts.items())}")
+    if data.get("methods"):
+        print(f"what was measured: reports/METHODS.md, {', '.join(data['methods'])}")
     for key in ("gate", "unit", "higher_is_better"):
         if data.get(key) not in (None, ""):
             print(f"{key.replace('_', ' ')}: {data[key]}")
@@ -225,6 +252,19 @@ def tell_model(data: dict[str, Any]) -> None:
         print(f"note: {note}")
     for figure in data["published"]:
         print(f"published {figure['figure']}: {figure['value']} ({figure['source']})")
+
+
+def tell_method(data: dict[str, Any]) -> None:
+    """The part about a method: what was measured, line by line."""
+    print(f"paper: {data['paper']}")
+    for key in ("models", "recipes"):
+        if data[key]:
+            print(f"{key}: {', '.join(data[key])}")
+    if not data["measured"]:
+        print("nothing of it was measured yet")
+    for line in data["measured"]:
+        said = "; ".join(filter(None, (line["measured"], line["why"])))
+        print(f"  {line['row']}, {line['what']}: {line['verdict'].replace('_', ' ')}{f' ({said})' if said else ''}")
 
 
 def sized(spec: dict[str, Any]) -> Callable[[int | str], str]:

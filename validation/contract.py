@@ -1,7 +1,7 @@
 """What validation asks of others: something to run, and a whole job to run it on where a model has one.
 
-A metric is one file under ``validation/metrics`` with one subclass of ``OutputMetric``, of ``SampleMetric`` or of
-``SequenceMetric``.
+A metric is one file under ``validation/metrics`` with one subclass of ``OutputMetric`` or of a ``WorkloadMetric``, such
+as ``SampleMetric``, ``SequenceMetric`` or ``SoundMetric``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from enginewright.ground import spectra
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Array
 
@@ -24,6 +25,9 @@ class Workload(ABC):
         samples: how many unless the recipe says otherwise.
         calls: n -> calls of the runner that they take, for an estimate of the time; None: not known.
     """
+
+    job: ClassVar[str]
+    """One word for what is done, such as ``sampling``."""
 
     sample: Callable[[Runner, int, int], Array]
     samples: int
@@ -55,6 +59,8 @@ class SamplingTask(Workload):
         floor: fewest samples at which the Frechet distance means anything.
     """
 
+    job = "sampling"
+
     asked: Callable[[int], Array]
     read: Callable[[Array], tuple[Array, Array]]
     real: Array
@@ -71,9 +77,53 @@ class SamplingTask(Workload):
 class DecodingTask(Workload):
     """A run that continues n sequences by L tokens each, every one the likeliest; results are their ids, (n, L)."""
 
+    job = "decoding"
+
     def drawn(self, results: Array) -> Array:
         """The ids as they are."""
         return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectraTask(Workload):
+    """A run whose n results are spectra of sounds: natural logarithms of mel magnitudes, (n, M, T).
+
+    Args:
+        rate: samples a second of the sounds; the highest band ends at half of it.
+    """
+
+    job = "spectra"
+
+    rate: int
+
+    def drawn(self, results: Array) -> Array:
+        """The results as they are."""
+        return results
+
+    def log_mel(self, drawn: Array) -> Array:
+        """What the results sound like: (n, M, T) again."""
+        return drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoundTask(SpectraTask):
+    """A run whose n results are sounds, (n, S), with full scale 1; spectra are of 40 ms, one for each 10 ms."""
+
+    job = "sound"
+
+    @property
+    def hop(self) -> int:
+        """Samples of 10 ms."""
+        return self.rate // 100
+
+    @property
+    def window(self) -> int:
+        """Samples of 40 ms."""
+        return 4 * self.hop
+
+    def log_mel(self, drawn: Array) -> Array:
+        """80 bands of each: (n, 80, T), in float64."""
+        return spectra.log_mel(drawn, rate=self.rate, window=self.window, hop=self.hop, bands=80)
 
 
 class Metric(ABC):
@@ -135,3 +185,17 @@ class SequenceMetric(WorkloadMetric):
     @abstractmethod
     def measure(self, task: DecodingTask, original: Array, candidate: Array) -> float:
         """Ids (n, L) of both."""
+
+
+class SoundMetric(WorkloadMetric):
+    """Compares sounds with those that the original makes of the same inputs."""
+
+    workload = SoundTask
+    compares = True
+
+    @abstractmethod
+    def measure(self, task: SoundTask, original: Array, candidate: Array) -> float:
+        """Sounds (n, S) of both; NaN where the candidate's are not finite.
+
+        Raises ``ToolchainError`` where they cannot be compared one by one.
+        """

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from enginewright.ground.errors import ToolchainError, unknown
@@ -38,7 +38,8 @@ class GateBound:
 
     Args:
         name: the figure, such as ``latency.ratio``.
-        target: the only target it is asked of; ``None`` asks it of every target.
+        target: the only target it is asked of; ``None`` asks it of every target. Of a pipeline, ``PART.TARGET`` or
+            ``TARGET`` for that of every part.
         operator: ``>=``, ``<=``, ``>`` or ``<``.
         bound: what the figure is held against.
     """
@@ -47,6 +48,20 @@ class GateBound:
     target: str | None
     operator: str
     bound: float
+
+    @property
+    def part(self) -> str:
+        """The part of a pipeline that it is asked of; empty where it names none."""
+        return (self.target or "").rpartition(".")[0]
+
+    @property
+    def engine(self) -> str | None:
+        """The target without the part."""
+        return self.target and self.target.rpartition(".")[2]
+
+    def of_part(self, name: str) -> GateBound | None:
+        """What it asks of one part of a pipeline; None where it is another's."""
+        return replace(self, target=self.engine) if self.part in ("", name) else None
 
     def __str__(self) -> str:
         """The text it was parsed from, evenly spaced."""

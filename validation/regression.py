@@ -273,13 +273,14 @@ def render_table(comparisons: Sequence[Comparison]) -> str:
 
 
 def _model_figures(record: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
-    """Counts after the last step; the model's own when no step ran."""
-    after = {key: record["model"][key] for key in ("parameter_count", "macs", "bytes")}
-    if record["steps"]:
-        after = {key: record["steps"][-1][key]["after"] for key in after}
-    for key, value in after.items():
-        if value is not None:
-            yield f"model/{key}", _lower(value, BYTES if key == "bytes" else EXACT)
+    """Counts after the last step; the model's own when no step ran. Of a pipeline those of each part."""
+    for part in record.get("parts") or [{"name": "", "model": record["model"]}]:
+        after = {key: part["model"][key] for key in ("parameter_count", "macs", "bytes")}
+        if own := [step for step in record["steps"] if step.get("part", "") == part["name"]]:
+            after = {key: own[-1][key]["after"] for key in after}
+        for key, value in after.items():
+            if value is not None:
+                yield f"{part['name'] or 'model'}/{key}", _lower(value, BYTES if key == "bytes" else EXACT)
 
 
 def _named_targets(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from enginewright.ground.errors import ToolchainError
 from enginewright.ground.signature import Array
 
 Floats = npt.NDArray[np.float64]
@@ -19,6 +20,12 @@ def difference(original: Array, candidate: Array) -> Floats:
     """Candidate minus original, flat, in float64; NaN where both are infinite with one sign."""
     with np.errstate(invalid="ignore"):
         return flat(candidate) - flat(original)
+
+
+def check_pair(what: str, original: Array, candidate: Array) -> None:
+    """Raise ``ToolchainError`` unless the results of two runs, one a row, can be compared one by one."""
+    if original.shape != candidate.shape or not original.size:
+        raise ToolchainError(f"{what} of shapes {original.shape} and {candidate.shape} cannot be compared one by one")
 
 
 def columns(array: Array) -> list[Floats]:

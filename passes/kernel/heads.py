@@ -4,33 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pydantic import Field
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import Json
+from enginewright.passes.contract import Decision
 from enginewright.passes.kernel.selection import without_layout
 from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
 
 Heads = Mapping[str, HeadedAttention]
 
 
-def keep_heads(model: nn.Module, choice: Mapping[str, Json]) -> nn.Module:
+class KeptHeads(Decision):
+    """The heads that an attention layer keeps."""
+
+    kept: tuple[int, ...] = Field(description="heads that stay, rising from 0")
+    removed: tuple[int, ...] = Field(description="heads that go, rising")
+    of: int = Field(description="heads that the layer has")
+
+
+def keep_heads(model: nn.Module, choice: Mapping[str, KeptHeads]) -> nn.Module:
     """Cut attention layers down to the heads that a plan keeps, in place.
 
     Args:
         model: has the layers.
-        choice: by path the heads ``kept``, and ``of`` how many.
+        choice: by path the heads that stay.
 
     Raises:
         ToolchainError: a layer has not the heads that the plan was made for.
     """
-    for path, entry in choice.items():
+    for path, heads in choice.items():
         layer = layer_at(model, path, HeadedAttention)
-        if layer.heads != entry["of"]:
-            raise ToolchainError(
-                f"the plan is for a layer of {entry['of']} heads; this one has {layer.heads}", where=path
-            )
-        layer.keep_heads(entry["kept"])
+        if layer.heads != heads.of:
+            raise ToolchainError(f"the plan is for a layer of {heads.of} heads; this one has {layer.heads}", where=path)
+        layer.keep_heads(heads.kept)
     return model
 
 

@@ -5,33 +5,58 @@ Shapes: B batch, N tokens (leading ones apart), H heads, D width, S samples (tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.kernel.observe import observe
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.dropping import probabilities, received
-from enginewright.passes.tokens.interpreter import fit, interpreter
+from enginewright.passes.tokens.interpreter import Fit, interpreter
 from enginewright.passes.tokens.running import Found, Step, TokenRun, Tokens, stack_at
 from enginewright.passes.traits import TokenBlock
 
+See = Callable[[Tensor, Tensor, Tensor], None]
+"""Called with the tokens at a border (B, N, D), the attention that they get up to the next (B, N, H), and which of them
+are real (B, N)."""
+
+
+class Group:
+    """What is seen of the blocks from one border to the next, one call after the other; it keeps nothing of a call.
+
+    Args:
+        blocks: how many there are.
+        see: called when the last of them has run.
+    """
+
+    def __init__(self, blocks: int, see: See) -> None:
+        self.blocks, self.see = blocks, see
+        self.seen: list[Tensor] = []
+        self.start: tuple[Tensor, Tensor] | None = None
+
+    def add(self, x: Tensor, got: Tensor, real: Tensor) -> None:
+        """One block's tokens, the attention that they get in it, and which are real."""
+        self.start = self.start or (x, real)
+        self.seen.append(got)
+        if len(self.seen) == self.blocks:
+            (x, real), attention = self.start, torch.stack(self.seen).sum(dim=0)
+            self.seen, self.start = [], None
+            self.see(x, attention, real)
+
 
 class Watch(Step):
-    """One block that notes its input and the attention that each token gets in it."""
+    """One block that tells a group of its input and of the attention that each token gets in it."""
 
-    def __init__(self, block: nn.Module, kind: type[TokenBlock], *, by_class: bool, leading: int) -> None:
+    def __init__(self, block: nn.Module, kind: type[TokenBlock], group: Group, *, by_class: bool, leading: int) -> None:
         super().__init__(block, kind)
-        self.by_class, self.leading = by_class, leading
-        self.inputs: list[Tensor] = []
-        self.attention: list[Tensor] = []
-        self.real: list[Tensor] = []
+        self.group, self.by_class, self.leading = group, by_class, leading
 
     def forward(self, tokens: Tokens, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """Note, then the block."""
+        """Tell, then the block."""
         call = self.kind(self.block, *inputs, **named)
         q, k, _ = call.heads(call.attention_input(tokens.x))
         if self.by_class:
@@ -40,21 +65,26 @@ class Watch(Step):
             got = received(probabilities(q, k, tokens.mask), tokens.mask)
         mask, content = tokens.mask, slice(self.leading, None)
         real = torch.ones_like(tokens.x[:, :, 0]) if mask is None else (mask[:, 0, 0] >= 0).to(tokens.x)
-        self.inputs.append(tokens.x[:, content])
-        self.attention.append(got.transpose(1, 2)[:, content])
-        self.real.append(real.expand(tokens.x.shape[:2])[:, content] > 0)
+        real = real.expand(tokens.x.shape[:2])[:, content] > 0
+        self.group.add(tokens.x[:, content], got.transpose(1, 2)[:, content], real)
         super().forward(tokens, inputs, named)
 
 
-def watched(model: nn.Module, found: Found, context: Context) -> list[Watch]:
-    """What each block of a stack saw on the calibration inputs; the model stays as it was."""
+def watch(model: nn.Module, found: Found, borders: Sequence[int], context: Context, see: Sequence[See]) -> None:
+    """Make the calibration calls, and have each group of blocks behind a border seen; the model stays as it was."""
     twin = share(model)
     stack = stack_at(twin, found.path)
     by_class = stack.leading > 0 and not stack.padded
-    steps = [Watch(block, stack.block, by_class=by_class, leading=stack.leading) for block in stack.blocks]
+    ends = (*borders[1:], len(stack.blocks))
+    groups = [Group(end - border, each) for border, end, each in zip(borders, ends, see, strict=True)]
+    steps = [Step(block, stack.block) for block in stack.blocks[: borders[0]]]
+    for group, border, end in zip(groups, borders, ends, strict=True):
+        steps += [
+            Watch(block, stack.block, group, by_class=by_class, leading=stack.leading)
+            for block in stack.blocks[border:end]
+        ]
     stack.replace_blocks(TokenRun(steps, restore=True))
     observe(twin, (), context, doing="watching attention")
-    return steps
 
 
 def fitted(
@@ -64,30 +94,41 @@ def fitted(
 
     A border's target is the attention over the blocks up to the next border. Counts are those of tokens that this
     border and all before it score above 0.5, on the untouched model; the quantile is taken over pictures.
+
+    Raises:
+        ToolchainError: the calibration calls never reach the blocks.
     """
-    steps = watched(model, found, context)
+    fits = [Fit() for _ in borders]
+
+    def learning(fit: Fit) -> See:
+        return lambda x, attention, real: fit.add(x[real], over_mean(attention, real)[real])
+
+    watch(model, found, borders, context, [learning(fit) for fit in fits])
+    if not all(fit.tokens for fit in fits):
+        raise ToolchainError("the calibration calls never reach these blocks", where=found.path)
     arrays: dict[str, Tensor] = {}
-    counts: list[int] = []
-    left = [real.clone() for real in steps[0].real]
-    for border, end in zip(borders, (*borders[1:], len(steps)), strict=True):
-        group = steps[border:end]
-        tokens, real = steps[border].inputs, steps[border].real
-        shares = [over_mean(sum_of([s.attention[i] for s in group]), real[i]) for i in range(len(tokens))]
-        x = torch.cat([t[r] for t, r in zip(tokens, real, strict=True)])  # (S, D)
-        weight, bias = fit(x, torch.cat([share[r] for share, r in zip(shares, real, strict=True)]))
+    for border, fit in zip(borders, fits, strict=True):
+        weight, bias = fit.solved()
         path = f"{found.block(border)}.interpreter"
         arrays |= {f"{path}.weight": weight, f"{path}.bias": bias}
-        judge = interpreter(weight, bias, tokens[0])
-        with torch.no_grad():
-            left = [keep & (judge(t) > 0.5) for keep, t in zip(left, tokens, strict=True)]
-        needed = torch.cat([keep.sum(dim=1) for keep in left]).float()
-        counts.append(max(int(torch.quantile(needed, quantile, interpolation="higher")), 1) if quantile else 0)
-    return arrays, counts if quantile else None
+    if quantile is None:
+        return arrays, None
+    needed: list[list[Tensor]] = [[] for _ in borders]
+    left: list[Tensor] = []
 
+    def counting(number: int) -> See:
+        path = f"{found.block(borders[number])}.interpreter"
 
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Of tensors of one shape."""
-    return torch.stack(list(tensors)).sum(dim=0)
+        def see(x: Tensor, attention: Tensor, real: Tensor) -> None:
+            judge = interpreter(arrays[f"{path}.weight"], arrays[f"{path}.bias"], x)
+            left[:] = [(left[0] if number else real) & (judge(x) > 0.5)]
+            needed[number].append(left[0].sum(dim=1))
+
+        return see
+
+    watch(model, found, borders, context, [counting(number) for number in range(len(borders))])
+    counts = [torch.quantile(torch.cat(each).float(), quantile, interpolation="higher") for each in needed]
+    return arrays, [max(int(count), 1) for count in counts]
 
 
 def over_mean(attention: Tensor, real: Tensor) -> Tensor:

@@ -40,12 +40,28 @@ def interpreter(weight: Tensor, bias: Tensor, like: Tensor) -> Interpreter:
     return made
 
 
-def fit(x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (H, D) and bias (H,) from tokens x (S, D) and the attention (S, H) that they got, over its mean."""
-    features, target = x.double(), attention.double().clamp(min=1e-6).log()
-    mean, aim = features.mean(dim=0), target.mean(dim=0)
-    centred = features - mean
-    square = centred.T @ centred
-    ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype, device=square.device)
-    weight = torch.linalg.solve(square + ridge, centred.T @ (target - aim)).T  # (H, D)
-    return weight.float(), (aim - weight @ mean).float()
+class Fit:
+    """Least squares of an interpreter's products, from tokens that come by call after call.
+
+    It keeps sums of products in double precision, (D, D) and (D, H), and none of the tokens.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.x, self.target = torch.zeros(()), torch.zeros(())
+        self.square, self.cross = torch.zeros(()), torch.zeros(())
+
+    def add(self, x: Tensor, attention: Tensor) -> None:
+        """Tokens (S, D) and the attention (S, H) that they got, over its mean."""
+        features, target = x.double(), attention.double().clamp(min=1e-6).log()
+        self.tokens += len(features)
+        self.x, self.target = self.x + features.sum(dim=0), self.target + target.sum(dim=0)
+        self.square, self.cross = self.square + features.T @ features, self.cross + features.T @ target
+
+    def solved(self) -> tuple[Tensor, Tensor]:
+        """Weight (H, D) and bias (H,); not finite where a token was not."""
+        mean, aim = self.x / self.tokens, self.target / self.tokens
+        square = self.square - self.tokens * mean[:, None] * mean
+        ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype, device=square.device)
+        weight = torch.linalg.solve(square + ridge, self.cross - self.tokens * mean[:, None] * aim).T  # (H, D)
+        return weight.float(), (aim - weight @ mean).float()

@@ -5,6 +5,9 @@ Shapes: B batch, N tokens, m that are picked, D width, S samples (tokens of all 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +17,7 @@ from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import observe
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.dropping import best
-from enginewright.passes.tokens.interpreter import Interpreter, fit
+from enginewright.passes.tokens.interpreter import Fit, Interpreter
 from enginewright.passes.tokens.matching import rows
 from enginewright.passes.tokens.running import Found, Step, TokenRun, Tokens, stack_at
 from enginewright.passes.traits import TokenBlock
@@ -71,14 +74,16 @@ def put_back(x: Tensor, run: Tensor, picked: Tensor) -> Tensor:
     return rows(torch.cat([x, run], dim=1), torch.where(ran, ran.long().cumsum(1) - 1 + count, places))
 
 
-class Watch(Step):
-    """One block that notes its feed-forward's content tokens (B, N, D) and how far it moves each (B, N)."""
+See = Callable[[Tensor, Tensor], None]
+"""Called with a feed-forward's content tokens (B, N, D) and how far it moves each (B, N)."""
 
-    def __init__(self, block: nn.Module, kind: type[TokenBlock], *, leading: int) -> None:
+
+class Watch(Step):
+    """One block that tells what its feed-forward does to its content tokens."""
+
+    def __init__(self, block: nn.Module, kind: type[TokenBlock], see: See, *, leading: int) -> None:
         super().__init__(block, kind)
-        self.leading = leading
-        self.inputs: list[Tensor] = []
-        self.moved: list[Tensor] = []
+        self.see, self.leading = see, leading
 
     def feed(self, tokens: Tokens, call: TokenBlock) -> None:
         """The feed-forward, and the norm of its change over that of the token."""
@@ -87,43 +92,107 @@ class Watch(Step):
         tokens.x = call.add_feed_forward(before, y)
         still = call.add_feed_forward(before, torch.zeros_like(y)) if call.parallel else before
         change = torch.linalg.vector_norm(tokens.x - still, dim=-1) / torch.linalg.vector_norm(before, dim=-1)
-        self.inputs.append(before[:, call.ahead + self.leading :])
-        self.moved.append(change[:, call.ahead + self.leading :])
+        content = slice(call.ahead + self.leading, None)
+        self.see(before[:, content], change[:, content])
 
 
-def watched(model: nn.Module, found: Found, context: Context) -> list[Watch]:
-    """What each block of a stack did on the calibration inputs; the model stays as it was."""
+def watch(model: nn.Module, found: Found, context: Context, see: Mapping[int, See]) -> None:
+    """Make the calibration calls, and have the feed-forwards of some blocks seen; the model stays as it was."""
     twin = share(model)
     stack = stack_at(twin, found.path)
-    steps = [Watch(block, stack.block, leading=stack.leading) for block in stack.blocks]
-    stack.replace_blocks(TokenRun(steps, restore=False))
+    stack.replace_blocks(
+        TokenRun(
+            [
+                Watch(block, stack.block, see[number], leading=stack.leading)
+                if number in see
+                else Step(block, stack.block)
+                for number, block in enumerate(stack.blocks)
+            ],
+            restore=False,
+        )
+    )
     observe(twin, (), context, doing="watching feed-forwards")
-    return steps
 
 
-def fitted(step: Watch, count: int, *, where: str) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """A router from what a block did: weight (1, D), bias (1,), and how well it picks ``count`` of a sample's tokens.
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """What picks the tokens that a feed-forward runs on: weight (1, D), bias (1,), and how well it does."""
+
+    weight: Tensor
+    bias: Tensor
+    facts: dict[str, float]
+
+
+def fitted(model: nn.Module, found: Found, counts: Mapping[int, int], context: Context) -> dict[int, Router]:
+    """A router for each of some blocks, by number, from what they do to the calibration inputs.
 
     Least squares towards the logarithm of each token's move, both over their means in the sample, because tokens are
-    picked among those of one sample. The bias puts 0.5 where as large a share of all tokens is above it.
+    picked among those of one sample. The bias puts 0.5 where as large a share of all tokens is above it. A block that
+    the inputs never reach has none.
+
+    Args:
+        model: stays as it was.
+        found: the stack.
+        counts: for each block how many content tokens of a sample it is to run.
+        context: has the calibration calls, which are made twice, so that no tokens need be kept.
+
+    Raises:
+        ToolchainError: values are not finite.
     """
-    x, moved = torch.cat(step.inputs), torch.cat(step.moved)  # (B, N, D), (B, N)
-    if not (torch.isfinite(x).all() and torch.isfinite(moved).all()):
-        raise ToolchainError("what its feed-forward does to the calibration inputs is not finite", where=where)
-    level = moved.clamp(min=1e-6).log()
-    target = (level - level.mean(dim=1, keepdim=True)).exp()
-    centred = x - x.mean(dim=1, keepdim=True)
-    weight, _ = fit(centred.flatten(0, 1), target.flatten()[:, None])
-    logits = (x.double() @ weight.double().T)[..., 0]  # (B, N)
-    share = 1 - count / x.shape[1]
-    bias = -torch.quantile(logits.flatten()[: 2**24], share)
-    above = (logits + bias > 0).sum(dim=1)
-    power = moved.double().square()
-    picked = power.gather(1, logits.topk(count).indices).sum() / power.sum().clamp(min=1e-30)
-    ideal = power.topk(count).values.sum() / power.sum().clamp(min=1e-30)
-    facts = {
-        "moves_kept": float(picked),
-        "moves_kept_at_best": float(ideal),
-        "samples_with_more_above_half": float((above > count).double().mean()),
-    }
-    return weight, bias.float()[None], {name: six_digits(value) for name, value in facts.items()}
+    fits = {number: Fit() for number in counts}
+
+    def learning(fit: Fit) -> See:
+        def see(x: Tensor, moved: Tensor) -> None:
+            level = moved.clamp(min=1e-6).log()
+            target = (level - level.mean(dim=1, keepdim=True)).exp()
+            centred = x - x.mean(dim=1, keepdim=True)
+            fit.add(centred.flatten(0, 1), target.flatten()[:, None])
+
+        return see
+
+    watch(model, found, context, {number: learning(fit) for number, fit in fits.items()})
+    weights: dict[int, Tensor] = {}
+    for number, fit in fits.items():
+        if not fit.tokens:
+            continue
+        if not (torch.isfinite(fit.square).all() and torch.isfinite(fit.cross).all()):
+            what = "what its feed-forward does to the calibration inputs is not finite"
+            raise ToolchainError(what, where=found.block(number))
+        weights[number], _ = fit.solved()
+    judged: dict[int, Judged] = {number: Judged(weight) for number, weight in weights.items()}
+    watch(model, found, context, {number: each.see for number, each in judged.items()})
+    return {number: each.router(counts[number]) for number, each in judged.items()}
+
+
+class Judged:
+    """How a router's logits rank the tokens of each sample, beside how far each is moved: two numbers a token."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.logits: list[Tensor] = []
+        self.moved: list[Tensor] = []
+
+    def see(self, x: Tensor, moved: Tensor) -> None:
+        """Tokens (B, N, D) and their moves (B, N) of one call."""
+        self.logits.append((x.double() @ self.weight.double().T)[..., 0])
+        self.moved.append(moved)
+
+    def router(self, count: int) -> Router:
+        """The router, with the bias that picks as large a share of tokens; so many of a sample's tokens run."""
+        logits, moved = torch.cat(self.logits), torch.cat(self.moved)  # (B, N)
+        share = 1 - count / logits.shape[1]
+        bias = -torch.quantile(logits.flatten()[: 2**24], share)
+        above = (logits + bias > 0).sum(dim=1)
+        power = moved.double().square()
+        picked = power.gather(1, logits.topk(count).indices).sum() / power.sum().clamp(min=1e-30)
+        ideal = power.topk(count).values.sum() / power.sum().clamp(min=1e-30)
+        facts = {
+            "moves_kept": float(picked),
+            "moves_kept_at_best": float(ideal),
+            "samples_with_more_above_half": float((above > count).double().mean()),
+        }
+        return Router(
+            weight=self.weight,
+            bias=bias.float()[None],
+            facts={name: six_digits(value) for name, value in facts.items()},
+        )

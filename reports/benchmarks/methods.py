@@ -2,9 +2,10 @@
 
     python -m enginewright.reports.benchmarks.methods [NAME…] [--row ROW]
 
-A method is declared by ``reports/methods/NAME.toml``: its models in the catalogue, their tests, what is exported at a
-published size, recipes that gain something, and what its paper claims. Everything else is measured here, by the command
-line as a user has it. Sheets hold times, so that nothing else may run beside this.
+A method is declared by ``reports/methods/NAME.toml``: its models or passes in the catalogue, their tests, what is
+exported at a published size, recipes that gain something, and what its paper claims. Everything else is measured here,
+by the command line as a user has it; what takes too long for that is read from ``reports/results``, and the line names
+the command that recorded it. Sheets hold times, so that nothing else may run beside this.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from pydantic import BaseModel, ConfigDict
 
 from enginewright import catalog, environment
 from enginewright.ground.errors import ToolchainError, unknown
+from enginewright.ground.reading import read_json
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
 from enginewright.opened import open_subject
-from enginewright.reports import record, words
-from enginewright.reports.benchmarks import scores, sheets
+from enginewright.reports import record, sheets, words
+from enginewright.reports.benchmarks import scores
 from enginewright.reports.benchmarks.large_models import watched, write_sparse
-from enginewright.reports.benchmarks.sheets import Line, Row, Sheet, Verdict
+from enginewright.reports.sheets import Line, Row, Sheet, Verdict
 from enginewright.show import model_details
 from enginewright.sources.filling import without_memory
 from enginewright.sources.reference import sizes_of
@@ -43,6 +45,7 @@ from enginewright.validation.inputs import draw
 from enginewright.validation.latency import LatencySummary
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "reports" / "results"
 QUIET_LOAD = 1.0
 """Load of a machine above which a time means nothing."""
 ROUNDS = 30
@@ -75,28 +78,70 @@ class Faster(Declared):
     sizes: dict[str, int]
 
 
-class Score(Declared):
-    """A number that a function of ``scores.py`` measures on weights that ship.
+class Bounded(Declared):
+    """A number, and what it is held against: one bound, or two."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def verdict(self, value: float) -> Verdict:
+        """Whether it holds."""
+        low = self.at_least is None or value >= self.at_least
+        return "met" if low and (self.at_most is None or value <= self.at_most) else "missed"
+
+
+class Score(Bounded):
+    """A number that a function of ``scores.py`` measures, on weights that ship or by counting.
 
     Args:
         function: its name.
-        of: what it is called with, a size.
-        at_least: what the paper says.
+        of: what it is called with, such as a size.
     """
 
     function: str
     of: str
-    at_least: float
+
+
+class Recorded(Bounded):
+    """A number that a benchmark recorded, which takes too long to run for a sheet.
+
+    Args:
+        file: in ``reports/results``.
+        value: keys that lead to it, and numbers of entries of lists.
+        command: what records it again.
+    """
+
+    file: str
+    value: tuple[str | int, ...]
+    command: str
+
+    def found(self) -> float:
+        """The number.
+
+        Raises:
+            ToolchainError: there is none.
+        """
+        content = read_json(RESULTS / self.file, what=self.file)
+        for key in self.value:
+            try:
+                content = content[key]
+            except (KeyError, IndexError, TypeError) as cause:
+                where = " > ".join(map(str, self.value))
+                raise ToolchainError(f"{self.file} has no {key!r}", where=where, help=self.command) from cause
+        if isinstance(content, bool) or not isinstance(content, int | float):
+            raise ToolchainError(f"{self.file} holds no number there", where=" > ".join(map(str, self.value)))
+        return float(content)
 
 
 class Claim(Declared):
-    """What the paper says of itself.
+    """What the paper says of itself, or a count that is no size's.
 
     Args:
         what: the claim.
         source: where it stands.
         faster: how it is measured, where it is of times on a CPU.
-        score: how it is measured, where it is of weights that ship.
+        score: how it is measured, where a function can.
+        recorded: where it was measured, where that takes long.
         why_not: why it is not measured here; or what must be known beside what was.
     """
 
@@ -104,6 +149,7 @@ class Claim(Declared):
     source: str
     faster: Faster | None = None
     score: Score | None = None
+    recorded: Recorded | None = None
     why_not: str = ""
 
 
@@ -114,20 +160,23 @@ class Method(Declared):
         title: what it is, in a few words.
         paper: where it was published.
         models: entries of the catalogue.
+        passes: entries of the catalogue, of a method that changes a model of others.
         tests: files that prove that they are faithful.
         unchecked: why nothing of the authors' could be checked beside it; empty where it was.
-        tiny: model strings whose engines are compared.
+        tiny: model strings whose engines are compared, and recipes, where a pass is what is tried.
         published: a model string that is exported at a published size, with weights of zeros; empty: none.
         recipes: names of recipes that gain something.
         no_recipe: why there is none.
         claims: of the paper.
         counts: what explains counts that are not the published ones.
+        counted: counts that are not those of a published size.
         untrained: why nothing that ships was trained; empty where something was.
     """
 
     title: str
     paper: str
-    models: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
     tests: tuple[str, ...]
     unchecked: str = ""
     tiny: tuple[str, ...]
@@ -136,6 +185,7 @@ class Method(Declared):
     no_recipe: str = ""
     claims: tuple[Claim, ...]
     counts: str = ""
+    counted: tuple[Claim, ...] = ()
     untrained: str = ""
 
 
@@ -167,6 +217,8 @@ def counts(method: Method, name: str) -> Iterator[Line]:
                 asked = f"{figure['figure']} {figure['value']} ({figure['source']})"
                 fits = abs(value - wanted) <= rounding
                 yield counted(name, what, asked, f"{value:,}", fits, "" if fits else method.counts)
+    for claim in method.counted:
+        yield held(claim, "counts", name)
 
 
 def counted(name: str, what: str, asked: str, measured: str, fits: bool | None, why: str) -> Line:
@@ -178,8 +230,9 @@ def counted(name: str, what: str, asked: str, measured: str, fits: bool | None, 
 
 def faithful(method: Method, name: str) -> Iterator[Line]:
     """What the docstrings say was checked beside the authors' code; and the tests that hold it."""
-    for model in method.models:
-        text = " ".join(catalog.entry("models", model).docstring.split())
+    for model in (*method.models, *method.passes):
+        kind = "models" if model in method.models else "passes"
+        text = " ".join(catalog.entry(kind, model).docstring.split())
         found = re.search(r"Checked (?:against|beside) .*?\.(?= |$)", text)
         yield Line(
             row="faithful",
@@ -192,12 +245,12 @@ def faithful(method: Method, name: str) -> Iterator[Line]:
         )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *method.tests]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    said = next((line for line in reversed(run.stdout.splitlines()) if "passed" in line or "failed" in line), "no test")
+    last = next((line for line in reversed(run.stdout.splitlines()) if "passed" in line or "failed" in line), "no test")
     yield Line(
         row="faithful",
         what="mechanisms, counts and recorded outputs",
         asked="every test passes",
-        measured=re.sub(r" in [\d.]+s.*", "", said.strip("= ")),
+        measured=re.sub(r" in [\d.]+s.*", "", last.strip("= ")),
         verdict="met" if run.returncode == 0 else "missed",
         command=f"python -m pytest {' '.join(method.tests)}",
     )
@@ -213,10 +266,10 @@ def exported(method: Method, name: str) -> Iterator[Line]:
     for model in method.tiny:
         with tempfile.TemporaryDirectory() as folder:
             targets = ("--target", "onnxruntime", "--target", "tensorrt_rtx")
-            arguments = ("export", model, *targets, "-o", f"{folder}/out")
-            subprocess.run(enginewright(*arguments), cwd=ROOT, capture_output=True, check=False)
+            arguments = ("run", model) if model in catalog.entries("recipes") else ("export", model, *targets)
+            subprocess.run(enginewright(*arguments, "-o", f"{folder}/out"), cwd=ROOT, capture_output=True, check=False)
             report = record.read(Path(folder) / "out" / "report.json")
-        command = f"enginewright export {model} --target onnxruntime --target tensorrt_rtx -o OUT"
+        command = f"enginewright {' '.join(arguments)} -o OUT"
         for target in report.targets:
             yield engine(model, target, command)
     if method.published:
@@ -299,19 +352,19 @@ def gain(recipe: str, report: record.Report, target: record.TargetRecord, comman
     timed = target.latency
     assert timed is not None
     error = max(output.relative_l2 for output in target.fidelity)
-    said = [
+    parts = [
         f"{timed.ratio:.3f} ({timed.ratio_low:.3f} to {timed.ratio_high:.3f}) of the original's time",
         f"relative error {error:.2g}",
         f"{words.size(target.bytes)} of {words.size(report.model.bytes)}",
     ]
     if report.steps and report.steps[-1].macs.after is not None and report.steps[0].macs.before:
-        said.append(f"{report.steps[-1].macs.after / report.steps[0].macs.before:.3f} of the multiply-accumulates")
-    said += [f"{each.name} {each.value:.3g}" for each in target.quality if each.value is not None]
+        parts.append(f"{report.steps[-1].macs.after / report.steps[0].macs.before:.3f} of the multiply-accumulates")
+    parts += [f"{each.name} {each.value:.3g}" for each in target.quality if each.value is not None]
     return Line(
         row="gained",
         what=f"{recipe}, {target.name}",
         asked="faster than the untouched original, beyond doubt",
-        measured="; ".join(said),
+        measured="; ".join(parts),
         verdict="met" if timed.ratio_high < 1 and not timed.unsafe else "missed",
         why="; ".join(timed.unsafe),
         command=command,
@@ -321,25 +374,37 @@ def gain(recipe: str, report: record.Report, target: record.TargetRecord, comman
 def claims(method: Method, name: str) -> Iterator[Line]:
     """What the paper says of itself."""
     for claim in method.claims:
-        verdict: Verdict = "not_measurable"
-        measured = ""
-        if claim.faster is not None:
-            found = times_as_fast(claim.faster)
-            verdict = "met" if found.ratio_low >= claim.faster.at_least and not found.unsafe else "missed"
-            measured = f"{found.ratio:.2f} times as fast ({found.ratio_low:.2f} to {found.ratio_high:.2f})"
-        if claim.score is not None:
-            value = getattr(scores, claim.score.function)(claim.score.of)
-            verdict = "met" if value >= claim.score.at_least else "missed"
-            measured = f"{value:.4f}"
-        yield Line(
-            row="claim",
-            what=claim.what,
-            asked=claim.source,
-            measured=measured,
-            verdict=verdict,
-            why=claim.why_not,
-            command=f"{THIS} {name}",
-        )
+        yield held(claim, "claim", name)
+
+
+def held(claim: Claim, row: Row, name: str) -> Line:
+    """A claim, or a count, beside what is measured or was recorded."""
+    verdict: Verdict = "not_measurable"
+    measured, command = "", f"{THIS} {name}"
+    if claim.faster is not None:
+        found = times_as_fast(claim.faster)
+        verdict = "met" if found.ratio_low >= claim.faster.at_least and not found.unsafe else "missed"
+        measured = f"{found.ratio:.2f} times as fast ({found.ratio_low:.2f} to {found.ratio_high:.2f})"
+    if claim.score is not None:
+        value = getattr(scores, claim.score.function)(claim.score.of)
+        verdict, measured = claim.score.verdict(value), said(value)
+    if claim.recorded is not None:
+        value = claim.recorded.found()
+        verdict, measured, command = claim.recorded.verdict(value), said(value), claim.recorded.command
+    return Line(
+        row=row,
+        what=claim.what,
+        asked=claim.source,
+        measured=measured,
+        verdict=verdict,
+        why=claim.why_not,
+        command=command,
+    )
+
+
+def said(value: float) -> str:
+    """A number for a reader: a count with all its digits, a share with four."""
+    return f"{int(value):,}" if value == int(value) and abs(value) >= 1000 else f"{value:.4f}"
 
 
 def times_as_fast(claim: Faster) -> LatencySummary:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from enginewright.reports.pictures import png, png_grid, token_map_png
+from enginewright.reports.pictures import png, png_grid, spectra_png, token_map_png
 from enginewright.reports.record import TokenMap
 
 
@@ -38,3 +38,17 @@ def test_a_token_map_is_white_where_tokens_stay_to_the_end_beside_the_picture() 
     assert pixels[:, 3:, 0].tolist() == [[0, 128], [255, 255]]
     alone = pixels_of(base64.b64decode(token_map_png(TokenMap(left=[[1, 0, 1]], borders=1))))
     assert alone[..., 0].tolist() == [[255, 0, 255]]
+
+
+def test_spectra_stand_side_by_side_low_tones_below_on_one_scale_of_decibels() -> None:
+    """Two sounds of two bands (the first is the low one) and one frame; a factor of 10 is 20 dB."""
+    log_mel = np.log(np.array([[[1.0], [0.01]], [[10.0], [1e-9]]]))
+    grid = pixels_of(base64.b64decode(spectra_png(log_mel, loudest=0.0)))[..., 0]
+    assert grid.tolist() == [[128, 255, 0, 255], [255, 255, 255, 255]]
+    quieter = pixels_of(base64.b64decode(spectra_png(log_mel, loudest=np.log(10))))[..., 0]
+    assert quieter[1].tolist() == [191, 255, 255, 255]  # a quarter of the way from white to black is 20 dB
+
+
+def test_a_spectrum_without_numbers_is_black() -> None:
+    grid = pixels_of(base64.b64decode(spectra_png(np.full((1, 2, 1), np.nan), loudest=0.0)))[..., 0]
+    assert grid[:, 0].tolist() == [0, 0]

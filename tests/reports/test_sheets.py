@@ -8,8 +8,9 @@ import pytest
 
 from enginewright import catalog
 from enginewright.ground.errors import ToolchainError
-from enginewright.reports.benchmarks import methods, scores, sheets
-from enginewright.reports.benchmarks.sheets import Line, Sheet
+from enginewright.reports import sheets
+from enginewright.reports.benchmarks import methods, scores
+from enginewright.reports.sheets import Line, Sheet
 from tests.conftest import ROOT
 
 DECLARED = methods.declared()
@@ -43,15 +44,21 @@ def test_a_sheet_has_every_row_and_is_of_what_is_declared() -> None:
 def test_a_declaration_names_what_there_is(name: str) -> None:
     method = DECLARED[name]
     entries = catalog.entries("models")
-    for model in (*method.models, *method.tiny, *([method.published] if method.published else [])):
+    recipes = catalog.entries("recipes")
+    assert method.models or method.passes
+    assert all(each in catalog.entries("passes") for each in method.passes)
+    sizes = [*method.tiny, *([method.published] if method.published else [])]
+    for model in (*method.models, *(each for each in sizes if each not in recipes)):
         entry, _, size = model.partition(":")
         assert entry in entries, model
         assert not size or size in methods.sizes_of(catalog.load("models", entry)), model
-    assert all(name in catalog.entries("recipes") for name in method.recipes)
+    assert all(each in recipes for each in method.recipes)
     assert all((ROOT / test).is_file() for test in method.tests)
     assert bool(method.recipes) != bool(method.no_recipe)
     assert method.claims
-    assert all(hasattr(scores, claim.score.function) for claim in method.claims if claim.score is not None)
+    for claim in (*method.claims, *method.counted):
+        assert claim.score is None or hasattr(scores, claim.score.function)
+        assert claim.recorded is None or claim.recorded.found() is not None
 
 
 def test_counts_are_held_against_the_digits_that_were_printed() -> None:
@@ -75,6 +82,24 @@ def test_a_page_shows_every_line_with_its_command() -> None:
     text = sheets.page([sheet(line(why="so it is"))])
     assert "| counts | a / b | 1 | 1 | met | so it is | `x` |" in text
     assert "[toy](#toy)" in text
+
+
+def test_a_recorded_number_is_found_and_held_against_both_bounds(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(methods, "RESULTS", tmp_path)
+    (tmp_path / "toy.json").write_text('{"runs": [{"share": 0.25}], "name": "toy"}')
+    where: dict[str, Any] = {"file": "toy.json", "value": ("runs", 0, "share"), "command": "make toy"}
+    for bounds, verdict in (
+        ({"at_least": 0.2}, "met"),
+        ({"at_least": 0.3}, "missed"),
+        ({"at_most": 0.2}, "missed"),
+        ({"at_least": 0.2, "at_most": 0.3}, "met"),
+    ):
+        claim = methods.Claim(what="a", source="b", recorded=methods.Recorded(**where, **bounds))
+        line = methods.held(claim, "claim", "toy")
+        assert (line.verdict, line.measured, line.command) == (verdict, "0.2500", "make toy")
+    for keys, said in ((("runs", 1), "has no 1"), (("name",), "holds no number")):
+        with pytest.raises(ToolchainError, match=said):
+            methods.Recorded(**{**where, "value": keys}).found()
 
 
 def test_a_broken_sheet_is_refused_with_its_place(tmp_path: Any) -> None:

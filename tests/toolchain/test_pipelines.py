@@ -1,8 +1,7 @@
-"""A whole pipeline of diffusers through the command line, and its networks replaced by their engines."""
+"""Networks of pipelines of diffusers, replaced by their engines by hand."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -26,40 +25,6 @@ def pictures(pipe: Any, **call: Any) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return np.asarray(pipe(**call, num_inference_steps=3, generator=generator, output_type="np").images)
-
-
-@pytest.fixture(scope="module")
-def dit_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline") / "dit"
-    torch.manual_seed(0)
-    diffusers.DiTPipeline(
-        transformer=tiny.shaken(tiny.dit()), vae=tiny.shaken(tiny.autoencoder()), scheduler=diffusers.DDIMScheduler()
-    ).save_pretrained(folder)
-    return folder
-
-
-def test_a_pipeline_becomes_an_artifact_for_each_network_and_runs_on_them(
-    dit_pipeline: Path, tmp_path: Path, enginewright: Command
-) -> None:
-    run = enginewright(
-        "export", f"diffusers:{dit_pipeline}", "--target", "onnxruntime", "--no-validate", "--json", "--quiet"
-    )
-    assert run.returncode == 0, run.stderr
-    out = tmp_path / "out"
-    assert sorted(json.loads(run.stdout)) == sorted(path.name for path in out.iterdir())
-    assert {path.name for path in out.iterdir()} == {"transformer", "vae_decoder", "vae_encoder"}
-    pipe = diffusers.DiTPipeline.from_pretrained(dit_pipeline)
-    wanted = pictures(pipe, class_labels=[1, 7], guidance_scale=1.0)
-
-    pipe.transformer = load(out / "transformer")
-    np.testing.assert_allclose(pictures(pipe, class_labels=[1, 7], guidance_scale=1.0), wanted, atol=1e-4)
-    pipe.vae.decode = load(out / "vae_decoder")
-    np.testing.assert_allclose(pictures(pipe, class_labels=[1, 7], guidance_scale=1.0), wanted, atol=1e-4)
-    assert np.abs(pictures(pipe, class_labels=[2, 3], guidance_scale=1.0) - wanted).max() > 1e-2
-
-    again = enginewright("export", f"diffusers:{dit_pipeline}", "--no-validate")
-    assert again.returncode == 2
-    assert "the output folder 'transformer' exists" in again.stderr
 
 
 def test_a_unet_runs_inside_stable_diffusion(tmp_path: Path, enginewright: Command) -> None:

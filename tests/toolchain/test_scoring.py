@@ -62,6 +62,8 @@ def test_unknown_scores_and_scores_that_a_model_cannot_have(tmp_path: Path) -> N
         score_of("fidelty", model, recipe(tmp_path))
     with pytest.raises(ToolchainError, match="dit:tiny has no sampling task"):
         score_of("judged_as_asked", model, recipe(tmp_path))
+    with pytest.raises(ToolchainError, match="is of whole sound runs, and dit:tiny has no sound task"):
+        score_of("sound_snr_db", model, recipe(tmp_path))
 
 
 def test_losses_are_a_users_function_with_a_number_for_each_sample(tmp_path: Path) -> None:

@@ -154,3 +154,27 @@ def test_weights_stay_on_the_disk(tmp_path: Path) -> None:
     assert count == sum(math.prod(p.shape) for p in network.parameters())
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # a process begins at its parent's peak
     assert peak < max(1e9, here + 5e8)
+
+
+def test_a_method_says_what_was_measured_and_its_model_where_that_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    found = describe("transformer-programs")
+    assert found["kind"] == "methods"
+    assert {line["row"] for line in found["measured"]} == {
+        "counts",
+        "faithful",
+        "exported",
+        "gained",
+        "claim",
+        "trained",
+    }
+    tell(found)
+    said = capsys.readouterr().out
+    assert "paper: arXiv:2306.01128" in said
+    assert "trained, transformer_programs:sort: met" in said
+    tell(describe("transformer_programs:sort"))
+    assert "what was measured: reports/METHODS.md, transformer-programs" in capsys.readouterr().out
+
+
+def test_a_pipeline_of_ours_names_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    tell(describe("vevo"))
+    assert "tiny: hubert (vevo-hubert:tiny), content (vevo-tokenizers:tiny)" in capsys.readouterr().out

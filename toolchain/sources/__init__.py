@@ -9,10 +9,11 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from enginewright.sources.contract import Model
+    from enginewright.sources.jobs import Job
 
 FILES = ("onnx", "pt2", "py")
 """Sources whose strings hold a path; those of others hold one if it is there, and may else name a model on a hub."""
@@ -61,11 +62,31 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0, trust_remote_
 def parts_of(text: str) -> list[str]:
     """Names of the networks that a model string stands for when it stands for several, as a pipeline's folder does."""
     prefix = text.partition(":")[0]
-    if prefix not in prefixes() or "#" in text:
+    if "#" in text:
         return []
+    if prefix not in prefixes():
+        from enginewright.sources import reference
+
+        return list(reference.components(text))
     source = importlib.import_module(f"enginewright.sources.{prefix}_source")
     found = source.components(text) if hasattr(source, "components") else []
     return [part.partition("#")[2] for part in found] if len(found) > 1 else []
+
+
+def job_of(text: str, **settings: Any) -> Job:
+    """The whole job of a model string that stands for several networks.
+
+    Args:
+        text: as ``parts_of`` takes it.
+        settings: how it is run: ``prompts``, ``steps``, ``arguments``.
+
+    Raises:
+        ToolchainError: there is none, or it cannot be run here, and why.
+    """
+    prefix = text.partition(":")[0]
+    name = f"{prefix}_source" if prefix in prefixes() else "reference"
+    found: Job = importlib.import_module(f"enginewright.sources.{name}").job(text, **settings)
+    return found
 
 
 class PathParts(NamedTuple):

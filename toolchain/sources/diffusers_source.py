@@ -20,9 +20,11 @@ from enginewright.sources import short_name
 from enginewright.sources.autoencoders import DECODERS, ENCODERS
 from enginewright.sources.contract import Model, files_from
 from enginewright.sources.denoisers import DENOISERS
+from enginewright.sources.diffusers_jobs import job as pipeline_job
 from enginewright.sources.filling import fill, on_meta, read_all, shards, without_memory
 from enginewright.sources.flat import Config, Family, example_of, interface
 from enginewright.sources.hub import folder_of
+from enginewright.sources.jobs import Job
 from enginewright.sources.sentences import tokenizer_of
 from enginewright.sources.text_encoders import TEXT_ENCODERS, renamed
 
@@ -126,6 +128,18 @@ def components(text: str) -> list[str]:
         choose(text, name, found)
         return [text]
     return [f"{PREFIX}{place}#{part}" if part else text for part in found]
+
+
+def job(text: str, **settings: Any) -> Job:
+    """The whole job of a pipeline's folder; settings are those of ``diffusers_jobs.job``.
+
+    Raises:
+        ToolchainError: it cannot be run here, and why.
+    """
+    place, _ = split(text)
+    parts = parts_of(folder_of(place, [INDEX, CONFIG]))
+    wanted = [pattern for part in parts.values() for pattern in part.patterns()]
+    return pipeline_job(folder_of(place, [INDEX, "scheduler/*", *wanted]), list(parts), **settings)
 
 
 def split(text: str) -> tuple[str, str]:

@@ -39,7 +39,7 @@ def mistaken(text: str, *, where: str | None = None) -> ToolchainError | None:
         where: the place that it was given in, for the error.
     """
     prefix = text.partition(":")[0]
-    if prefix in sources.prefixes() or prefix in catalog.entries("models"):
+    if prefix in sources.prefixes() or prefix in catalog.entries("models") or prefix in catalog.entries("pipelines"):
         return None
     message, help_ = answer(text)
     return ToolchainError(message, where=where, help=help_)

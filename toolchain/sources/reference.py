@@ -12,6 +12,7 @@ from enginewright import catalog
 from enginewright.ground.errors import unknown
 from enginewright.sources.contract import Model, files_from
 from enginewright.sources.filling import fill, without_memory
+from enginewright.sources.jobs import Job
 from enginewright.targets import stored
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "models" / "weights"
@@ -28,6 +29,9 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
     Raises:
         ToolchainError: unknown name or size; weights that do not fit.
     """
+    if "#" in text:
+        whole, _, part = text.partition("#")
+        text = part_of(whole, part)
     name, _, size = text.partition(":")
     module = catalog.load("models", name)
     sizes = sizes_of(module)
@@ -64,6 +68,43 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
         task=module.task(size, config) if at_work and hasattr(module, "task") else None,
         realistic=module.realistic(net, size, config) if at_work and hasattr(module, "realistic") else None,
     )
+
+
+def components(text: str) -> dict[str, str]:
+    """For each part of a reference pipeline the model that it is; none for a model of one network.
+
+    Args:
+        text: ``NAME:SIZE``.
+
+    Raises:
+        ToolchainError: a pipeline without that size.
+    """
+    name, _, size = text.partition(":")
+    if name not in catalog.entries("pipelines"):
+        return {}
+    sizes = catalog.load("pipelines", name).SIZES
+    if size not in sizes:
+        raise unknown(f"size of {name}", size, sizes, where=text)
+    return dict(sizes[size].parts)
+
+
+def part_of(whole: str, part: str) -> str:
+    """The model string of a part of a reference pipeline.
+
+    Raises:
+        ToolchainError: it is no pipeline, or has no such part.
+    """
+    parts = components(whole)
+    if part not in parts:
+        raise unknown("part", part, parts, where=f"{whole}#{part}")
+    return parts[part]
+
+
+def job(text: str, **settings: Any) -> Job:
+    """The whole job of a reference pipeline, ``NAME:SIZE``; settings are those of its own ``job``."""
+    name, _, size = text.partition(":")
+    found: Job = catalog.load("pipelines", name).job(size, **settings)
+    return found
 
 
 def sizes_of(module: Any) -> dict[str, Any]:

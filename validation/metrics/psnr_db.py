@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from enginewright.ground.errors import ToolchainError
 from enginewright.validation.contract import Drawn, SampleMetric, SamplingTask
-from enginewright.validation.statistics import difference
+from enginewright.validation.statistics import check_pair, difference
 
 RANGE = 2.0
 """Pictures live in [-1, 1]."""
@@ -30,8 +29,7 @@ class PsnrDb(SampleMetric):
     def measure(self, task: SamplingTask, original: Drawn, candidate: Drawn) -> float:
         """Pictures (n, C, H, W) of both runs, drawn from the same noise."""
         ours, theirs = candidate.pictures, original.pictures
-        if ours.shape != theirs.shape or not ours.size:
-            raise ToolchainError(f"pictures of shapes {theirs.shape} and {ours.shape} cannot be compared one by one")
+        check_pair("pictures", theirs, ours)
         errors = difference(theirs, ours).reshape(len(ours), -1)  # (n, C * H * W)
         with np.errstate(divide="ignore"):
             psnr = 10 * np.log10(RANGE**2 / np.square(errors).mean(axis=1))  # (n,)

@@ -10,6 +10,7 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.quantization.blocks import BlockLinear
+from enginewright.passes.quantization.grouping import DividedNorm
 from enginewright.passes.quantization.quantize_weights import QuantizeWeights
 from tests.passes.conftest import SUBJECTS
 from tests.passes.quantization.formats import (
@@ -109,8 +110,8 @@ def test_awq_and_gptq_beat_rounding_on_the_inputs_that_they_saw(net: Net) -> Non
 
 def test_awq_folds_into_the_norm_and_nothing_else(net: Net) -> None:
     plan = QuantizeWeights(algorithm="awq").plan(net, context())
-    assert plan.choice["norm"] == {"divided_by": "a.smooth"}
-    assert plan.choice["a"]["smooth"]["folded"] is True
+    assert plan.choice["norm"] == DividedNorm(divided_by="a.smooth")
+    assert plan.choice["a"].smooth.folded is True
 
 
 @pytest.mark.parametrize(

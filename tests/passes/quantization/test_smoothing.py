@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from enginewright.passes.contract import Context
+from enginewright.passes.quantization.grouping import DividedNorm, Smoothing
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 from enginewright.passes.quantization.smoothing import divided, factors, scales_with_weight
 from tests.passes.conftest import Subject
@@ -91,9 +92,9 @@ def test_smoothing_alone_changes_nothing_and_folds_only_where_that_is_exact(
     before = net(x).detach()
     result = QuantizeInt8(smooth=0.5).apply(net, Context(calibration=[{"x": x}]))
     assert ("norm" in result.changed) == folds
-    assert result.plan.choice["a"]["smooth"] == {"by": "a.smooth", "folded": folds}
-    assert result.plan.choice["b"]["smooth"] == result.plan.choice["a"]["smooth"], "a and b read the same"
-    assert result.plan.choice["c"]["smooth"] == {"by": "c.smooth", "folded": False}
+    assert result.plan.choice["a"].smooth == Smoothing(by="a.smooth", folded=folds)
+    assert result.plan.choice["b"].smooth == result.plan.choice["a"].smooth, "a and b read the same"
+    assert result.plan.choice["c"].smooth == Smoothing(by="c.smooth", folded=False)
     assert (result.model.a.inverse is None) == folds
     torch.testing.assert_close(exact(result.model)(x).detach(), before, rtol=1e-5, atol=1e-5)
 
@@ -115,7 +116,7 @@ def test_a_norm_read_by_an_excluded_layer_too_is_left_alone() -> None:
     net = Normed(nn.LayerNorm(64))
     plan = QuantizeInt8(smooth=0.5, exclude=("b",)).plan(net, Context(calibration=[{"x": outlying()}]))
     assert "norm" not in plan.choice
-    assert plan.choice["a"]["smooth"]["folded"] is False
+    assert plan.choice["a"].smooth.folded is False
 
 
 def test_a_norm_that_the_model_returns_is_left_alone() -> None:
@@ -152,7 +153,7 @@ def test_real_families_keep_their_output(subject: Subject, monkeypatch: pytest.M
     model = subject.copy()
     before = subject.output(model)
     result = QuantizeInt8(smooth=0.7, smallest=512).apply(model, Context(calibration=[subject.inputs]))
-    folded = [path for path, decision in result.plan.choice.items() if "divided_by" in decision]
+    folded = [path for path, decision in result.plan.choice.items() if isinstance(decision, DividedNorm)]
     assert folded == [
         path for path, _ in model.named_modules() if path.endswith(("layernorm_before", "layernorm_after"))
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,3 +211,38 @@ def text_encoders() -> dict[str, nn.Module]:
         "text_encoder_2": shaken(CLIPTextModelWithProjection(clip)),
         "text_encoder_3": shaken(T5EncoderModel(t5)),
     }
+
+
+def stable_diffusion(folder: Path) -> None:
+    """Write a whole pipeline with a text encoder and a tokenizer that knows single characters."""
+    import diffusers
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    signs = sorted(ByteLevel.alphabet())
+    words = [*signs, *(f"{sign}</w>" for sign in signs), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "words").mkdir(parents=True)
+    (folder / "words" / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "words" / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "words" / "vocab.json"), str(folder / "words" / "merges.txt"))
+    tokenizer.model_max_length = 16
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=12,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+    )
+    diffusers.StableDiffusionPipeline(
+        vae=shaken(autoencoder()),
+        unet=shaken(unet(cross_attention_dim=12)),
+        text_encoder=shaken(CLIPTextModel(text)),
+        tokenizer=tokenizer,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)

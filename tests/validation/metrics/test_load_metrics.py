@@ -35,6 +35,7 @@ def test_a_metric_knows_its_direction_and_says_what_it_is():
         "same_tokens",
         "cosine",
         "snr_db",
+        "sound_snr_db",
         "psnr_db",
         "judged_as_asked",
         "ssim",

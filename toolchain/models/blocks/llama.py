@@ -2,7 +2,7 @@
 
 Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2, which takes the norm from arXiv:1910.07467, the gated
 feed-forward from arXiv:2002.05202 and the rotary positions from arXiv:2104.09864. Attribute names are those of the
-Llama in transformers, so that checkpoints load and passes know the layers.
+Llama in transformers, so that checkpoints load.
 
 Shapes: B batch, L tokens, M slots of a cache, D width, H heads, E width of a head.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from enginewright.passes.traits import GatedFeedForward, SplitAttention
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines of every position: each (B or 1, 1, L, E)."""
@@ -61,15 +63,12 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-class Attention(nn.Module):
-    """Multi-head attention with rotary positions and no biases, whole or with a cache of keys and values.
-
-    The number of heads is read off the projections, so that heads can be removed.
-    """
+class Attention(nn.Module, SplitAttention):
+    """Multi-head attention with rotary positions and no biases, whole or with a cache of keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.head_dim = width // heads
+        self.heads, self.head_dim = heads, width // heads
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, heads * self.head_dim, bias=False)
@@ -78,7 +77,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: Angles, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """x (B, L, D), mask (B, 1, 1 or L, L), true where a query sees a key -> (B, L, D)."""
         q, k, v = self.project(x, angles)
-        return self.join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        return self.join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
 
     def step(
         self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor
@@ -98,19 +97,12 @@ class Attention(nn.Module):
         """
         q, k, v = self.project(x, angles)
         keys, values = write(keys, k, slots), write(values, v, slots)
-        return self.join(F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)), keys, values
+        return self.join_heads(F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)), keys, values
 
     def project(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """X (B, L, D) -> queries and keys, turned by position, and values, each (B, H, L, E)."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.heads_of(x)
         return rotate(q, angles), rotate(k, angles), v
-
-    def join(self, y: Tensor) -> Tensor:
-        """Y (B, H, L, E) -> (B, L, D)."""
-        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
@@ -118,12 +110,11 @@ def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     return cache.scatter(2, slots[:, None, :, None].expand(new.shape), new)
 
 
-class GatedMlp(nn.Module):
+class GatedMlp(nn.Module, GatedFeedForward):
     """SwiGLU without biases: a SiLU gate times a linear, then a linear back."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.intermediate_size = hidden
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)

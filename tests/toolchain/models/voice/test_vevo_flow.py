@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from enginewright.ground.signature import Arrays
+from enginewright.models.blocks.speech import excerpts
 from enginewright.models.voice.vevo import flow, sampling
+from enginewright.models.voice.vevo.mel import mel_frames
+from enginewright.targets.pytorch_engine import EagerRunner
+from enginewright.validation.metrics.mel_distance import MelDistance
 
 CONFIG = flow.TINY
 
@@ -137,3 +143,35 @@ def test_at_one_time_the_layers_are_a_llama_with_those_norms_and_every_key_in_si
 
 def test_tables_of_positions_and_rates_are_no_weights(net: flow.Flow) -> None:
     assert list(net.state_dict()) == [name for name, _ in net.named_parameters()]
+
+
+def test_the_job_goes_on_from_a_second_of_speech_and_gives_logarithmic_mel_frames(net: flow.Flow) -> None:
+    task = flow.task("tiny", CONFIG)
+    seen: list[Arrays] = []
+    current = np.random.default_rng(0).normal(size=(100, 128)).astype(np.float32)
+
+    def steady(inputs: Arrays) -> Arrays:
+        """One velocity for each frame at all times; the last frames are those that are drawn."""
+        seen.append(inputs)
+        return {"velocity": current[None, -inputs["x"].shape[1] :]}
+
+    drawn = task.sample(steady, 2, 0)
+    assert drawn.shape == (2, 128, 50)
+    assert task.calls is not None
+    assert task.calls(2) == len(seen) == 128  # with and without a condition, 32 times, for each of two
+    given, alone = seen[0], seen[1]
+    assert torch.equal(torch.from_numpy(given["x"][:, :50]).mT, mel_frames(excerpts(2, 24_000, 0))[:1])
+    assert given["x"].shape == (1, 100, 128)
+    assert (alone["codes"] == CONFIG.codes).all()
+    # A second of a steady velocity, in the scale of logarithms by the authors' mean and deviation.
+    np.testing.assert_allclose(drawn[0].T, (alone["x"][0] + current[50:]) * 8.14**0.5 - 4.92, rtol=1e-4, atol=1e-4)
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_a_time_that_engines_get_wrong_is_seen_in_what_is_drawn(net: flow.Flow) -> None:
+    task = flow.task("tiny", CONFIG)
+    runner = EagerRunner(net, threads=1, outputs=flow.OUTPUTS)
+    wanted = task.sample(runner, 1, 0)
+    assert MelDistance().measure(task, wanted, task.sample(runner, 1, 0)) < 1e-6
+    late = task.sample(lambda inputs: runner({**inputs, "t": inputs["t"] + np.float32(0.1)}), 1, 0)
+    assert MelDistance().measure(task, wanted, late) > 1e-2

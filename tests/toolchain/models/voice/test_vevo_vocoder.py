@@ -1,13 +1,30 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from enginewright import pipeline, sources
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Array, Arrays
+from enginewright.models.blocks.speech import excerpts
 from enginewright.models.voice.vevo import vocoder
+from enginewright.models.voice.vevo.mel import mel_frames
+from enginewright.progress import Progress
+from enginewright.recipe import make
+from enginewright.reports import record
+from enginewright.targets.onnx_export import export_onnx
+from enginewright.targets.pytorch_engine import EagerRunner
+from enginewright.validation.contract import SoundTask
+from enginewright.validation.metrics.mel_distance import MelDistance
+from enginewright.validation.metrics.sound_snr_db import SoundSnrDb
 
-CONFIG = vocoder.TINY
+CONFIG = vocoder.Config(depth=2, width=64, hidden=128, n_fft=32, hop=8)
 
 
 def spectrum_of(bins: int, frames: int, batch: int = 2) -> Tensor:
@@ -77,10 +94,10 @@ def test_magnitude_is_exponential_and_clipped_and_phase_may_be_any_number() -> N
     assert (wave(logarithm, phase + 1) - found).abs().max() > 1
 
 
-def loud() -> vocoder.Vocoder:
+def loud(config: vocoder.Config = CONFIG) -> vocoder.Vocoder:
     """A vocoder whose weights are large enough for every part of a block to matter."""
     torch.manual_seed(0)
-    net = vocoder.Vocoder(CONFIG).eval().requires_grad_(False)
+    net = vocoder.Vocoder(config).eval().requires_grad_(False)
     for name, parameter in net.named_parameters():
         norm = name.endswith(("norm.weight", "gamma"))
         parameter.normal_(1.0 if norm else 0.0, 0.1)
@@ -131,3 +148,85 @@ def test_the_kernel_of_the_transform_is_no_weight() -> None:
     assert list(net.state_dict()) == [name for name, _ in net.named_parameters()]
     assert net.head.basis.shape == (34, 1, 32)
     assert net.head.basis[[17, 33]].abs().max() < 1e-7  # imaginary parts of the first and last bin
+
+
+TASK = vocoder.task("tiny", vocoder.TINY)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> vocoder.Vocoder:
+    """The tiny vocoder, at weights with which speech is heard in its waves."""
+    return loud(vocoder.TINY)
+
+
+@pytest.fixture(scope="module")
+def waves(tiny: vocoder.Vocoder) -> Array:
+    """What it makes of speech in PyTorch."""
+    return TASK.sample(EagerRunner(tiny, threads=1, outputs=vocoder.OUTPUTS), 2, 0)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: vocoder.Vocoder, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """Its graph in ONNX Runtime."""
+    path = tmp_path_factory.mktemp("vocoder") / "model.onnx"
+    example = {"mel": torch.zeros(1, 128, vocoder.TYPICAL_FRAMES)}
+    export_onnx(tiny, example, dynamic={}, outputs=["wave"], path=path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda inputs: {"wave": np.asarray(session.run(None, dict(inputs))[0])}
+
+
+def test_the_job_is_two_seconds_of_speech_as_mel_frames_turned_into_waves(tiny: vocoder.Vocoder, waves: Array) -> None:
+    seen = []
+
+    def runner(inputs: Arrays) -> Arrays:
+        seen.append(inputs["mel"])
+        return {"wave": inputs["mel"][:, 0]}
+
+    TASK.sample(runner, 2, 0)
+    assert TASK.rate == 24_000
+    assert TASK.calls is not None
+    assert TASK.calls(2) == len(seen) == 2
+    assert torch.equal(torch.from_numpy(np.concatenate(seen)), mel_frames(excerpts(2, 48_000, 0)))
+    assert waves.shape == (2, 48_000)
+    calls = vocoder.realistic(tiny, "tiny", vocoder.TINY)(2, 0)
+    assert [call["mel"].shape for call in calls] == [(1, 128, 100)] * 2
+    assert np.array_equal(calls[1]["mel"], seen[1])
+
+
+def test_a_catalogue_model_with_random_weights_has_that_job() -> None:
+    model = sources.load("vevo-vocoder:tiny")
+    assert isinstance(model.task, SoundTask)
+    assert model.weights == "random, seed 0"
+
+
+def test_the_engines_waves_of_speech_sound_like_pytorchs(waves: Array, engine: Runner) -> None:
+    found = TASK.sample(engine, 2, 0)
+    assert MelDistance().measure(TASK, waves, found) < 1e-3
+    assert SoundSnrDb().measure(TASK, waves, found) > 80
+
+
+def test_noise_of_a_hundredth_in_the_mel_frames_would_be_heard(waves: Array, engine: Runner) -> None:
+    """What the test above bounds is no distance that anything keeps."""
+    noise = 0.01 * np.random.default_rng(0).normal(size=(1, 128, 100)).astype(np.float32)
+    found = TASK.sample(lambda inputs: engine({"mel": inputs["mel"] + noise}), 2, 0)
+    assert MelDistance().measure(TASK, waves, found) > 2e-3
+
+
+@pytest.mark.slow
+def test_a_recipe_may_gate_how_its_engine_sounds_and_the_report_shows_it(tmp_path: Path) -> None:
+    content = {
+        "model": "vevo-vocoder:tiny",
+        "targets": [{"target": "onnxruntime"}],
+        "gates": ["quality.mel_distance <= 1e-3", "quality.sound_snr_db >= 80"],
+        "validation": {"rounds": 3, "calls": 2},
+    }
+    _, code = pipeline.export(make(content), tmp_path / "out", force=False, progress=Progress(quiet=True))
+    assert code == 0
+    report = record.read(tmp_path / "out" / "report.json")
+    assert [gate.verdict for gate in report.gates] == ["met", "met"]
+    assert {figure.name for figure in report.targets[0].quality} == {
+        "mel_distance",
+        "log_spectral_distance_db",
+        "sound_snr_db",
+    }
+    assert "24000 samples a second" in (tmp_path / "out" / "report.html").read_text()

@@ -26,6 +26,7 @@ from enginewright.ground.signature import Array, Arrays, Dim, InputSpec
 from enginewright.models.blocks.decoding import decoding_task, steps_of_sequence
 from enginewright.models.blocks.llama import Angles, Attention, GatedMlp, RMSNorm, Rotary
 from enginewright.passes.networks import Networks
+from enginewright.passes.traits import StreamBlock
 from enginewright.validation.contract import DecodingTask
 
 PROMPT = 8
@@ -95,7 +96,7 @@ JOB_NEEDS_TRAINING = False
 """Whether runs from prompts say nothing of random weights: engines must go on as the model does with any."""
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(nn.Module, StreamBlock):
     """Causal attention and a gated feed-forward, each after a norm and beside a residual."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:

@@ -19,12 +19,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from enginewright.ground.signature import Dim, InputSpec
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Array, Dim, InputSpec
 from enginewright.models.blocks.llama import Angles, Attention, GatedMlp, Rotary, scale_to_unit_rms
+from enginewright.models.blocks.speech import RATE, excerpts
+from enginewright.models.voice.vevo.mel import mel_frames
+from enginewright.models.voice.vevo.sampling import STEPS, denormalize_mel, draw_mel
 from enginewright.passes.traits import StreamBlock
+from enginewright.validation.contract import SpectraTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,13 @@ PUBLISHED = {"emilia": Config(depth=16, width=1024, heads=16, hidden=4096)}
 SHIPPED: dict[str, Config] = {}
 TINY = Config(depth=2, width=64, heads=4, hidden=256, codes=32, longest=256)
 OUTPUTS = ("velocity",)
+JOB_NEEDS_TRAINING = False
+"""Whether drawn frames say nothing of random weights: engines must draw what the model does with any."""
+
+PROMPT = 50
+DRAWN = 50
+"""Mel frames of the timbre reference, and frames to draw after it, that figures are measured on: a second each."""
+FRAMES_A_SECOND = 50
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -167,3 +180,27 @@ def inputs(config: Config) -> tuple[InputSpec, ...]:
         InputSpec(name="codes", role="condition", shape=(batch, frames), dtype="int64", low=0, high=config.codes + 1),
         InputSpec(name="mask", role="mask", shape=(batch, frames), default=1),
     )
+
+
+def task(size: str, config: Config) -> SpectraTask:
+    """Mel frames that go on from a second of speech, for codes at random, drawn in 32 guided steps."""
+
+    def sample(runner: Runner, n: int, seed: int) -> Array:
+        def velocity(x: Tensor, t: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
+            call = {"x": x.numpy(), "t": t.numpy(), "codes": codes.numpy(), "mask": mask.numpy()}
+            return torch.from_numpy(next(iter(runner(call).values())))
+
+        drawn = [draw_mel(velocity, *one, none=config.codes) for one in starts(config, n, seed)]
+        return np.concatenate([denormalize_mel(mel.mT).numpy() for mel in drawn])
+
+    return SpectraTask(sample=sample, samples=2, calls=lambda n: 2 * STEPS * n, rate=RATE)
+
+
+def starts(config: Config, n: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each sample the frames of a prompt (1, P, C), codes (1, P + T), and noise (1, T, C)."""
+    sounds = excerpts(n, PROMPT * RATE // FRAMES_A_SECOND, seed)
+    prompts = mel_frames(sounds, bands=config.mels).mT  # (n, P, C)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(config.codes, (n, PROMPT + DRAWN), generator=generator)
+    noise = torch.randn(n, DRAWN, config.mels, generator=generator)
+    return list(zip(prompts.split(1), codes.split(1), noise.split(1), strict=True))

@@ -41,6 +41,11 @@ def normalize_mel(mel: Tensor) -> Tensor:
     return (mel - MEL_MEAN) / math.sqrt(MEL_VARIANCE)
 
 
+def denormalize_mel(mel: Tensor) -> Tensor:
+    """The logarithmic mel that ``normalize_mel`` gives these values of."""
+    return mel * math.sqrt(MEL_VARIANCE) + MEL_MEAN
+
+
 def training_pair(mel: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Mel and noise (B, T, C), t (B,) -> the noisy frames at t and their velocity, each (B, T, C)."""
     t = t[:, None, None]

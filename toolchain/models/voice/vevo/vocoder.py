@@ -15,14 +15,20 @@ Shapes: B batch, C mel channels, T frames, D width, F samples of a frame (``n_ff
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enginewright.ground.signature import Dim, InputSpec
+from enginewright.ground.runner import Runner
+from enginewright.ground.signature import Array, Arrays, Dim, InputSpec
+from enginewright.models.blocks.speech import RATE, excerpts
+from enginewright.models.voice.vevo.mel import mel_frames
 from enginewright.passes.traits import StreamBlock
+from enginewright.validation.contract import SoundTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +45,13 @@ class Config:
 
 PUBLISHED = {"emilia": Config(depth=30, width=1024, hidden=4096)}
 SHIPPED: dict[str, Config] = {}
-TINY = Config(depth=2, width=64, hidden=128, n_fft=32, hop=8)
+TINY = Config(depth=2, width=64, hidden=128)
 OUTPUTS = ("wave",)
+JOB_NEEDS_TRAINING = False
+"""Whether waves of speech say nothing of random weights: engines must make the model's wave with any."""
+
+TYPICAL_FRAMES = 100
+"""Two seconds of speech, at the hop of the released configuration."""
 
 
 class ConvNeXtBlock(nn.Module, StreamBlock):
@@ -159,5 +170,27 @@ def build(config: Config) -> Vocoder:
 def inputs(config: Config) -> tuple[InputSpec, ...]:
     """Normalised mel frames: by default of two seconds, at most of forty."""
     batch = Dim(name="batch", low=1, typical=1, high=4)
-    frames = Dim(name="frames", low=1, typical=100, high=2000)
+    frames = Dim(name="frames", low=1, typical=TYPICAL_FRAMES, high=2000)
     return (InputSpec(name="mel", role="sample", shape=(batch, config.mels, frames)),)
+
+
+def task(size: str, config: Config) -> SoundTask:
+    """Waves of two seconds of speech each, from its mel frames."""
+
+    def sample(runner: Runner, n: int, seed: int) -> Array:
+        waves = [next(iter(runner(call).values())) for call in speech(config, n, seed)]
+        return np.concatenate(waves)
+
+    return SoundTask(sample=sample, samples=4, calls=lambda n: n, rate=RATE)
+
+
+def realistic(module: nn.Module, size: str, config: Config) -> Callable[[int, int], list[Arrays]]:
+    """Mel frames of speech."""
+    return lambda count, seed: speech(config, count, seed)
+
+
+def speech(config: Config, count: int, seed: int) -> list[Arrays]:
+    """``count`` calls with mel frames of two seconds of speech each."""
+    sounds = excerpts(count, TYPICAL_FRAMES * config.hop, seed)
+    mel = mel_frames(sounds, n_fft=config.n_fft, hop=config.hop, bands=config.mels).numpy()  # (count, C, T)
+    return [{"mel": one[None]} for one in mel]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from enginewright.ground.errors import invalid, raise_faults
 from enginewright.ground.reading import read_json
 
-FOLDER = Path(__file__).resolve().parents[1] / "methods"
+FOLDER = Path(__file__).resolve().parent / "methods"
 PAGE = FOLDER.parent / "METHODS.md"
 
 Row = Literal["counts", "faithful", "exported", "gained", "claim", "trained"]
@@ -131,9 +131,9 @@ def section(sheet: Sheet) -> str:
         for line in sheet.lines
     ]
     head = ["Row", "What", "Asked", "Measured", "Verdict", "Remark", "Command"]
-    models = ", ".join(f"`{model}`" for model in sheet.models)
+    models = f"Models: {', '.join(f'`{model}`' for model in sheet.models)}. " if sheet.models else ""
     return (
-        f"## {sheet.name}\n\n{sheet.title} ({sheet.paper}). Models: {models}. Recorded {sheet.recorded}"
+        f"## {sheet.name}\n\n{sheet.title} ({sheet.paper}). {models}Recorded {sheet.recorded}"
         f"{f' on {machine}' if machine else ''}.\n\n{table(head, lines)}"
     )
 
