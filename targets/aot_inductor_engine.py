@@ -172,7 +172,7 @@ def inputs_of(program: ExportedProgram, graph: Graph) -> dict[str, dict[str, Any
 class PackageRunner:
     """Calls a compiled package with named arrays or tensors, and answers in kind.
 
-    Compiled code looks at nothing that it is given, so what it does not take is found here.
+    Compiled code looks at nothing that it is given, so another type, and a size out of its range, is found here.
 
     Args:
         package: loaded.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.ground.runner import CPU, Runner, ToDevice, Values
@@ -157,17 +157,25 @@ class EngineRunner:
             has_cuda().yes
         )  # one kind for good: polygraphy's buffers for outputs are of the first call's kind
         self.clock = clock_on(CUDA if self.tensors else CPU)
+        engine = runner.engine
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        self.shapes = {name for name in names if engine.is_shape_inference_io(name)}
 
     @property
     def to_device(self) -> ToDevice | None:
         """Named arrays -> named tensors there; None where PyTorch has no CUDA."""
-        return (lambda inputs: dict(tensors_on(CUDA, inputs))) if self.tensors else None
+        return (lambda inputs: dict(self.given(inputs))) if self.tensors else None
+
+    def given(self, inputs: Values) -> dict[str, Tensor]:
+        """Inputs as the engine takes them: tensors on the device, but shapes on the host, where it reads them."""
+        here = {name: value for name, value in inputs.items() if name in self.shapes}
+        there = {name: value for name, value in inputs.items() if name not in self.shapes}
+        return {**tensors_on(CPU, here), **tensors_on(CUDA, there)}
 
     def __call__(self, inputs: Values) -> Values:
         """Named inputs -> named outputs."""
         if not self.tensors:
             return {name: array.copy() for name, array in self.runner.infer(inputs).items()}
-        given = tensors_on(CUDA, inputs)  # written before polygraphy's stream reads them
-        found = self.runner.infer(given, copy_outputs_to_host=False)
+        found = self.runner.infer(self.given(inputs), copy_outputs_to_host=False)
         outputs = {name: tensor.clone() for name, tensor in found.items()}  # its own are written anew by the next call
         return dict(outputs) if holds_tensors(inputs) else dict(on_host(outputs))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError, UnavailableError
-from enginewright.ground.runner import clock_of, device_of, to_device_of
+from enginewright.ground.runner import clock_of, device_of, inputs_for, to_device_of
 from enginewright.passes.contract import Context
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.quantize_weights import QuantizeWeights
@@ -539,3 +539,18 @@ def test_a_session_on_an_accelerator_is_asked_for_its_nodes_and_may_not_fall_bac
     assert built.notes == ("1 of 3 nodes do not run on CUDAExecutionProvider but on CPUExecutionProvider: 1 Shape",)
     assert made[0].options.get_session_config_entry(onnxruntime_engine.ASSIGNMENT) == "1"
     assert made[0].fallback is False
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_tensors_stay_there_and_agree_with_the_host(
+    exported: tuple[Net, dict[str, np.ndarray], Path],
+) -> None:
+    target = OnnxRuntime(provider="cuda")
+    if why := target.availability().why_not("runnable"):
+        pytest.skip(why)
+    net, x, root = exported
+    runner = target.open(root / "fp32" / "model.onnx", 1)
+    found = runner(inputs_for(runner, x))["y"]
+    assert found.device.type == "cuda"
+    np.testing.assert_allclose(found.cpu().numpy(), runner(x)["y"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(runner(x)["y"], net(torch.from_numpy(x["x"])).detach(), rtol=1e-2, atol=1e-2)

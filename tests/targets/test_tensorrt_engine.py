@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from enginewright.ground.runner import clock_of, device_of, to_device_of
+from enginewright.ground.runner import clock_of, device_of, inputs_for, to_device_of
 from enginewright.targets import tensorrt_builder
 from enginewright.targets.contract import Answer, Graph, LayerHint
 from enginewright.targets.tensorrt_builder import EngineRunner, refusal
@@ -55,6 +55,14 @@ class FakeEngine:
     def __init__(self) -> None:
         self.buffer = torch.zeros(2)
         self.taken: list[Any] = []
+        self.engine = self
+        self.num_io_tensors = 3
+
+    def get_tensor_name(self, number: int) -> str:
+        return ("x", "sizes", "y")[number]
+
+    def is_shape_inference_io(self, name: str) -> bool:
+        return name == "sizes"
 
     def infer(self, inputs: Any, copy_outputs_to_host: bool = True) -> Any:
         self.taken.append(inputs["x"])
@@ -97,3 +105,20 @@ def test_without_cuda_in_pytorch_an_engine_takes_arrays_and_its_results_stay(mon
     first = runner({"x": np.ones(2, np.float32)})["y"]
     runner({"x": np.zeros(2, np.float32)})
     assert first.tolist() == [-1, -1]
+
+
+def test_shapes_stay_on_the_host_where_an_engine_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_builder, "has_cuda", lambda: Answer(True))
+    moved: list[tuple[str, str]] = []
+
+    def tensors_on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        moved.extend((name, device) for name in inputs)
+        return inputs
+
+    monkeypatch.setattr(tensorrt_builder, "tensors_on", tensors_on)
+    runner = EngineRunner(FakeEngine())
+    runner({"x": torch.ones(2), "sizes": torch.ones(1)})
+    assert sorted(moved) == [("sizes", "cpu"), ("x", "cuda:0")]
+    moved.clear()
+    inputs_for(runner, {"x": np.ones(2, np.float32), "sizes": np.ones(1)})
+    assert sorted(moved) == [("sizes", "cpu"), ("x", "cuda:0")]

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from enginewright.ground.errors import UnavailableError
 from enginewright.ground.runner import device_of
@@ -12,6 +13,7 @@ from enginewright.originals import originals_beside
 from enginewright.progress import Progress
 from enginewright.recipe import Validation
 from enginewright.reports import record, summary
+from enginewright.targets.pytorch_engine import EagerRunner
 from tests.devices import FakeDevice, FakeRunner
 
 CALL = {"x": np.ones(2, np.float32)}
@@ -103,3 +105,15 @@ def test_copies_in_a_time_are_said() -> None:
     found = timed(Original(gpu), {"engine": engine})["engine"]
     assert found.copies_timed
     assert summary.devices(found) == "both on cuda:0, copies from and to the host are timed"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_engine_and_original_are_both_timed_there() -> None:
+    module = nn.Linear(64, 64).eval()
+    call = {"input": np.ones((4, 64), np.float32)}
+    original = EagerRunner(module, threads=1, outputs=["y"])
+    engine = EagerRunner(module, threads=1, outputs=["y"], device="cuda:0")
+    found = time_all(original, {"engine": engine}, call, Validation(rounds=30), 0, 1, Progress(quiet=True))["engine"]
+    assert (found.device, found.original_device, found.copies_timed) == ("cuda:0", "cuda:0", False)
+    assert not any("compares devices" in text for text in found.warnings)
+    assert module.weight.device.type == "cpu"
