@@ -173,7 +173,7 @@ class DenseToMoe(Pass):
                 other = replace(context, calibration=fresh)
                 later = measure_loads(model, layers, groups, routers, other, top_k=self.top_k, gate=self.gate)
             notes.append(self.overflow_note(choice, later, fresh=later is not loads))
-        arrays = {f"{path}.router.{name}": tensor for path in layers for name, tensor in named(routers[path])}
+        arrays = {f"{path}.router.{name}": tensor for path in layers for name, tensor in by_parameter(routers[path])}
         return Plan(
             choice=choice,
             skipped=skipped,
@@ -290,7 +290,7 @@ class DenseToMoe(Pass):
         }
 
 
-def named(router: tuple[Tensor, Tensor]) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+def by_parameter(router: tuple[Tensor, Tensor]) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
     """A router's tensors with their names."""
     return ("weight", router[0]), ("bias", router[1])
 

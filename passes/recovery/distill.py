@@ -26,7 +26,7 @@ from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan, 
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.feeding import Cycled, Generated
-from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide, named
+from enginewright.passes.recovery.guides import Guide, Teacher, guide, label_of, relative_error
 from enginewright.passes.recovery.low_rank import adapt
 from enginewright.passes.recovery.training import Training, recompute_blocks
 
@@ -132,17 +132,17 @@ class Distill(Pass):
                 shared=context.signature.shared,
             )
             judged = devices.everything(list(context.calibration) or calls(0))
-            before = gap(student, guides[0].module, judged)
+            before = relative_error(student, guides[0].module, judged)
             folder = context.folder / self.checkpoint if self.checkpoint else None
             training.run(context, folder=folder, made_for=self.made_for(model, guides, context) if folder else "")
-            after = gap(student, guides[0].module, judged)
+            after = relative_error(student, guides[0].module, judged)
         facts = {
             "data": kind,
             "steps": self.steps,
             "loss": [six_digits(loss) for loss in training.state.losses],
             "relative_error": {"before": six_digits(before), "after": six_digits(after)},
-            "aligned": {named(g.teacher): counts(g) for g in guides if g.aligns},
-            "not_aligned": {named(g.teacher): dict(g.apart) for g in guides if g.apart},
+            "aligned": {label_of(g.teacher): counts(g) for g in guides if g.aligns},
+            "not_aligned": {label_of(g.teacher): dict(g.apart) for g in guides if g.apart},
             "alignment_stopped_at": training.state.stopped,
         }
         if after > before and self.judged_by_outputs():
@@ -246,7 +246,7 @@ class Distill(Pass):
         """What a checkpoint belongs to, as JSON: parameters, seed, and digests of student and teachers."""
         content = self.model_dump(mode="json", exclude={"checkpoint", "checkpoint_every"})
         content |= {"seed": context.seed, "student": fingerprint(model)}
-        content |= {named(g.teacher): fingerprint(g.module) for g in guides}
+        content |= {label_of(g.teacher): fingerprint(g.module) for g in guides}
         return json.dumps(content, sort_keys=True)
 
 

@@ -38,7 +38,7 @@ from enginewright.passes.recovery.distill import (
     frozen_copy,
     put_weights,
 )
-from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide
+from enginewright.passes.recovery.guides import Guide, Teacher, guide, relative_error
 from enginewright.passes.recovery.styles import (
     PARTS,
     STYLE,
@@ -146,7 +146,7 @@ class MergeModels(Pass):
             guides = [
                 self.guide(text, frozen_copy(each, devices), student, first[0]) for text, each in teachers.items()
             ]
-            errors = [{"mean_of_weights": six_digits(gap(mean, each.module, judged))} for each in guides]
+            errors = [{"mean_of_weights": six_digits(relative_error(mean, each.module, judged))} for each in guides]
             add_styles(student, places, len(guides))
             training = Merging(
                 student=student,
@@ -291,7 +291,7 @@ def errors_by_teacher(student: nn.Module, guides: Sequence[Guide], calls: list[I
     """The student's error to each teacher, in that teacher's style."""
     styles = [one_hot(number, len(guides)) for number in range(len(guides))]
     pairs = zip(guides, styles, strict=True)
-    return [six_digits(gap(partial(student, style=style), each.module, calls)) for each, style in pairs]
+    return [six_digits(relative_error(partial(student, style=style), each.module, calls)) for each, style in pairs]
 
 
 def unfrozen(weights: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
