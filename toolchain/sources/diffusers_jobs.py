@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,6 @@ def job(folder: Path, parts: Sequence[str], *, prompts: Sequence[str], steps: in
     )
 
 
-@cache
 def loaded(folder: Path) -> Any:
     """The pipeline of a folder, on the CPU in float32 and with nothing that hides pictures; none of its code is run.
 
