@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from shlex import quote
 
-from enginewright.ground.program import SOLE, Program
+from enginewright.ground.program import SOLE, Program, StateTensor
 from enginewright.reports import words
 from enginewright.reports.record import Report, TargetRecord
 
@@ -170,12 +170,19 @@ def several(program: Program) -> str:
 
 def kept(program: Program) -> str:
     """How state tensors go from one call to the next, where a call continues a sequence."""
-    names = words.listing([f"`{state.output}` as `{state.name}`" for state in program.states])
+    names = words.listing([into(state, program.start) for state in program.states])
     first = words.listing([f"`{state.name}` {state.shape} of {state.first:g}" for state in program.states])
     return (
         f"What a call gives goes into the next one: {names}. A sequence starts with `{program.start}` = 0 and, for "
         f"each row, {first}."
     )
+
+
+def into(state: StateTensor, start: str) -> str:
+    """Where an output goes that gives a state tensor."""
+    if not state.grows:
+        return f"`{state.output}` as `{state.name}`"
+    return f"`{state.output}`, which is written into `{state.name}` along axis {state.grows} from `{start}` on"
 
 
 def onnx_code(engines: Sequence[Engine]) -> list[str]:

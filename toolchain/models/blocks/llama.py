@@ -80,36 +80,34 @@ class Attention(nn.Module, SplitAttention):
         return self.join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
 
     def step(
-        self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor
+        self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend to a cache into which the keys and values of x are written first.
+        """Attend to a cache of earlier tokens and, causally, to x itself; the cache is read, and never copied.
 
         Args:
             x: (B, L, D).
             angles: of the positions of x.
-            keys: (B, H, M, E); it is not changed.
-            values: (B, H, M, E); it is not changed.
-            slots: (B or 1, L) where in the cache each token goes.
-            visible: (B or 1, 1, L, M), true where a token sees a slot.
+            keys: (B, H, M, E).
+            values: (B, H, M, E).
+            before: (B or 1, 1, 1, M), true for the slots of earlier tokens.
 
         Returns:
-            The output (B, L, D), and the keys and values (B, H, M, E) with those of x.
+            The output (B, L, D), and the keys and values of x (B, H, L, E).
         """
         q, k, v = self.project(x, angles)
-        keys, values = write(keys, k, slots), write(values, v, slots)
         # A cache keeps its type where the layer has another.
-        y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=visible)
-        return self.join_heads(y), keys, values
+        earlier = (q @ keys.to(q.dtype).mT).masked_fill(~before, -torch.inf)  # (B, H, L, M)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        own = (q @ k.mT).masked_fill(later, -torch.inf)  # (B, H, L, L)
+        weights = (torch.cat([earlier, own], dim=-1) * self.head_dim**-0.5).softmax(dim=-1)
+        slots = keys.shape[2]
+        y = weights[..., :slots] @ values.to(q.dtype) + weights[..., slots:] @ v
+        return self.join_heads(y), k, v
 
     def project(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """X (B, L, D) -> queries and keys, turned by position, and values, each (B, H, L, E)."""
         q, k, v = self.heads_of(x)
         return rotate(q, angles), rotate(k, angles), v
-
-
-def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    """Cache (B, H, M, E) with new (B, H, L, E) at slots (B or 1, L) -> a new cache (B, H, M, E)."""
-    return cache.scatter(2, slots[:, None, :, None].expand(new.shape), new.to(cache.dtype))
 
 
 class GatedMlp(nn.Module, GatedFeedForward):
