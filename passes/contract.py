@@ -1,21 +1,20 @@
 """What a pass is: it decides (``plan``), then carries out (``rewrite``), and says what changed and what did not.
 
+What a plan is stands in ``plans.py``; passes import both from here.
+
 A pass is one file under ``passes/<family>/`` with one subclass of ``Pass``; the file's name is the pass's name.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -28,17 +27,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from enginewright.ground.errors import ToolchainError, invalid, raise_faults
 from enginewright.ground.facts import Fact
 from enginewright.ground.program import Hoisted
-from enginewright.ground.reading import parse_json, read_tensors, read_text
 from enginewright.ground.signature import Signature
-from enginewright.ground.writing import write_text
 from enginewright.passes.kernel.graph_module import GraphModule, is_parameter, weights_of
 from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.passes.kernel.plain import plain
 from enginewright.passes.kernel.surgery import follow, several_names
 from enginewright.passes.networks import given_to, networks_of, program_of
+from enginewright.passes.plans import Decision as Decision
+from enginewright.passes.plans import Declared as Declared
+from enginewright.passes.plans import Json as Json
+from enginewright.passes.plans import Plan as Plan
+from enginewright.passes.plans import as_json as as_json
+from enginewright.passes.plans import digest_of as digest_of
 
 Inputs = dict[str, Tensor]
-Json = Any
 Score = Callable[[nn.Module], float]
 Losses = Callable[[nn.Module], Tensor]
 
@@ -122,107 +124,6 @@ def without(context: Context, names: Sequence[str]) -> Context:
     )
 
 
-PLAN_SCHEMA = 1
-"""Of written plans; raised when one that was written before would be carried out otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A pass's decision, small enough to read and review.
-
-    Args:
-        choice: what to do, by module path.
-        skipped: what was left alone, by module path, and why.
-        facts: what else the decision rests on (calibration, scores). The report shows two of them: ``notes``, a list
-            of sentences without full stops, and ``curve``, what could be chosen from (``reports/record.py``, Curve).
-        arrays: tensors that were decided (learned or rounded weights), by a name that begins with the module path.
-    """
-
-    choice: Mapping[str, Json]
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, Json] = field(default_factory=dict)
-    arrays: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def as_json(self) -> str:
-        """The plan as text, its arrays by their digests; equal plans give equal text."""
-        content: dict[str, Json] = {"choice": self.choice, "skipped": self.skipped, "facts": self.facts}
-        if self.arrays:
-            content["arrays"] = {name: digest_of(array) for name, array in self.arrays.items()}
-        return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-    def digest(self) -> str:
-        """SHA-256 of the text."""
-        return hashlib.sha256(self.as_json().encode()).hexdigest()
-
-    @staticmethod
-    def from_json(text: str, arrays: Mapping[str, Tensor] | None = None) -> Plan:
-        """Read what ``as_json`` wrote, with the arrays that it names.
-
-        Raises:
-            ToolchainError: an array is missing, unknown or has another content than it had.
-        """
-        content = parse_json(text, what="the plan")
-        parts = (content.get(key) for key in ("choice", "skipped", "facts")) if isinstance(content, dict) else [None]
-        if not all(isinstance(part, dict) for part in parts) or not isinstance(content.get("arrays", {}), dict):
-            raise ToolchainError("the plan lacks choice, skipped or facts: no plan of ours")
-        arrays = arrays or {}
-        named = content.get("arrays", {})
-        if named.keys() != arrays.keys() or any(digest_of(arrays[name]) != named[name] for name in named):
-            raise ToolchainError("the plan's arrays are not those that it was made with")
-        return Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"], arrays=arrays)
-
-    def write(self, path: Path, *, version: str = "") -> None:
-        """Write ``path`` as JSON and, where there are arrays, a safetensors file beside it.
-
-        Args:
-            path: the file.
-            version: of the toolchain, for who reads it later.
-        """
-        content = {"schema": PLAN_SCHEMA, "version": version, **json.loads(self.as_json())}
-        write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-        if self.arrays:
-            # Each on its own: safetensors refuses tensors that share memory, as a tied weight does.
-            whole = {name: array.detach().clone().contiguous() for name, array in self.arrays.items()}
-            save_file(whole, path.with_suffix(".safetensors"))
-
-    @staticmethod
-    def read(path: Path) -> Plan:
-        """Read what ``write`` wrote.
-
-        Raises:
-            ToolchainError: it is no plan, or one of another schema.
-        """
-        beside = path.with_suffix(".safetensors")
-        arrays = read_tensors(beside, what="the plan's arrays") if beside.exists() else {}
-        try:
-            refuse_schema(path)
-            return Plan.from_json(read_text(path, what="the plan"), arrays)
-        except ToolchainError as fault:
-            raise ToolchainError(
-                fault.message, where=fault.where or str(path), help=fault.help or "export again"
-            ) from fault
-
-
-def refuse_schema(path: Path) -> None:
-    """Raise for a plan of another schema, with the command that writes its artifact anew."""
-    content = parse_json(read_text(path, what="the plan"), what="the plan", where=str(path))
-    found = content.get("schema", PLAN_SCHEMA) if isinstance(content, dict) else PLAN_SCHEMA
-    if found != PLAN_SCHEMA:
-        by = f", written by version {content['version']}" if content.get("version") else ""
-        recipe = path.parent.parent / "recipe.toml"
-        raise ToolchainError(
-            f"the plan has schema {found!r}{by}; this version reads {PLAN_SCHEMA}",
-            where=str(path),
-            help=f"write the artifact anew: enginewright run {recipe} -o NEW",
-        )
-
-
-def digest_of(array: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes."""
-    flat = array.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(f"{array.dtype}{list(array.shape)}".encode() + flat.tobytes()).hexdigest()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """Parameters, multiply-accumulates of one call on the example inputs (None: not measured), bytes of weights."""
@@ -295,6 +196,8 @@ class Pass(BaseModel, ABC):
     """What the pass looks for in a model, in the plural: said where a model has none of them."""
     functions: ClassVar[tuple[str, ...]] = ()
     """Parameters that may name a function of the user's, ``FILE.py:FUNCTION``."""
+    decisions: ClassVar[tuple[type[Decision], ...]] = ()
+    """Kinds of decision that its plans hold; without any, a decision is a table that nothing checks."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -321,6 +224,13 @@ class Pass(BaseModel, ABC):
 
     def refuse_incomplete(self) -> None:
         """Raise ``ToolchainError`` where settings that no default could fit are missing; asked before any work."""
+
+    @property
+    def declared(self) -> Declared:
+        """What is asked of its plans."""
+        # Grows by one whenever any of the kinds does.
+        version = 1 + sum(kind.version - 1 for kind in self.decisions)
+        return Declared(name=self.name(), kinds=self.decisions, version=version)
 
     @abstractmethod
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -354,10 +264,14 @@ class Pass(BaseModel, ABC):
         self.refuse_incomplete()
         model = plain(model)
         before = cost(model, context.example)
-        plan = self.with_reason(model, self.plan(model, context))
+        plan = self.with_reason(model, self.planned(model, context))
         model = self.carry_out(model, plan, context)
         example = without(context, self.removed_inputs(plan)).example
         return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))
+
+    def planned(self, model: nn.Module, context: Context) -> Plan:
+        """The plan, held against what this pass declares. Raises ``ToolchainError`` for what it does not declare."""
+        return self.declared.checked(self.plan(model, context))
 
     def with_reason(self, model: nn.Module, plan: Plan) -> Plan:
         """The plan; one that names nothing says what was looked for, and what there is instead."""
@@ -465,12 +379,20 @@ def macs(model: nn.Module, example: Inputs) -> int:
     """
     program = program_of(model)
     each = {
-        name: macs_in_step(network, given_to(model, name, example, shapes_alone=True), program.hoisted.get(name))
+        name: macs_in_step(network, shapes_given_to(model, name, example), program.hoisted.get(name))
         for name, network in networks_of(model).items()
     }
     ways = [sum(each[call.network] for call in way.calls) for way in program.ways]
     table = program.table.ways if program.table else (0,)
     return round(sum(ways[way] for way in table) / len(table))
+
+
+def shapes_given_to(model: nn.Module, name: str, example: Inputs) -> Inputs:
+    """What a call gives to one of a model's networks, its values made up where shapes do not depend on them."""
+    try:
+        return given_to(model, name, example, shapes_alone=True)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+        return given_to(model, name, example)
 
 
 def macs_in_step(network: nn.Module, example: Inputs, once: Hoisted | None) -> int:

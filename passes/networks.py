@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from enginewright.ground.driver import Driver, Kind, Memory, Values, first_states
+from enginewright.ground.driver import Driver, Kind, Memory, first_states
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import SOLE, Hoisted, Program, Table, by_timestep
+from enginewright.ground.runner import Values
 from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.passes.kernel.selection import is_within
 

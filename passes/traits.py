@@ -1,7 +1,9 @@
 """What a pass may ask of a model, whatever its class: traits, and the families that answer for their layers.
 
 A family is one file under ``passes/families/`` with a function ``recognise(module) -> Trait | None`` for each trait
-it knows (named in its ``RECOGNISERS``). Families look at a layer's structure and import no model library.
+it knows (named in its ``RECOGNISERS``). Our own models, and yours if you like, declare what their layers are by the
+base classes below (``FusedAttention``, ``PlainFeedForward``, ``StreamBlock``, …); layers of other libraries are known
+by their structure, and no model library is imported.
 """
 
 from __future__ import annotations
@@ -108,6 +110,117 @@ class StreamBlock:
 
     A list of such blocks is a stack. It is believed as any other is: after a call has been followed.
     """
+
+
+class DeclaredAttention:
+    """Declared by an attention layer, by one of the two forms below; its ``forward`` is made of the parts named there.
+
+    What else the layer holds may depend on its heads; then they stay, and the reason names it. Shapes: B batch,
+    N tokens, D width, H heads, E = ``head_dim`` width of a head.
+    """
+
+    writers: ClassVar[tuple[str, ...]]
+    """Names of the projections that write queries, keys and values; head h owns E rows of each, or of each third."""
+    reader: ClassVar[str]
+    """Name of the projection that reads the heads' results."""
+    heads: int
+    head_dim: int
+
+
+class FusedAttention(DeclaredAttention):
+    """``qkv`` writes all queries, then all keys, then all values, head after head; ``proj`` reads the heads."""
+
+    writers = ("qkv",)
+    reader = "proj"
+    qkv: nn.Linear
+    proj: nn.Linear
+
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, D) -> queries, keys and values, each (B, H, N, E)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def join_heads(self, y: Tensor) -> Tensor:
+        """What the heads give, (B, H, N, E) -> (B, N, D)."""
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class SplitAttention(DeclaredAttention):
+    """``q_proj``, ``k_proj`` and ``v_proj`` write queries, keys and values, head after head; ``o_proj`` reads them."""
+
+    writers = ("q_proj", "k_proj", "v_proj")
+    reader = "o_proj"
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, D) -> queries, keys and values, each (B, H, N, E)."""
+        q, k, v = (
+            projection(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q, k, v
+
+    def join_heads(self, y: Tensor) -> Tensor:
+        """What the heads give, (B, H, N, E) -> (B, N, D)."""
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class DeclaredFeedForward:
+    """Declared by a feed-forward, by one of the two forms below, which say what its ``forward`` computes."""
+
+    writers: ClassVar[tuple[str, ...]]
+    """Names of the projections that write the hidden units."""
+    reader: ClassVar[str]
+    """Name of the projection that reads them."""
+
+
+class PlainFeedForward(DeclaredFeedForward):
+    """``fc2(act(fc1(x)))``, where ``act`` works on each hidden unit alone."""
+
+    writers = ("fc1",)
+    reader = "fc2"
+    fc1: nn.Linear
+    act: nn.Module
+    fc2: nn.Linear
+
+
+class GatedFeedForward(DeclaredFeedForward):
+    """``down_proj(a(gate_proj(x)) * up_proj(x))``, where the activation a works on each hidden unit alone."""
+
+    writers = ("gate_proj", "up_proj")
+    reader = "down_proj"
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+
+class ModulatedBlock(StreamBlock, ABC):
+    """Declared by a block of two halves, each with a shift, a scale and a gate from one condition c (B, D).
+
+    With the six that ``modulation`` gives, its ``forward`` is x = x + gate * attn(norm1(x) * (1 + scale) + shift), then
+    the same with ``norm2`` and ``mlp``.
+    """
+
+    norm1: nn.Module
+    attn: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+
+    @abstractmethod
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """c (B, D) -> shift, scale and gate of the attention, then of the MLP, each (B, 1, D)."""
+
+
+class PatchNetwork:
+    """Declared by a network that takes the patches of a square picture, row by row, through its ``blocks``.
+
+    They are called one after the other with one condition, and all patches that come out of the last are read.
+    """
+
+    blocks: nn.ModuleList
 
 
 @dataclass(frozen=True)

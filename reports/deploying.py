@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from shlex import quote
 
-from enginewright.ground.program import SOLE, Program
+from enginewright.ground.program import SOLE, Program, StateTensor
 from enginewright.reports import words
 from enginewright.reports.record import Report, TargetRecord
 
@@ -124,6 +124,12 @@ def section(target: TargetRecord, engines: Sequence[Engine], program: Program) -
         lines += ["Then, in `DEST`, with `pip install onnxruntime numpy`:", code(onnx_code(engines))]
     elif "python" in kinds:
         lines += ["Then, in `DEST`, with Python alone, for one row:", code(program_code(engines[0]))]
+    elif "aot_inductor" in kinds:
+        lines += [
+            "Then, in `DEST`, with the same version of PyTorch, on a processor like the one that it was built on (the "
+            "package is native code, and PyTorch checks neither):",
+            code(["import torch", "", *(line for engine in engines for line in package_code(engine))]),
+        ]
     else:
         lines += [
             f"Then, in `DEST`, on a GPU like the one that it was built for, with {engines[0].kind} and PyTorch:",
@@ -164,12 +170,19 @@ def several(program: Program) -> str:
 
 def kept(program: Program) -> str:
     """How state tensors go from one call to the next, where a call continues a sequence."""
-    names = words.listing([f"`{state.output}` as `{state.name}`" for state in program.states])
+    names = words.listing([into(state, program.start) for state in program.states])
     first = words.listing([f"`{state.name}` {state.shape} of {state.first:g}" for state in program.states])
     return (
         f"What a call gives goes into the next one: {names}. A sequence starts with `{program.start}` = 0 and, for "
         f"each row, {first}."
     )
+
+
+def into(state: StateTensor, start: str) -> str:
+    """Where an output goes that gives a state tensor."""
+    if not state.grows:
+        return f"`{state.output}` as `{state.name}`"
+    return f"`{state.output}`, which is written into `{state.name}` along axis {state.grows} from `{start}` on"
 
 
 def onnx_code(engines: Sequence[Engine]) -> list[str]:
@@ -220,6 +233,22 @@ def program_code(engine: Engine) -> list[str]:
     ]
 
 
+def package_code(engine: Engine) -> list[str]:
+    """Lines that run a compiled package with PyTorch; it does not check what it is called with."""
+    return [
+        f'package = torch._inductor.aoti_load_package("{engine.folder}/{engine.file}")',
+        "inputs = {",
+        *(f"    {call_of(value, 'torch', device='')}" for value in engine.inputs),
+        "}",
+        "with torch.inference_mode():",
+        "    found = package(**inputs)",
+        f"names = {[value.name for value in engine.outputs]}",
+        "outputs = dict(zip(names, found if isinstance(found, tuple) else [found]))",
+        "for name, tensor in outputs.items():",
+        "    print(name, tensor.dtype, tuple(tensor.shape))",
+    ]
+
+
 def tensorrt_code(engine: Engine) -> list[str]:
     """Lines that run an engine with TensorRT; PyTorch holds the memory."""
     return [
@@ -248,9 +277,9 @@ def tensorrt_code(engine: Engine) -> list[str]:
     ]
 
 
-def call_of(value: Value, library: str) -> str:
-    """One entry of a call, with the shape in words behind it."""
-    device = ', device="cuda"' if library == "torch" else ""
+def call_of(value: Value, library: str, *, device: str = ', device="cuda"') -> str:
+    """One entry of a call, with the shape in words behind it; PyTorch's tensors lie on a device."""
+    device = device if library == "torch" else ""
     kind = {"bool": "bool_" if library == "np" else "bool"}.get(value.dtype, value.dtype)
     made = f"{library}.full({value.shape}, {value.fill}, dtype={library}.{kind}{device})"
     return f'"{value.name}": {made},' + (f"  # {value.said}" if value.said else "")

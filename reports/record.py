@@ -172,6 +172,11 @@ class Latency(Part):
     interrupted: list[int] = []
     original_interrupted: list[int] = []
     """How often the system took a core from this process in each sample; empty where it does not say."""
+    device: str = "cpu"
+    original_device: str = "cpu"
+    """Where each ran; where that is not the same, ``unsafe`` says so."""
+    copies_timed: bool = False
+    """Whether times hold copies between the host and the device; else inputs lay on the device before."""
 
 
 class SizeCheck(Part):

@@ -6,7 +6,16 @@ import math
 from collections import Counter
 
 from enginewright.reports import words
-from enginewright.reports.record import Fidelity, ModelRecord, Report, SizeCheck, Step, TargetRecord, TokenMap
+from enginewright.reports.record import (
+    Fidelity,
+    Latency,
+    ModelRecord,
+    Report,
+    SizeCheck,
+    Step,
+    TargetRecord,
+    TokenMap,
+)
 
 UNTOUCHED = "the untouched original"
 """What engines are compared with unless a step means to compute something else."""
@@ -85,7 +94,9 @@ def _speed(report: Report, target: TargetRecord) -> str:
         return f"its speed was not measured: {why_not_measured(report, target)}"
     if timed.unsafe:
         ratio = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)
-        return f"whether it is faster is open: {ratio} of the original's time, from samples that are unsafe"
+        where = devices(timed)
+        said = f"{ratio} of the original's time{f', {where},' if where else ','} from samples that are unsafe"
+        return f"whether it is faster is open: {said}"
     return speed(report, target)
 
 
@@ -94,10 +105,22 @@ def speed(report: Report, target: TargetRecord) -> str:
     timed = target.latency
     if timed is None:
         return words.NOT_MEASURED
+    where = f" ({found})" if (found := devices(timed)) else ""
     if timed.unsafe:
-        return f"{words.VERDICT['inconclusive']}: {words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)}"
-    first = words.times(timed.ratio, timed.ratio_low, timed.ratio_high, original(report))
+        ratio = words.interval(timed.ratio, timed.ratio_low, timed.ratio_high)
+        return f"{words.VERDICT['inconclusive']}: {ratio}{where}"
+    first = f"{words.times(timed.ratio, timed.ratio_low, timed.ratio_high, original(report))}{where}"
     return first if target.fp32_ratio is None else f"{first}; {words.beside_fp32(target.fp32_ratio)}"
+
+
+def devices(timed: Latency) -> str:
+    """Where an engine and the original were timed, and whether copies are in the times; empty where all is the CPU."""
+    if timed.device == timed.original_device == "cpu":
+        return ""
+    copies = "copies from and to the host are timed" if timed.copies_timed else "inputs on the device"
+    if timed.device == timed.original_device:
+        return f"both on {timed.device}, {copies}"
+    return f"the engine on {timed.device}, {copies}; the original on {timed.original_device}"
 
 
 def original(report: Report) -> str:

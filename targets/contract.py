@@ -1,4 +1,4 @@
-"""What a target is: it builds an engine from an ONNX graph, loads it, and answers for itself on this machine.
+"""What a target is: it builds an engine from a graph, or an exported program, loads it, and answers for itself here.
 
 A target is one file ``targets/<name>_engine.py`` with one subclass of ``Target``; the name is the part before
 ``_engine`` (so that no file bears a library's name).
@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
@@ -18,6 +18,9 @@ from torch import nn
 from enginewright.ground.errors import invalid, raise_faults
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 class Answer(NamedTuple):
@@ -93,6 +96,8 @@ class Graph:
             too; or else an engine's folder holds its own copy of what it reads, and nothing with two names.
         untouched: the graph is the source's own and no step changed it, so nothing but what was asked for is rewritten.
         source: writes the network as Python source that needs no package; None where it cannot be.
+        program: gives the network as an exported program, traced when a target first asks; None where there is no
+            module behind the graph.
     """
 
     path: Path
@@ -105,6 +110,7 @@ class Graph:
     untouched: bool = False
     links: bool = False
     source: Callable[[], str] | None = None
+    program: Callable[[], ExportedProgram] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +143,9 @@ class Target(BaseModel, ABC):
 
     runs_module: ClassVar[bool] = False
     """Whether it runs the optimized PyTorch module and not the graph."""
+
+    runs_code: ClassVar[bool] = False
+    """Whether loading an engine runs code that lies in it: an artifact's is then loaded only where it is trusted."""
 
     def __init__(self, **parameters: Any) -> None:
         """Raises ``ToolchainError`` for an unknown parameter or one out of its range."""

@@ -7,10 +7,14 @@ import hashlib
 import importlib
 import importlib.util
 import platform
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from enginewright.targets.contract import Answer
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux shows control groups, and where it says which ones this process is in."""
 
 
 def cpu_id() -> str:
@@ -58,6 +62,47 @@ def int8_saturates() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
         return False
     return not cpu_flags() & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
+
+
+def core_quota() -> float | None:
+    """How many cores the quota of this process is worth, such as a container's; None where there is none.
+
+    The least counts of the control groups that it is in, each of which lies in others that may have less.
+    """
+    found = [quota for group in control_groups() if (quota := quota_of(group)) is not None]
+    return min(found, default=None)
+
+
+def control_groups() -> Iterator[Path]:
+    """Folders of the groups that share processors out to this process, the outermost first, of both versions.
+
+    A container sees its own group as the outermost, whatever path it is told.
+    """
+    yield from (CGROUPS, CGROUPS / "cpu")
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        names = [] if ".." in path else [name for name in path.split("/") if name]
+        for root in (CGROUPS / "cpu", CGROUPS / controllers) if controllers else (CGROUPS, CGROUPS / "unified"):
+            yield from (root.joinpath(*names[:depth]) for depth in range(len(names) + 1))
+
+
+def quota_of(group: Path) -> float | None:
+    """How many cores the quota of one control group is worth; None where there is none, or nothing says so."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        found = float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return None
+    return found if found > 0 else None
 
 
 @cache

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,15 +22,26 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from enginewright.ground.distance import relative_l2
 from enginewright.ground.errors import ToolchainError, UnavailableError, require
 from enginewright.ground.reading import read_setting
-from enginewright.ground.runner import Runner
+from enginewright.ground.runner import CPU, Runner, ToDevice, Values
 from enginewright.ground.signature import Arrays
 from enginewright.targets import machine
 from enginewright.targets.contract import Answer, Availability, Built, Graph, Target
+from enginewright.targets.devices import (
+    CUDA,
+    clock_on,
+    has_cuda,
+    holds_tensors,
+    on_host,
+    tensor_of,
+    tensors_on,
+    written,
+)
 from enginewright.targets.dynamic_int8 import add_output_pairs, reduce_range, static_products, to_dynamic, to_float
 from enginewright.targets.four_bits import multiply_out
 from enginewright.targets.onnx_export import module_path, save
@@ -42,6 +54,9 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 ENGINE = "engine.json"
+
+ASSIGNMENT = "session.record_ep_graph_assignment_info"
+"""Option of a session that lets it say which provider got which nodes; older versions do not know it."""
 
 ALIKE = 0.1
 """Forms whose times differ by less than this share are taken for equally fast: a race of some calls tells no more."""
@@ -108,8 +123,9 @@ class OnnxRuntime(Target):
         products = sum(1 for _ in static_products(model))
         if products and self.provider == "cpu" and not (graph.untouched and self.int8 in ("auto", "static")):
             return self.lower(model, products, graph, folder)
-        _, left_out = self.opened(graph.path, graph.threads)  # refuses here what it would refuse later
+        session, left_out = self.opened(graph.path, graph.threads)  # refuses here what it would refuse later
         notes = [f"ONNX Runtime itself fails on this graph unless its {left_out} is off, so it is"] if left_out else []
+        notes += nodes_elsewhere(session, PROVIDERS[self.provider])
         resolved = {}
         if products and self.provider == "cpu":
             resolved = {"int8": "static"}
@@ -209,6 +225,8 @@ class OnnxRuntime(Target):
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry(FOUR_BITS_OPTION, ACCURACY[self.weights_only])
+        if self.provider != "cpu":
+            options.add_session_config_entry(ASSIGNMENT, "1")
         refusals: list[Exception] = []
         for left_out in ("", *FAILING_OPTIMIZERS):
             disabled = [*without, *([left_out] if left_out else [])]
@@ -221,6 +239,7 @@ class OnnxRuntime(Target):
                 refusals.append(cause)
             else:
                 refuse_another(session, PROVIDERS[self.provider])
+                session.disable_fallback()  # a call that fails on an accelerator would go on with the CPU
                 return session, left_out
         first = refusals[0]
         raise ToolchainError(f"ONNX Runtime refuses the graph: {str(first).splitlines()[0]}") from first
@@ -236,7 +255,7 @@ class OnnxRuntime(Target):
 
     def open(self, path: Path, threads: int) -> Runner:
         """Ready any ONNX file."""
-        return SessionRunner(self.session(path, threads), path)
+        return SessionRunner(self.session(path, threads), path, device=CPU if self.provider == "cpu" else CUDA)
 
 
 def disabled_optimizers(model: Any) -> list[str]:
@@ -247,23 +266,52 @@ def disabled_optimizers(model: Any) -> list[str]:
 
 
 class SessionRunner:
-    """Runs an ONNX Runtime session on named arrays."""
+    """Runs an ONNX Runtime session on named arrays, or on named tensors of its device, and answers in kind.
 
-    def __init__(self, session: Any, path: Path) -> None:
-        self.session, self.path = session, path
+    Args:
+        session: ready.
+        path: its graph.
+        device: where it runs.
+    """
+
+    def __init__(self, session: Any, path: Path, *, device: str = CPU) -> None:
+        self.session, self.path, self.device = session, path, device
+        self.clock = clock_on(device if has_cuda().yes else CPU)  # a call returns when its work is done
         self.inputs = {value.name for value in session.get_inputs()}
         self.outputs = [value.name for value in session.get_outputs()]
 
-    def __call__(self, inputs: Arrays) -> Arrays:
+    @property
+    def to_device(self) -> ToDevice | None:
+        """Named arrays -> named tensors there; None where PyTorch has no CUDA, or ONNX Runtime takes no DLPack yet."""
+        if not (has_cuda().yes and hasattr(require("onnxruntime", extra="cpu").OrtValue, "from_dlpack")):
+            return None
+        return lambda inputs: dict(tensors_on(self.device, inputs))
+
+    def __call__(self, inputs: Values) -> Values:
         """Named inputs -> named outputs; inputs that the graph folded away are left out."""
-        given = {name: array for name, array in inputs.items() if name in self.inputs}
+        given = {name: value for name, value in inputs.items() if name in self.inputs}
         try:
+            if holds_tensors(given):
+                return dict(self.bound({name: tensor_of(value) for name, value in given.items()}))
             found = self.session.run(None, given)
         except Exception as cause:  # onnxruntime raises pybind classes of no common base
             raise self.refusal(given, cause) from cause
         return dict(zip(self.outputs, found, strict=True))
 
-    def refusal(self, inputs: Arrays, cause: Exception) -> ToolchainError:
+    def bound(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs as tensors on the runner's device; inputs and outputs share their memory with ONNX Runtime."""
+        values: Any = require("onnxruntime", extra="cpu").OrtValue
+        binding = self.session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, values.from_dlpack(tensor.detach().to(self.device).contiguous()))
+        kind, _, number = self.device.partition(":")
+        for name in self.outputs:
+            binding.bind_output(name, kind, int(number or 0))
+        written(self.device)  # ONNX Runtime has a stream of its own, and waits for no other
+        self.session.run_with_iobinding(binding)
+        return dict(zip(self.outputs, map(from_dlpack, binding.get_outputs()), strict=True))
+
+    def refusal(self, inputs: Values, cause: Exception) -> ToolchainError:
         """The error for a call that the session does not take, with the dimensions by name."""
         given = {value.name: inputs[value.name].shape for value in self.session.get_inputs() if value.name in inputs}
         sizes = {
@@ -283,8 +331,9 @@ class SessionRunner:
     def first_non_finite(self, inputs: Arrays) -> str:
         """Module path, or node name, of the first value in the graph that is not finite; empty when all are.
 
-        Runs the unoptimized graph with every float value as an output.
+        Runs the unoptimized graph on the CPU with every float value as an output.
         """
+        inputs = on_host({name: tensor_of(value) for name, value in inputs.items()})
         model = load_graph(self.path)
         nodes = {
             value.name: node
@@ -339,6 +388,25 @@ def refuse_another(session: Any, wanted: str) -> None:
             f"ONNX Runtime was asked for {wanted} and took {', '.join(found) or 'nothing'}",
             help="its own log says why: often a library of the accelerator is missing (enginewright doctor)",
         )
+
+
+def nodes_elsewhere(session: Any, wanted: str) -> list[str]:
+    """A note on how many nodes run on another provider than was asked for, where the session can say so.
+
+    Some always do: ONNX Runtime itself keeps what computes shapes on the CPU.
+    """
+    if wanted == PROVIDERS["cpu"]:
+        return []
+    ask = getattr(session, "get_provider_graph_assignment_info", None)
+    if ask is None:
+        return [f"this ONNX Runtime cannot say whether every node runs on {wanted}"]
+    nodes = [(part.ep_name, node.op_type) for part in ask() for node in part.get_nodes()]
+    away = Counter(operator for provider, operator in nodes if provider != wanted)
+    if not away:
+        return []
+    where = ", ".join(sorted({provider for provider, _ in nodes if provider != wanted}))
+    kinds = ", ".join(f"{count} {operator}" for operator, count in away.most_common())
+    return [f"{away.total()} of {len(nodes)} nodes do not run on {wanted} but on {where}: {kinds}"]
 
 
 def keep_only(path: Path, folder: Path) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.ground.errors import ToolchainError
+from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.ground.reading import read_setting
-from enginewright.ground.runner import Runner
+from enginewright.ground.runner import CPU, Runner, Values
 from enginewright.ground.signature import Arrays
 from enginewright.targets.contract import Answer, Availability, Built, Graph, Target
+from enginewright.targets.devices import CUDA, clock_on, has_cuda, holds_tensors, on_host, tensor_of, tensors_on
 
 ENGINE = "engine.json"
 
@@ -30,10 +33,13 @@ class PyTorch(Target):
 
     runs_module: ClassVar[bool] = True
 
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where it runs")
+
     def availability(self) -> Availability:
-        """Always: the toolchain stands on PyTorch."""
+        """Always on the CPU: the toolchain stands on PyTorch. Running on CUDA needs a GPU that PyTorch sees."""
         yes = Answer(True)
-        return Availability(installed=yes, importable=yes, buildable=yes, runnable=yes)
+        runs = yes if self.device == CPU else has_cuda()
+        return Availability(installed=yes, importable=yes, buildable=yes, runnable=runs)
 
     def build(self, graph: Graph, folder: Path) -> Built:
         """Write what the outputs are called."""
@@ -43,17 +49,22 @@ class PyTorch(Target):
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:
         """Run the module that the artifact's plans give."""
         names = read_setting(folder / ENGINE, "outputs", list)
-        return EagerRunner(module(), threads=threads, outputs=names)
+        device = CPU if self.device == "cpu" else CUDA
+        return EagerRunner(module(), threads=threads, outputs=names, device=device)
 
 
 class EagerRunner:
-    """Calls a module with arrays, without gradients.
+    """Calls a module with arrays or with tensors, without gradients, and answers in kind.
 
     Args:
         module: in eval mode.
         outputs: names for what it returns; None names tensors ``output_0`` and on, or keeps a mapping's keys.
         threads: threads of PyTorch's pool.
         dims: for each input its sizes and the names of its open dimensions, for errors.
+        device: where it runs; elsewhere than on the CPU that is a copy of the module, made once.
+
+    Raises:
+        UnavailableError: the module cannot be copied to that device.
     """
 
     def __init__(
@@ -63,31 +74,54 @@ class EagerRunner:
         threads: int,
         outputs: Sequence[str] | None = None,
         dims: Mapping[str, Sequence[int | str]] | None = None,
+        device: str = CPU,
     ) -> None:
-        self.module, self.threads, self.outputs, self.dims = module, threads, outputs, dims or {}
+        self.module = module if device == CPU else copied_to(device, module)
+        self.threads, self.outputs, self.dims, self.device = threads, outputs, dims or {}, device
+        self.clock = clock_on(device)
 
-    def as_timed(self) -> EagerRunner:
-        """What stands for the original where time is taken: a graph is optimized then, as its users run it."""
+    def as_timed(self, device: str = CPU) -> EagerRunner:
+        """What stands for the original where time is taken: a graph is optimized then, as its users run it.
+
+        Args:
+            device: where it is timed; elsewhere than here it is a copy.
+
+        Raises:
+            UnavailableError: it cannot run there.
+        """
         as_used = getattr(self.module, "as_used", None)
-        return EagerRunner(as_used(), threads=self.threads, outputs=self.outputs) if as_used else self
+        if device == self.device:
+            return EagerRunner(as_used(), threads=self.threads, outputs=self.outputs) if as_used else self
+        if as_used:
+            raise UnavailableError("it is an ONNX graph, which runs on the CPU")
+        if not (found := has_cuda()).yes:
+            raise UnavailableError(found.reason)
+        return EagerRunner(self.module, threads=self.threads, outputs=self.outputs, dims=self.dims, device=device)
 
-    def __call__(self, inputs: Arrays) -> Arrays:
+    def to_device(self, inputs: Arrays) -> Values:
+        """Named arrays -> named tensors on the runner's device."""
+        return dict(tensors_on(self.device, inputs))
+
+    def __call__(self, inputs: Values) -> Values:
         """Named inputs -> named outputs."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        tensors = {name: tensor_of(value) for name, value in inputs.items()}
+        if self.device != CPU:
+            tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         try:
             with torch.inference_mode():
                 result = self.module(**tensors)
         except (RuntimeError, ValueError, IndexError, AssertionError) as cause:
             raise self.refusal(inputs, cause) from cause
-        found = [tensor.numpy() for tensor in flat(result)]
+        found = flat(result)
         names = self.outputs or [f"output_{i}" for i in range(len(found))]
         if len(names) != len(found):
             raise ToolchainError(f"the model returned {len(found)} tensors; its contract names {len(names)}: {names}")
-        return dict(zip(names, found, strict=True))
+        outputs = dict(zip(names, found, strict=True))
+        return dict(outputs) if holds_tensors(inputs) else dict(on_host(outputs))
 
-    def refusal(self, inputs: Arrays, cause: Exception) -> ToolchainError:
+    def refusal(self, inputs: Values, cause: Exception) -> ToolchainError:
         """The error for a call that the module does not take, with the dimensions by name."""
         sizes = {
             dim: size
@@ -95,7 +129,7 @@ class EagerRunner:
             for dim, size in zip(self.dims.get(name, ()), array.shape, strict=False)
             if isinstance(dim, str)
         }
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in inputs.items())
+        shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in inputs.items())
         at = ", ".join(f"{dim} = {size}" for dim, size in sizes.items())
         said = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         return ToolchainError(
@@ -137,6 +171,23 @@ class EagerRunner:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def copied_to(device: str, module: nn.Module) -> nn.Module:
+    """A copy of a module with its parameters and buffers on another device; each is copied straight from where it lies.
+
+    Raises:
+        UnavailableError: there is no such device here, or no room on it.
+    """
+    memo: dict[int, Any] = {}
+    try:
+        for parameter in module.parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
+        for buffer in module.buffers():
+            memo[id(buffer)] = buffer.detach().to(device)
+    except (RuntimeError, AssertionError) as cause:  # torch asserts that it was built with CUDA
+        raise UnavailableError(f"it cannot be copied to {device}: {str(cause).splitlines()[0]}") from cause
+    return copy.deepcopy(module, memo)
 
 
 def sums(result: Any) -> tuple[float, ...]:

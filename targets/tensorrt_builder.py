@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError, UnavailableError
-from enginewright.ground.runner import Runner
-from enginewright.ground.signature import Arrays
+from enginewright.ground.runner import CPU, Runner, ToDevice, Values
 from enginewright.targets import machine
 from enginewright.targets.contract import Answer, Availability, Built, Graph, Target
+from enginewright.targets.devices import CUDA, clock_on, has_cuda, holds_tensors, on_host, tensors_on
 
 ENGINE, LOG = "engine.plan", "build.log"
 
@@ -98,7 +98,7 @@ class PolygraphyTarget(Target):
     def load(self, folder: Path, *, threads: int, module: Callable[[], nn.Module]) -> Runner:
         """Ready the engine on the GPU."""
         del threads, module
-        return EngineRunner(folder / ENGINE, rtx=self.module == "tensorrt_rtx")
+        return EngineRunner(open_engine(folder / ENGINE, rtx=self.module == "tensorrt_rtx"))
 
 
 def refusal(log: list[str], reason: str) -> str:
@@ -127,21 +127,55 @@ def first_node(log: list[str]) -> str:
     return f"; node {found[1]!r}: {'; '.join([reason, *tips])}"
 
 
+def open_engine(path: Path, *, rtx: bool) -> Any:
+    """An engine in polygraphy, ready; needs a GPU."""
+    wanted = "1" if rtx else "0"
+    if "polygraphy" in sys.modules and os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX", "0") != wanted:
+        raise UnavailableError(
+            "polygraphy serves only one of TensorRT and TensorRT for RTX in a process",
+            help="bench the two in two runs",
+        )
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = wanted
+    backend: Any = importlib.import_module("polygraphy.backend.trt")
+    runner = backend.TrtRunner(backend.EngineFromBytes(path.read_bytes()))
+    runner.activate()
+    return runner
+
+
 class EngineRunner:
-    """Runs an engine through polygraphy; needs a GPU."""
+    """Runs an engine through polygraphy on named arrays, or on named tensors of its device, and answers in kind.
 
-    def __init__(self, path: Path, *, rtx: bool) -> None:
-        wanted = "1" if rtx else "0"
-        if "polygraphy" in sys.modules and os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX", "0") != wanted:
-            raise UnavailableError(
-                "polygraphy serves only one of TensorRT and TensorRT for RTX in a process",
-                help="bench the two in two runs",
-            )
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = wanted
-        backend: Any = importlib.import_module("polygraphy.backend.trt")
-        self.runner = backend.TrtRunner(backend.EngineFromBytes(path.read_bytes()))
-        self.runner.activate()
+    Args:
+        runner: polygraphy's, active. It waits for its own stream, so a call returns when its work is done.
+    """
 
-    def __call__(self, inputs: Arrays) -> Arrays:
-        """Named inputs -> named outputs, copied off the GPU."""
-        return {name: array.copy() for name, array in self.runner.infer(inputs).items()}
+    device = CUDA
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self.tensors = (
+            has_cuda().yes
+        )  # one kind for good: polygraphy's buffers for outputs are of the first call's kind
+        self.clock = clock_on(CUDA if self.tensors else CPU)
+        engine = runner.engine
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        self.shapes = {name for name in names if engine.is_shape_inference_io(name)}
+
+    @property
+    def to_device(self) -> ToDevice | None:
+        """Named arrays -> named tensors there; None where PyTorch has no CUDA."""
+        return (lambda inputs: dict(self.given(inputs))) if self.tensors else None
+
+    def given(self, inputs: Values) -> dict[str, Tensor]:
+        """Inputs as the engine takes them: tensors on the device, but shapes on the host, where it reads them."""
+        here = {name: value for name, value in inputs.items() if name in self.shapes}
+        there = {name: value for name, value in inputs.items() if name not in self.shapes}
+        return {**tensors_on(CPU, here), **tensors_on(CUDA, there)}
+
+    def __call__(self, inputs: Values) -> Values:
+        """Named inputs -> named outputs."""
+        if not self.tensors:
+            return {name: array.copy() for name, array in self.runner.infer(inputs).items()}
+        found = self.runner.infer(self.given(inputs), copy_outputs_to_host=False)
+        outputs = {name: tensor.clone() for name, tensor in found.items()}  # its own are written anew by the next call
+        return dict(outputs) if holds_tensors(inputs) else dict(on_host(outputs))

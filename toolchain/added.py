@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.runner import Runner
+from enginewright.ground.runner import Clock, Runner, ToDevice, clock_of, device_of, to_device_of
 from enginewright.ground.signature import Arrays, InputSpec, rows_of
 from enginewright.passes.contract import Context, NewInput, Pass, Plan
 from enginewright.sources.contract import Model
@@ -71,6 +71,14 @@ class Completing:
 
     def __init__(self, runner: Runner, specs: Sequence[InputSpec]) -> None:
         self.runner, self.specs = runner, specs
+        self.device: str = device_of(runner)
+        self.clock: Clock = clock_of(runner)
+
+    @property
+    def to_device(self) -> ToDevice | None:
+        """Puts a call on the runner's device, with the inputs that it leaves out; None where the runner cannot."""
+        to_device = to_device_of(self.runner)
+        return None if to_device is None else lambda inputs: to_device(completed(inputs, self.specs))
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Named inputs -> named outputs."""

@@ -282,7 +282,8 @@ def trust_option(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--trust-code",
         action="store_true",
-        help="run the Python code that an artifact's model is made by (a py: file, a checkpoint's own code)",
+        help="run the Python code that an artifact's model is made by (a py: file, a checkpoint's own code), and its "
+        "engines that are native code (aot_inductor)",
     )
 
 

@@ -138,6 +138,7 @@ def plan_command(chosen: Namespace) -> int:
 def bench_command(chosen: Namespace) -> int:
     """Paired latency of everything that was named, beside the first one's original."""
     from enginewright import api
+    from enginewright.reports import summary
 
     found = api.bench(
         chosen.subject,
@@ -156,12 +157,16 @@ def bench_command(chosen: Namespace) -> int:
                 name,
                 f"{t.median_s * 1e3:.2f}",
                 f"{t.p90_s * 1e3:.2f}",
-                f"{t.ratio:.3f} [{t.ratio_low:.3f}, {t.ratio_high:.3f}]{' inconclusive' if t.unsafe else ''}",
+                f"{t.ratio:.3f} [{t.ratio_low:.3f}, {t.ratio_high:.3f}]{' inconclusive' if t.unsafe else ''}"
+                + (f" ({where})" if (where := summary.devices(t)) else ""),
             )
             for name, t in found.runners.items()
         ]
-        base = next(iter(found.runners.values())).original_median_s
-        print(f"original: median {base * 1e3:.2f} ms, {found.threads} threads, {chosen.rounds} samples of each")
+        medians = {t.original_device: t.original_median_s for t in found.runners.values()}
+        for device, median_s in medians.items():
+            where = "" if medians.keys() == {"cpu"} else f" on {device}"
+            counts = f"{found.threads} threads, {chosen.rounds} samples of each"
+            print(f"original{where}: median {median_s * 1e3:.2f} ms, {counts}")
         table(rows, ("ENGINE", "MEDIAN MS", "P90 MS", "RATIO [95 %]"))
         for name, t in found.runners.items():
             for warning in t.warnings:

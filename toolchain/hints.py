@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from enginewright.passes.contract import Plan, module_at
+from enginewright.passes.contract import Plan, as_json, module_at
 from enginewright.passes.kernel.patterns import PATTERN, keeps_pattern
 from enginewright.targets.contract import LayerHint
 
@@ -48,7 +48,8 @@ class Hints:
             listed = ", ".join(lost[:4]) + (", …" if len(lost) > 4 else "")
             note = f"the 2:4 zeros of {len(lost)} layers are gone after this step, and no target builds them as sparse"
             self.notes[number] = [f"{note}: {listed}"]
-        for path, choice in plan.choice.items():
+        for path, decision in plan.choice.items():
+            choice = as_json(decision)
             if not isinstance(choice, Mapping):
                 continue
             self.found.setdefault(path, {}).update(choice)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError, UnavailableError
-from enginewright.ground.runner import Runner
-from enginewright.ground.signature import Arrays, Dim, InputSpec
+from enginewright.ground.runner import CPU, Runner, Values, device_of, inputs_for, to_device_of
+from enginewright.ground.signature import Dim, InputSpec
 from enginewright.opened import engines_of, reopen, replay
 from enginewright.passes.networks import Networks
 from enginewright.pipeline import Run
@@ -21,6 +21,8 @@ from enginewright.recipe import threads_here
 from enginewright.sources.contract import LIBRARIES, Interface, read_interface
 from enginewright.sources.filling import without_memory
 from enginewright.targets import stored
+from enginewright.targets.devices import tensor_of
+from enginewright.trust import engine_untrusted
 
 ABSENT = {"attention_mask": 1, "token_type_ids": 0}
 """What an input is when a caller leaves it out, as transformers has it."""
@@ -28,6 +30,9 @@ ABSENT = {"attention_mask": 1, "token_type_ids": 0}
 
 class Engine:
     """Called like the module that it stands in for, with tensors or with arrays, and answers in kind.
+
+    Tensors that lie on an accelerator stay there where the engine takes them so, and are copied where not; the answer
+    lies where the first tensor did.
 
     Attributes that the module has and an engine lacks (``config``, methods that pipelines call) come from a copy of the
     module without weights.
@@ -38,7 +43,7 @@ class Engine:
     ) -> None:
         self.runner, self.inputs, self.outputs, self.interface = runner, inputs, outputs, interface
         self.dtype = torch.float32
-        self.device = torch.device("cpu")
+        self.device = torch.device(device_of(runner) if to_device_of(runner) else CPU)
         self._skeleton: nn.Module | None = None
 
     def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
@@ -48,10 +53,9 @@ class Engine:
             ToolchainError: an input is missing, unknown, or of another shape than the engine takes.
         """
         given = self.named(args, kwargs)
-        tensors = any(isinstance(value, Tensor) for value in given.values())
-        arrays = self.arrays(given)
-        found = self.runner(arrays)
-        values = [torch.from_numpy(found[name]) if tensors else found[name] for name in self.outputs]
+        tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        found = self.runner(self.taken(given))
+        values = [tensor_of(found[name]).to(tensors[0].device) if tensors else found[name] for name in self.outputs]
         return self.answer(values, return_dict=return_dict)
 
     forward = __call__
@@ -82,36 +86,46 @@ class Engine:
                 del given[name]
         return {name: value for name, value in given.items() if value is not None}
 
-    def arrays(self, given: Mapping[str, Any]) -> Arrays:
-        """What the runner takes: every input, of its type and rank."""
+    def taken(self, given: Mapping[str, Any]) -> Values:
+        """What the runner takes: every input, of its type and rank; all on its device where one came on a device."""
         sizes: dict[str, int] = {}
         for spec in self.inputs:
             shape = np.shape(given[spec.name]) if spec.name in given else ()
             if len(shape) == len(spec.shape):
                 sizes = {d.name: n for d, n in zip(spec.shape, shape, strict=True) if isinstance(d, Dim)} | sizes
-        return {spec.name: self.one(spec, given, sizes) for spec in self.inputs}
+        values = {spec.name: self.one(spec, given, sizes) for spec in self.inputs}
+        there = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        if not there:
+            return values
+        return {**inputs_for(self.runner, {k: v for k, v in values.items() if k not in there}), **there}
 
     def one(self, spec: InputSpec, given: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
-        """One input as an array; a single number stands for every row."""
+        """One input as an array, or as a tensor where it stays on the device; a single number stands for every row."""
         if spec.name not in given:
             default = ABSENT.get(spec.name) if spec.default is None else spec.default
             if default is None:
                 raise ToolchainError(f"input {spec.name!r} is missing")
             return np.full(spec.sizes(sizes), default, spec.dtype)
         value = given[spec.name]
-        array = value.detach().cpu().float().numpy() if is_bfloat16(value) else np.asarray(value)
-        if array.ndim == 0:
-            array = np.broadcast_to(array, spec.sizes(sizes))
         wanted = spec.sizes(sizes)
-        if array.shape != wanted:
+        array: Any
+        if isinstance(value, Tensor) and value.device.type != CPU and self.device.type != CPU:
+            array = value.detach()
+        else:
+            array = np.asarray(widened(value.cpu() if isinstance(value, Tensor) else value))
+        if array.ndim == 0:
+            array = array.expand(wanted) if isinstance(array, Tensor) else np.broadcast_to(array, wanted)
+        if tuple(array.shape) != wanted:
             shape = ", ".join(
                 str(d) if isinstance(d, int) else f"{d.name} = {sizes[d.name]}" if d.name in sizes else d.name
                 for d in spec.shape
             )
-            raise ToolchainError(f"input {spec.name!r} has shape {array.shape}; the engine takes ({shape})")
+            raise ToolchainError(f"input {spec.name!r} has shape {tuple(array.shape)}; the engine takes ({shape})")
         for d in spec.shape:
             if isinstance(d, Dim) and sizes[d.name] % d.multiple_of:
-                raise ToolchainError(f"input {spec.name!r} has shape {array.shape}; {d.fault_of(sizes[d.name])}")
+                raise ToolchainError(f"input {spec.name!r} has shape {tuple(array.shape)}; {d.fault_of(sizes[d.name])}")
+        if isinstance(array, Tensor):
+            return array.to(self.device, getattr(torch, spec.dtype)).contiguous()
         return np.ascontiguousarray(array, spec.dtype)
 
     def answer(self, values: list[Any], *, return_dict: bool) -> Any:
@@ -139,9 +153,9 @@ class Engine:
         return getattr(self._skeleton, name)
 
 
-def is_bfloat16(value: Any) -> bool:
-    """Whether numpy lacks the type of a value."""
-    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
+def widened(value: Any) -> Any:
+    """A value as it is, or in float32 where numpy lacks its type."""
+    return value.detach().float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 def skeleton(interface: Interface) -> nn.Module:
@@ -174,7 +188,8 @@ def load(
         folder: what ``enginewright export`` wrote.
         target: which engine; by default the first that runs here.
         threads: CPU threads; by default every core allowed.
-        trust_code: run the Python code that the model is made by, which only the target ``pytorch`` needs.
+        trust_code: run the Python code that the model is made by, which only the target ``pytorch`` needs, and native
+            code that the artifact brings, which the target ``aot_inductor`` is.
 
     Raises:
         ToolchainError: damaged, or no engine of it runs here, or that would run code which is not trusted.
@@ -186,8 +201,10 @@ def load(
 
 def first_engine(run: Run, folder: Path, target: str | None, threads: int) -> Runner:
     """The engine asked for, or the first that runs here."""
-    reasons: list[str] = []
-    for name in [target] if target else [step.name for step in run.recipe.targets]:
+    doubted = [engine_untrusted(step, trusted=run.trust_code) for step in run.recipe.targets if not target]
+    reasons = [f"{error.message} ({error.help})" for error in doubted if error]
+    trusted = [step.name for step in run.recipe.targets if not engine_untrusted(step, trusted=run.trust_code)]
+    for name in [target] if target else trusted:
         try:
             return engines_of(run, folder, name, threads)[0][name]
         except UnavailableError as cause:

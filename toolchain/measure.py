@@ -14,6 +14,7 @@ from enginewright.ground.distance import relative_l2
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Array, Arrays
+from enginewright.originals import originals_beside
 from enginewright.progress import Progress
 from enginewright.recipe import Validation
 from enginewright.reports import record
@@ -324,17 +325,18 @@ def time_all(
     threads: int,
     progress: Progress,
 ) -> dict[str, record.Latency]:
-    """Paired latency of every runner."""
-    everyone = {"original": getattr(original, "as_timed", lambda: original)(), **runners}
+    """Paired latency of every runner, each beside the original on its own device."""
+    originals, beside = originals_beside(original, runners, call)
     samples = latency.time_in_turns(
-        everyone, call, warm_up=settings.warm_up, samples=settings.rounds, seed=seed, say=progress.say
+        {**originals, **runners}, call, warm_up=settings.warm_up, samples=settings.rounds, seed=seed, say=progress.say
     )
     found = {}
     for name in runners:
-        summary = latency.summarise(samples["original"], samples[name], seed=seed)
+        own, doubts = samples[beside[name].original], beside[name].doubts
+        summary = latency.summarise(own, samples[name], seed=seed)
         found[name] = record.Latency(
             samples_s=samples[name].wall_s,
-            original_samples_s=samples["original"].wall_s,
+            original_samples_s=own.wall_s,
             median_s=summary.median_s,
             p90_s=summary.p90_s,
             p99_s=summary.p99_s,
@@ -346,14 +348,17 @@ def time_all(
             warm_up=settings.warm_up,
             threads=threads,
             shapes={key: list(array.shape) for key, array in call.items()},
-            warnings=[*summary.warnings, *slower(summary)],
-            unsafe=summary.unsafe,
+            warnings=[*doubts, *summary.warnings, *slower(summary)],
+            unsafe=[*doubts, *summary.unsafe],
             original_low_s=summary.original_low_s,
             original_high_s=summary.original_high_s,
             cpu_s=samples[name].cpu_s,
-            original_cpu_s=samples["original"].cpu_s,
+            original_cpu_s=own.cpu_s,
             interrupted=samples[name].interrupted,
-            original_interrupted=samples["original"].interrupted,
+            original_interrupted=own.interrupted,
+            device=beside[name].device,
+            original_device=beside[name].original_device,
+            copies_timed=beside[name].copies_timed,
         )
     return found
 

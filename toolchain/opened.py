@@ -27,7 +27,7 @@ from enginewright.sources.mistaken import mistaken
 from enginewright.sources.onnx_source import inputs_of
 from enginewright.state import knowing_teachers
 from enginewright.targets.onnx_files import check_onnx
-from enginewright.trust import refuse_untrusted
+from enginewright.trust import engine_untrusted, refuse_untrusted
 
 MODELS = ("config.json", "model_index.json", "modules.json", "adapter_config.json")
 """Files of folders that hold a model, and no artifact."""
@@ -147,7 +147,7 @@ def open_artifact(run: Run, folder: Path, wanted: str, threads: int) -> Opened:
 def recorded(run: Run, folder: Path) -> list[tuple[Pass, Plan]]:
     """An artifact's steps with the plans that they were carried out with."""
     return [
-        (step, Plan.read(folder / "plans" / f"{number + 1:02d}-{step.name()}.json"))
+        (step, Plan.read(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", step.declared))
         for number, step in enumerate(run.recipe.steps)
     ]
 
@@ -156,7 +156,7 @@ def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[
     """An artifact's engines that run here (or the one wanted), and why others do not.
 
     Raises:
-        ToolchainError: it has no such engine, or none runs here.
+        ToolchainError: it has no such engine, none runs here, or the one wanted is code which is not trusted.
     """
     runners: dict[str, Runner] = {}
     absent: dict[str, str] = {}
@@ -170,6 +170,10 @@ def engines_of(run: Run, folder: Path, wanted: str, threads: int) -> tuple[dict[
             absent[name] = "it was not built"
         elif not able.runnable.yes:
             absent[name] = able.why_not("runnable")
+        elif error := engine_untrusted(step, trusted=run.trust_code):
+            if wanted:
+                raise error
+            absent[name] = f"{error.message} ({error.help})"
         else:
             runners[name] = runner_of(step, folder, threads, lambda: replay(run, folder))
     if wanted and not runners and wanted not in absent:

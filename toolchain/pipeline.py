@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from enginewright import (
     __version__,
@@ -64,6 +65,7 @@ from enginewright.targets.element_types import DTYPES
 from enginewright.targets.onnx_export import export_onnx, save
 from enginewright.targets.python_program_engine import source_of
 from enginewright.targets.weights import settle_weights
+from enginewright.tracing import axes_of, program_on_demand, sizes_of
 from enginewright.validation.fidelity import non_finite
 from enginewright.validation.inputs import completed
 
@@ -91,6 +93,8 @@ class Run:
     """What was exported."""
     part_hints: dict[str, dict[str, LayerHint]] = field(default_factory=dict)
     """Hints under the paths of each exported network, by its name."""
+    programs: dict[str, Callable[[], ExportedProgram]] = field(default_factory=dict)
+    """What gives each exported network as an exported program, by its name, while targets are built."""
     state: State | None = None
     """Where the run is; None before the first step."""
 
@@ -218,6 +222,7 @@ def export(
                 run.notes.append(linked)
                 progress.line(linked)
         targets = [build(run, step, folder) for step in recipe.targets]
+        run.programs.clear()
         targets, pictures, how = validate(run, module, folder, targets)
         report = make_report(run, targets, pictures, how, time.perf_counter() - began)
         write_artifact(run, report, folder, lies or artifact.place_of(out))
@@ -235,6 +240,10 @@ def write_networks(run: Run, module: nn.Module, folder: Path) -> None:
         # What the untouched model of one network answers at other sizes is known.
         calls = run.sized if program == SOLE and not run.results and not run.recipe.head.validation.skip else None
         write_graph(run, called, network, graph_of(folder, name), calls)
+        if not isinstance(network, GraphModule):
+            run.programs[name] = program_on_demand(
+                called, network, partial(run.example, called, **sizes_of(called)), dtype=run.recipe.head.export.dtype
+            )
     run.program = part_in_two(program, folder)
     write_program(run.program, folder)
 
@@ -268,7 +277,9 @@ def write_plans(run: Run, folder: Path) -> None:
     """``plans/NN-name.json`` for each step."""
     (folder / "plans").mkdir()
     for number, (step, result, _) in enumerate(run.results):
-        result.plan.write(folder / "plans" / f"{number + 1:02d}-{step.name()}.json", version=__version__)
+        result.plan.write(
+            folder / "plans" / f"{number + 1:02d}-{step.name()}.json", by=step.declared, version=__version__
+        )
 
 
 def write_graph(
@@ -278,18 +289,11 @@ def write_graph(
     if isinstance(module, GraphModule):
         save(module.graph.clone(), path, embed=run.recipe.head.export.embed_weights)
         return
-    sizes = {d.name: traced_at(d) for spec in model.inputs for d in spec.shape if not isinstance(d, int)}
-    dynamic = {
-        spec.name: {
-            i: (d.name, d.low, d.high, d.multiple_of) for i, d in enumerate(spec.shape) if not isinstance(d, int)
-        }
-        for spec in model.inputs
-    }
     settings = run.recipe.head.export
     export_onnx(
         module,
-        run.example(model, **sizes),
-        dynamic=dynamic,
+        run.example(model, **sizes_of(model)),
+        dynamic=axes_of(model),
         outputs=model.outputs,
         path=path,
         embed=settings.embed_weights,
@@ -299,11 +303,6 @@ def write_graph(
         seed = run.recipe.head.seed + at_sizes.SEED
         proof = at_sizes.prove(path, replace(model, module=module), calls, threads=run.threads, seed=seed)
         run.proofs |= {path.stem: proof} if proof else {}
-
-
-def traced_at(d: Dim) -> int:
-    """The size to trace a dimension at: the typical one, but no 1, which the tracer takes for a constant."""
-    return d.typical if d.typical > 1 else min(2, d.high)
 
 
 def build(run: Run, step: TargetStep, folder: Path) -> record.TargetRecord:
@@ -378,6 +377,7 @@ def build_one(run: Run, step: TargetStep, part: str, folder: Path) -> Built:
         links=run.links,
         untouched=not run.results and isinstance(run.model.module, GraphModule),
         source=source_of(run.state.module) if run.state else None,
+        program=run.programs.get(part),
     )
     return step.target.build(graph, engine)
 

@@ -22,13 +22,15 @@ from enginewright.ground.driver import Driver
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import PREPARE, SOLE, STEP, Network, Program, parted
 from enginewright.ground.reading import read_json
-from enginewright.ground.runner import Runner
+from enginewright.ground.runner import Runner, Values, clock_of, device_of, to_device_of
 from enginewright.ground.signature import Arrays
 from enginewright.passes.contract import NewInput
 from enginewright.passes.kernel.graph_module import GraphModule
+from enginewright.passes.networks import TENSORS
 from enginewright.recipe import TargetStep
 from enginewright.sources.contract import Model
 from enginewright.targets.contract import ShapeRange
+from enginewright.targets.devices import holds_tensors, on_host
 from enginewright.targets.split_graph import split_graph
 from enginewright.targets.weights import load_graph
 from enginewright.validation.inputs import draw
@@ -161,7 +163,43 @@ def runner_of(step: TargetStep, folder: Path, threads: int, module: Callable[[],
     program = read_program(folder)
     if program == SOLE:
         return load("")
-    return Driver(program=program, networks={name: load(name) for name in program.networks})
+    return on_one_device(Driver(program=program, networks={name: load(name) for name in program.networks}))
+
+
+def on_one_device(driver: Driver) -> Runner:
+    """The same program; where all its engines take tensors on one device, what passes between them stays there."""
+    ways = [to_device_of(network) for network in driver.networks.values()]
+    devices = {device_of(network) for network in driver.networks.values()}
+    return OnDevice(driver, devices.pop()) if len(devices) == 1 and all(ways) else driver
+
+
+class OnDevice:
+    """A program whose values lie on one device from call to call; called with arrays or tensors, it answers in kind.
+
+    Args:
+        runner: whose networks all take tensors there.
+        device: where.
+    """
+
+    def __init__(self, runner: Driver, device: str) -> None:
+        self.runner, self.device = replace(runner, kind=TENSORS), device
+        self.clock = clock_of(next(iter(runner.networks.values())))
+
+    def to_device(self, inputs: Arrays) -> Values:
+        """Named arrays -> named tensors on the device."""
+        to_device = to_device_of(next(iter(self.runner.networks.values())))
+        assert to_device is not None
+        return to_device(inputs)
+
+    def __call__(self, inputs: Values) -> Values:
+        """Named inputs -> named outputs."""
+        if holds_tensors(inputs):
+            return self.runner(inputs)
+        return dict(on_host(self.runner(self.to_device(inputs))))
+
+    def first_non_finite(self, inputs: Arrays) -> str:
+        """What the first network says that can tell; empty where none can."""
+        return self.runner.first_non_finite(self.to_device(inputs))
 
 
 def notes_of(runner: Any) -> list[str]:

@@ -35,6 +35,7 @@ from enginewright.ground.errors import FaultsError, ToolchainError, invalid, rai
 from enginewright.ground.facts import Missing, legal_order, missing
 from enginewright.ground.reading import read_toml
 from enginewright.passes.contract import WORDS, Pass
+from enginewright.targets import machine
 from enginewright.targets.contract import Target
 from enginewright.validation.gates import GateBound, parse
 from enginewright.validation.gates import gate_names as gates_of
@@ -245,28 +246,12 @@ WHOLE = "whole"
 NAME = re.compile("[A-Za-z0-9_]+")
 """What a target may be called, since folders and gates are named after it."""
 
-CGROUPS = Path("/sys/fs/cgroup")
-"""Where Linux says how much of the processors a container may use."""
-
 
 def threads_here() -> int:
     """Cores that this process may use: those it may run on, and no more than a container's quota is worth."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = quota_of(CGROUPS)
+    quota = machine.core_quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
-
-
-def quota_of(place: Path) -> float | None:
-    """How many cores a container's quota is worth; None where there is none, or nothing says so."""
-    try:
-        if (place / "cpu.max").exists():
-            quota, period = (place / "cpu.max").read_text().split()
-        else:
-            quota, period = ((place / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        found = float(quota) / float(period)
-    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
-        return None
-    return found if found > 0 else None
 
 
 def read(path: Path) -> Recipe:

@@ -15,6 +15,7 @@ from enginewright.ground.signature import Dim, InputSpec, rows_of
 from enginewright.programs import graph_of, place_of
 from enginewright.recipe import TargetStep
 from enginewright.reports.deploying import Engine, Value
+from enginewright.targets.aot_inductor_engine import PACKAGE
 from enginewright.targets.contract import Target
 from enginewright.targets.onnx_files import external_files
 from enginewright.targets.onnxruntime_engine import (
@@ -104,12 +105,12 @@ def one_engine(
             passed=passed,
         )
     model = onnx.load(graph_of(folder, part), load_external_data=False)
-    is_program = (place / PROGRAM).is_file()
+    file = next((name for name in (PROGRAM, PACKAGE) if (place / name).is_file()), PLAN)
     return Engine(
-        kind="python" if is_program else getattr(target, "module", target.name()),
+        kind="python" if file == PROGRAM else getattr(target, "module", target.name()),
         folder=place.name,
-        file=PROGRAM if is_program else PLAN,
-        files=sizes(place, folder) if is_program else by_path({place / PLAN}, folder),
+        file=file,
+        files=by_path({place / file}, folder) if file == PLAN else sizes(place, folder),
         inputs=values(model.graph.input, dims, specs),
         outputs=values(model.graph.output, dims, specs),
         passed=passed,

@@ -7,6 +7,9 @@ spinning for a while, and its weights fill the caches. Each turn therefore opens
 Turns do not cure everything: where other programs take the cores, a runtime whose threads wait for one another stalls
 for whole time slices and another does not, so the ratio leans to one side. How often a call was interrupted is counted
 beside its time, and a ratio from interrupted calls is called unsafe.
+
+Each runner is timed by the clock of its own device, and gets its inputs on that device: they are placed there once,
+before the first call, so that no transfer is timed where a runner can do without.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from statistics import median
 import numpy as np
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.runner import Runner
+from enginewright.ground.runner import Runner, Values, clock_of, inputs_for
 from enginewright.ground.signature import Arrays
 from enginewright.validation.statistics import Floats, bootstrap_median, bootstrap_ratio
 
@@ -132,7 +135,7 @@ def time_in_turns(
 
     Args:
         runners: by name, the original among them.
-        inputs: what every call gets.
+        inputs: what every call gets; placed once on the device of each runner that takes tensors there.
         warm_up: uncounted calls of each runner before the first round.
         samples: counted calls of each runner.
         seed: of the order in which the runners take their turns, drawn anew for each round.
@@ -144,10 +147,12 @@ def time_in_turns(
         ToolchainError: no runner, or a count that is too small.
     """
     _check_counts(runners, warm_up, samples, block)
+    given = {name: inputs_for(runner, inputs) for name, runner in runners.items()}
     for name, runner in runners.items():
         say(f"warming up {name}")
         for _ in range(warm_up):
-            runner(inputs)
+            runner(given[name])
+        clock_of(runner)()  # what was launched is done before another runner starts
 
     order, shuffle = list(runners), random.Random(seed).shuffle
     taken = {name: Samples(wall_s=[], cpu_s=[], interrupted=[]) for name in runners}
@@ -160,10 +165,10 @@ def time_in_turns(
             with _no_collection():
                 for name in order:
                     if name != last:
-                        _settle(runners[name], inputs, settle_s)
+                        _settle(runners[name], given[name], settle_s)
                         last = name
                     for _ in range(min(block, samples - len(taken[name].wall_s))):
-                        _time_call(runners[name], inputs, taken[name])
+                        _time_call(runners[name], given[name], taken[name])
     return taken
 
 
@@ -247,19 +252,21 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _settle(runner: Runner, inputs: Arrays, settle_s: float) -> None:
-    end = time.perf_counter() + settle_s
+def _settle(runner: Runner, inputs: Values, settle_s: float) -> None:
+    clock = clock_of(runner)
+    end = clock() + settle_s
     runner(inputs)
-    while time.perf_counter() < end:
+    while clock() < end:
         runner(inputs)
 
 
-def _time_call(runner: Runner, inputs: Arrays, taken: Samples) -> None:
+def _time_call(runner: Runner, inputs: Values, taken: Samples) -> None:
     """Run once; the clocks that are not the result's own are read outside of it."""
+    clock = clock_of(runner)
     interrupted, cpu = _interruptions(), time.process_time()
-    start = time.perf_counter()
+    start = clock()
     runner(inputs)
-    taken.wall_s.append(time.perf_counter() - start)
+    taken.wall_s.append(clock() - start)
     taken.cpu_s.append(time.process_time() - cpu)
     after = _interruptions()
     if interrupted is not None and after is not None:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from enginewright.ground.errors import ToolchainError, invalid, raise_faults
 from enginewright.ground.reading import read_json
+from enginewright.ground.runner import CPU
 from enginewright.ground.writing import write_where_told
 from enginewright.validation.contract import Metric
 from enginewright.validation.metrics import load_metrics
@@ -330,11 +331,17 @@ def _timed(value: float, low: float, high: float, tolerance: Tolerance) -> Figur
 
 
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record's environment, and the threads and input shapes of each timed target."""
+    """The record's environment; and of each timed target the threads, the input shapes, and its device if no CPU."""
     timed = {name: target["latency"] for name, target in _named_targets(record) if target.get("latency")}
     threads = {name: each["threads"] for name, each in timed.items()}
     shapes = {name: each["shapes"] for name, each in timed.items() if each.get("shapes")}
-    return {**record["environment"], "latency_threads": threads, **({"latency_shapes": shapes} if shapes else {})}
+    devices = {name: each["device"] for name, each in timed.items() if each.get("device", CPU) != CPU}
+    more = {"latency_shapes": shapes, "latency_devices": devices}
+    return {
+        **record["environment"],
+        "latency_threads": threads,
+        **{key: by_target for key, by_target in more.items() if by_target},
+    }
 
 
 def _compare(key: str, then: Figure, now: Figure | None, baseline: Baseline, record: Mapping[str, Any]) -> Comparison:
@@ -412,6 +419,9 @@ def _other_machine(target: str, then: Mapping[str, Any], now: Mapping[str, Any])
     )
     if threads[0] != threads[1]:
         return f"another number of threads: {threads[0]} then, {threads[1]} now"
+    devices = [device or CPU for device in _of_target("latency_devices", target, then, now)]
+    if devices[0] != devices[1]:
+        return f"another device: {devices[0]} then, {devices[1]} now"
     return "" if shapes[0] == shapes[1] or None in shapes else f"other inputs: {shapes[0]} then, {shapes[1]} now"
 
 

@@ -29,7 +29,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, ONE_NETWORK, SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way
 from enginewright.ground.signature import Dim, Signature, rows_of
-from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs
+from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan, macs
 from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import Look, evaluating, looking
@@ -45,12 +45,20 @@ WHOLE, SHORT = "whole", "short"
 """Names of the two networks."""
 
 
+class ReusedBlocks(Decision):
+    """The blocks of a stack that are left out at some steps."""
+
+    blocks: tuple[int, ...] = Field(description="blocks that are left out, rising from 0 and without gaps")
+    of: int = Field(description="blocks that the stack has")
+
+
 class ReuseBlocks(Pass):
     """Leave a range of blocks out at most steps, and reuse what they added at the last step that ran whole."""
 
     by_layer: ClassVar[bool] = False
     requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, SINGLE_ROWS, ALL_INPUTS, UNBLENDED_ATTENTION)
     destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, STATELESS_CALLS)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (ReusedBlocks,)
 
     interval: int = Field(2, ge=1, description="one step in so many runs whole, the first included (DeepCache's N)")
     whole: tuple[int, ...] = Field((), description="steps that run whole, from 0 and rising, instead of an interval")
@@ -70,7 +78,7 @@ class ReuseBlocks(Pass):
     rows: int = Field(4, ge=1, description="calibration rows for each timestep: those of the nearest timesteps")
     exclude: tuple[str, ...] = Field((), description="glob patterns of stacks of blocks that always run whole")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[ReusedBlocks]:
         """Choose the steps and the blocks.
 
         Raises ``ToolchainError`` for an input that is no timestep, steps that are none, blocks that must stay or are
@@ -115,20 +123,21 @@ class ReuseBlocks(Pass):
             "macs": costs(whole, short, table),
             "notes": notes(whole, short, table),
         }
-        return Plan(choice={path: {"blocks": blocks, "of": len(stacks[path].blocks)}}, skipped=skipped, facts=facts)
+        reused = ReusedBlocks(blocks=tuple(blocks), of=len(stacks[path].blocks))
+        return Plan(choice={path: reused}, skipped=skipped, facts=facts)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[ReusedBlocks]) -> nn.Module:
         """The whole network and the short one. Raises ``ToolchainError`` for a stack of another length."""
-        for path, entry in plan.choice.items():
+        for path, reused in plan.choice.items():
             count = len(layer_at(model, path, BlockStack).blocks)
-            if count != entry["of"]:
-                raise ToolchainError(f"the plan is for a stack of {entry['of']} blocks; this has {count}", where=path)
+            if count != reused.of:
+                raise ToolchainError(f"the plan is for a stack of {reused.of} blocks; this has {count}", where=path)
             network, place = only_network(model)
             [own] = local({path: None}, place)
-            short = taking(share(network), own, entry["blocks"])
-            whole = giving(network, own, entry["blocks"])
+            short = taking(share(network), own, reused.blocks)
+            whole = giving(network, own, reused.blocks)
             once = {
-                each: replace(found, modules=moved(found.modules, own, entry["blocks"], each))
+                each: replace(found, modules=moved(found.modules, own, reused.blocks, each))
                 for each in (WHOLE, SHORT)
                 for found in program_of(model).hoisted.values()
             }

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, FLOAT_WEIGHTS, ONE_NETWORK, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Table
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.masking import columns_of, mask_units
 from enginewright.passes.kernel.audit import unproven
@@ -43,6 +43,15 @@ from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at, l
 Layer = HeadedAttention | FeedForward
 
 
+class SlicedLayer(Decision):
+    """The units of a layer that each stretch of timesteps needs."""
+
+    arrays: ClassVar[Mapping[str, str]] = {".mask": "1 where a timestep needs a unit (T, U), uint8"}
+
+    of: int = Field(description="units of the layer")
+    kept: tuple[tuple[int, ...], ...] = Field(description="for each stretch the units that stay, rising from 0")
+
+
 class SliceWidthByTimestep(Pass):
     """Cut attention and feed-forwards to what a timestep needs: one network for each stretch of timesteps."""
 
@@ -50,6 +59,7 @@ class SliceWidthByTimestep(Pass):
     by_layer: ClassVar[bool] = False
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, ONE_NETWORK, ALL_INPUTS, UNBLENDED_ATTENTION)
     destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (SlicedLayer,)
     looks_for: ClassVar[str] = "attention layers and feed-forwards that a family knows"
 
     share: float = Field(
@@ -71,7 +81,7 @@ class SliceWidthByTimestep(Pass):
     rows: int = Field(default=4, ge=1, description="calibration rows for each timestep: those of the nearest timesteps")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of layer paths left alone")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[SlicedLayer]:
         """Score every unit at every timestep, and choose masks, stretches and what each stretch keeps.
 
         Raises ``ToolchainError`` for an unknown input, one that is no timestep, an ``exclude`` that matches nothing.
@@ -89,13 +99,13 @@ class SliceWidthByTimestep(Pass):
         if not scores:
             return Plan(choice={}, skipped=skipped)
         masks, table, facts = self.decide(scores, costs)
-        choice, arrays = {}, {}
+        choice, arrays = dict[str, SlicedLayer](), dict[str, Tensor]()
         for path, mask in masks.items():
             if mask.all():
                 skipped[path] = "all of it is needed at every timestep"
                 continue
             kept = [np.flatnonzero(mask[np.array(table) == k].any(axis=0)).tolist() for k in range(max(table) + 1)]
-            choice[path] = {"of": mask.shape[1], "kept": kept}
+            choice[path] = SlicedLayer(of=mask.shape[1], kept=tuple(map(tuple, kept)))
             arrays[f"{path}.mask"] = torch.from_numpy(mask.astype(np.uint8))
         shared = shared_inputs(context, context.calibration[0], like=resolved.input)
         facts |= {
@@ -106,13 +116,13 @@ class SliceWidthByTimestep(Pass):
         }
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[SlicedLayer]) -> nn.Module:
         """One copy of the model for each stretch, cut and masked. Raises ``ToolchainError`` for another model."""
         if not plan.choice:
             return model
         times, numbers = plan.facts["timesteps"], torch.tensor(plan.facts["table"])
         whole, place = only_network(model)
-        own_plan = replace(plan, choice=local(plan.choice, place), arrays=local(plan.arrays, place))
+        own_plan: Plan[SlicedLayer] = replace(plan, choice=local(plan.choice, place), arrays=local(plan.arrays, place))
         networks = {}
         for number in range(int(numbers.max()) + 1):
             own = numbers == number
@@ -121,25 +131,25 @@ class SliceWidthByTimestep(Pass):
         table = Table(input=plan.facts["input"], timesteps=tuple(times), ways=tuple(plan.facts["table"]))
         return switched(model, networks, table, shared=plan.facts["shared"])
 
-    def narrowed(self, model: nn.Module, plan: Plan, number: int, own: Tensor, at: list[float]) -> nn.Module:
+    def narrowed(
+        self, model: nn.Module, plan: Plan[SlicedLayer], number: int, own: Tensor, at: list[float]
+    ) -> nn.Module:
         """Cut a model, in place, to what one stretch needs; ``own`` (T,) says which timesteps are its."""
         masks: list[tuple[str, Tensor]] = []
-        for path, entry in plan.choice.items():
-            kept = entry["kept"][number]
+        for path, sliced in plan.choice.items():
+            kept = sliced.kept[number]
             layer = self.layer(model, path)
             if isinstance(layer, HeadedAttention):
                 units = layer.heads
-                if units == entry["of"] and len(kept) < units:
+                if units == sliced.of and len(kept) < units:
                     layer.keep_heads(kept)
             else:
-                units, width = entry["of"], layer.hidden // entry["of"]
+                units, width = sliced.of, layer.hidden // sliced.of
                 if len(kept) < units:
                     layer.keep_hidden([unit * width + i for unit in kept for i in range(width)])
-            if units != entry["of"]:
-                raise ToolchainError(
-                    f"the plan is for a layer of {entry['of']} heads; this one has {units}", where=path
-                )
-            masks.append((path, plan.arrays[f"{path}.mask"][own][:, kept]))
+            if units != sliced.of:
+                raise ToolchainError(f"the plan is for a layer of {sliced.of} heads; this one has {units}", where=path)
+            masks.append((path, plan.array(f"{path}.mask")[own][:, list(kept)]))
         layers = [(self.layer(model, path), mask) for path, mask in masks]
         return mask_units(model, layers, plan.facts["input"], at)
 

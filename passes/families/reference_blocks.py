@@ -1,4 +1,4 @@
-"""How our own reference blocks answer."""
+"""How our own reference models answer, whose classes declare what they are."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from enginewright.passes.kernel.surgery import (
     projected_attention,
     projected_feed_forward,
 )
-from enginewright.passes.traits import BlockStack, FeedForward, FixedAttention, HeadedAttention, StreamBlock, only
+from enginewright.passes.traits import (
+    BlockStack,
+    DeclaredAttention,
+    DeclaredFeedForward,
+    FeedForward,
+    FixedAttention,
+    HeadedAttention,
+    StreamBlock,
+    only,
+)
 
 
 def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
-    """``SelfAttention``: ``qkv`` stacks all queries, then all keys, then all values; ``proj`` reads the heads."""
-    if not all(hasattr(module, name) for name in ("qkv", "proj", "heads", "head_dim")):
+    """A declared attention layer."""
+    if not isinstance(module, DeclaredAttention):
         return None
     return projected_attention(
         ProjectedAttention(
             core=module,
-            inputs=("qkv",),
-            stacks=3,
+            inputs=module.writers,
+            stacks=3 // len(module.writers),
             holder=module,
-            output_name="proj",
-            heads=module.heads,  # type: ignore[arg-type]
-            head_dim=module.head_dim,  # type: ignore[arg-type]
+            output_name=module.reader,
+            heads=module.heads,
+            head_dim=module.head_dim,
             counts={"heads": 1},
             gives="tensor",
         )
@@ -33,20 +42,20 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
 
 
 def feed_forward(module: nn.Module) -> FeedForward | None:
-    """``Mlp``: ``fc1``, an activation, ``fc2``."""
-    if not all(hasattr(module, name) for name in ("fc1", "act", "fc2")):
+    """A declared feed-forward."""
+    if not isinstance(module, DeclaredFeedForward):
         return None
+    writers = tuple((module, name) for name in module.writers)
     return projected_feed_forward(
-        ProjectedFeedForward(layer=module, writers=((module, "fc1"),), stacks=1, reader=(module, "fc2"))
+        ProjectedFeedForward(layer=module, writers=writers, stacks=1, reader=(module, module.reader))
     )
 
 
 def stack(module: nn.Module) -> BlockStack | None:
-    """A list of blocks that declare themselves, or that have ``attn`` and ``mlp``."""
+    """A list of blocks that declare themselves."""
     if not isinstance(module, nn.ModuleList) or not len(module):
         return None
-    fits = all(isinstance(block, StreamBlock) or (hasattr(block, "attn") and hasattr(block, "mlp")) for block in module)
-    return BlockStack(module) if fits else None
+    return BlockStack(module) if all(isinstance(block, StreamBlock) for block in module) else None
 
 
 RECOGNISERS = {

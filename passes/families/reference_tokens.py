@@ -7,19 +7,18 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from enginewright.passes.kernel.surgery import own_parts
-from enginewright.passes.traits import TokenBlock, TokenStack
+from enginewright.passes.traits import FusedAttention, ModulatedBlock, PatchNetwork, TokenBlock, TokenStack
 
 PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
 
 
-class AdaptiveBlock(TokenBlock):
-    """DiT's block: two halves, each with shift, scale and gate from the condition c (B, D)."""
+class CallOfModulatedBlock(TokenBlock):
+    """A ``ModulatedBlock`` called with the condition c (B, D)."""
 
     def __init__(self, block: nn.Module, *inputs: Any, **named: Any) -> None:
         self.block = whole = cast(Any, block)
         (c,) = inputs or named.values()
-        parts = whole.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
-        self.shift_a, self.scale_a, self.gate_a, self.shift_m, self.scale_m, self.gate_m = (p[:, None] for p in parts)
+        self.shift_a, self.scale_a, self.gate_a, self.shift_m, self.scale_m, self.gate_m = whole.modulation(c)
 
     def attention_input(self, x: Tensor) -> Tensor:
         """Norm, scale and shift."""
@@ -27,10 +26,7 @@ class AdaptiveBlock(TokenBlock):
 
     def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the fused projection."""
-        layer = self.block.attn
-        qkv = layer.qkv(y).unflatten(-1, (3, layer.heads, layer.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        return self.block.attn.heads_of(y)
 
     def output(self, mixed: Tensor) -> Tensor:
         """The output projection."""
@@ -54,16 +50,17 @@ class AdaptiveBlock(TokenBlock):
 
 
 def stack(module: nn.Module) -> TokenStack | None:
-    """``DiT``: ``blocks`` of exactly the parts that are known here, and patches that all come out again."""
-    blocks = getattr(module, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks) or not hasattr(module, "x_embedder"):
+    """A declared network of declared blocks, none of which holds anything else or attends in another way."""
+    if not isinstance(module, PatchNetwork) or not len(module.blocks):
         return None
-    if any(set(own_parts(block)) != PARTS for block in blocks):
-        return None
-    attentions = [block.get_submodule("attn") for block in blocks]
-    if any(set(own_parts(layer)) != {"qkv", "proj"} or not hasattr(layer, "head_dim") for layer in attentions):
-        return None
-    return TokenStack(holder=module, name="blocks", path="blocks", block=AdaptiveBlock, square=True, reads_all=True)
+    for block in module.blocks:
+        if not isinstance(block, ModulatedBlock) or set(own_parts(block)) != PARTS:
+            return None
+        if not isinstance(block.attn, FusedAttention) or set(own_parts(block.attn)) != {"qkv", "proj"}:
+            return None
+    return TokenStack(
+        holder=module, name="blocks", path="blocks", block=CallOfModulatedBlock, square=True, reads_all=True
+    )
 
 
 RECOGNISERS = {TokenStack: (stack,)}

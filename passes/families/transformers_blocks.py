@@ -116,8 +116,10 @@ def fused_feed_forward(module: nn.Module) -> FeedForward | None:
 
 
 def feed_forward(module: nn.Module) -> FeedForward | None:
-    """``ViTMLP`` and its like: ``fc1``, an activation, ``fc2``."""
-    if not (hasattr(module, "fc1") and hasattr(module, "fc2") and hasattr(module, "activation_fn")):
+    """``ViTMLP``, ``VitDetMlp`` and their like: ``fc1``, an activation, ``fc2``."""
+    if not (hasattr(module, "fc1") and hasattr(module, "fc2")):
+        return None
+    if not (hasattr(module, "activation_fn") or hasattr(module, "act")):
         return None
     return projected_feed_forward(
         ProjectedFeedForward(layer=module, writers=((module, "fc1"),), stacks=1, reader=(module, "fc2"))
@@ -158,10 +160,15 @@ def feed_forward_in_two(module: nn.Module) -> FeedForward | None:
 
 
 def stack(module: nn.Module) -> BlockStack | None:
-    """A list of layers (``ViTLayer``, ``BertLayer``, ``LlamaDecoderLayer``), each with an attention of its own."""
+    """A list of layers (``ViTLayer``, ``BertLayer``, ``LlamaDecoderLayer``), each with an attention of its own.
+
+    ``GPT2Block``, ``Qwen2VLVisionBlock`` and their like are known by their halves ``attn`` and ``mlp``.
+    """
     if not isinstance(module, nn.ModuleList) or not len(module):
         return None
     layers = list(module)
+    if all(hasattr(layer, "attn") and hasattr(layer, "mlp") for layer in layers):
+        return BlockStack(module)
     alike = all(type(layer) is type(layers[0]) and type(layer).__name__.endswith("Layer") for layer in layers)
     attends = all(hasattr(layer, "attention") or hasattr(layer, "self_attn") for layer in layers)
     return BlockStack(module) if alike and attends else None

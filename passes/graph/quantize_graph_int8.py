@@ -25,12 +25,12 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_GRAPH, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.graph.pairs import PairWriter
 from enginewright.passes.graph.products import KINDS, PATCHES, Product, product_of, reason_for_other
 from enginewright.passes.kernel.graph_module import GraphModule, graph_of
 from enginewright.passes.kernel.observe import calls_of
-from enginewright.passes.kernel.scales import Observer, arithmetic, error_in_8_bits, scale_of, unusable
+from enginewright.passes.kernel.scales import Int8Product, Observer, arithmetic, error_in_8_bits, scale_of, unusable
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.statistics import ROWS, InputStatistics
 
@@ -45,6 +45,12 @@ class Seen(NamedTuple):
     output: InputStatistics | None
 
 
+class QuantizedProduct(Int8Product):
+    """How a product of a graph is computed in 8 bits."""
+
+    output_scale: float | None = Field(None, description="of a convolution's output")
+
+
 class QuantizeGraphInt8(Pass):
     """Put 8-bit pairs before the products of an ONNX graph: symmetric, weights per channel, activations per tensor."""
 
@@ -52,6 +58,7 @@ class QuantizeGraphInt8(Pass):
     needs_calibration: ClassVar[bool] = True
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_GRAPH,)
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_GRAPH,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (QuantizedProduct,)
 
     observer: Observer = Field(
         "max", description="how an activation's scale is chosen: largest value, a percentile, or least squared error"
@@ -68,21 +75,21 @@ class QuantizeGraphInt8(Pass):
         """What it writes."""
         return ("int8",)
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[QuantizedProduct]:
         """Choose a scale for each product's input, and find where a CPU's 16-bit sums would saturate."""
         before = graph_of(model)
         graph = at_opset(before)
         products, skipped = self.sort(graph)
         check_patterns(self.exclude, [*products, *skipped], what="node")
         seen = record(graph, products, context, histogram=self.observer == "percentile")
-        choice = {}
+        choice: dict[str, QuantizedProduct] = {}
         for number, (name, product) in enumerate(products.items()):
             context.say(number, len(products), f"choosing scales: {name}")
             if reason := unusable(seen[name].input):
                 skipped[name] = reason
                 continue
             decision = self.choose(product, seen[name])
-            error = error_in_8_bits(product.by_group(seen[name].input.rows()), float(decision["input_scale"]))
+            error = error_in_8_bits(product.by_group(seen[name].input.rows()), decision.input_scale)
             if error > self.max_error:
                 skipped[name] = f"its own relative error in 8 bits is {error:.2g} on the calibration inputs"
             else:
@@ -118,17 +125,18 @@ class QuantizeGraphInt8(Pass):
             return f"has {product.weight.const_value.size} weights, fewer than {self.smallest}"
         return ""
 
-    def choose(self, product: Product, seen: Seen) -> dict[str, float | bool | str]:
+    def choose(self, product: Product, seen: Seen) -> QuantizedProduct:
         """The input's scale, a convolution's output's, and whether 16-bit sums saturate in any of its groups."""
         scale = partial(scale_of, observer=self.observer, percentile=self.percentile)
-        choice: dict[str, float | bool | str] = {"precision": "int8", "input_scale": scale(seen.input)}
+        scales = {"input_scale": scale(seen.input)}
         if seen.output is not None and not unusable(seen.output):
-            choice["output_scale"] = scale(seen.output)
+            scales["output_scale"] = scale(seen.output)
         plain = product.node.op_type != "Conv"
         sums = [arithmetic(rows, weight, products=plain) for rows, weight in product.by_group(seen.input.rows())]
-        return choice | max(sums, key=lambda found: (found["reduced_range"], found["saturating_share"]))
+        worst = max(sums, key=lambda found: (found["reduced_range"], found["saturating_share"]))
+        return QuantizedProduct(precision="int8", **scales, **worst)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[QuantizedProduct]) -> nn.Module:
         """Give each planned product its pairs, in a copy of the graph."""
         graph = at_opset(graph_of(model).clone())
         writer = PairWriter(graph)
@@ -136,7 +144,7 @@ class QuantizeGraphInt8(Pass):
             if decision := plan.choice.get(node.name or ""):
                 product = product_of(node)
                 assert isinstance(product, Product), f"{node.name} is no product any more: {product}"
-                writer.quantize(product, decision["input_scale"])
+                writer.quantize(product, decision.input_scale)
         common.RemoveUnusedNodesPass()(graph)
         return GraphModule(graph)
 

@@ -21,10 +21,10 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, UNBLENDED_ATTENTION, UNMARKED_HEADS, Fact
-from enginewright.passes.contract import Context, NewInput, Pass, Plan
-from enginewright.passes.heads.softpag import Perturbation, blocks_before, entries, names_of
+from enginewright.passes.contract import Context, Decision, NewInput, Pass, Plan
+from enginewright.passes.heads.softpag import Perturbation, PerturbedHeads, blocks_before, entries, names_of
 from enginewright.passes.kernel.audit import without_proof
-from enginewright.passes.kernel.heads import uncut
+from enginewright.passes.kernel.heads import on_other_rows, uncut
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import each_network, local
@@ -39,6 +39,7 @@ class PerturbHeads(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, UNMARKED_HEADS, STATELESS_CALLS)
     destroys: ClassVar[tuple[Fact, ...]] = (UNMARKED_HEADS, UNBLENDED_ATTENTION)
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (PerturbedHeads,)
 
     heads: dict[str, tuple[int, ...]] = Field(
         default={"*": ()},
@@ -69,12 +70,14 @@ class PerturbHeads(Pass):
             raise ValueError("it needs guidance = true")
         return value
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[PerturbedHeads]:
         """Find the heads. Raises ``ToolchainError`` for a pattern that matches no layer, or an absent head."""
         layers = dict(layers_of(model, HeadedAttention))
         skipped = uncut(model, layers)
         check_patterns(self.heads, [*layers, *skipped], what="attention layer", setting="heads")
         skipped |= unblended(layers, self.perturbation())
+        if self.u is None:
+            skipped |= on_other_rows(model, [path for path in layers if path not in skipped], context)
         skipped |= without_proof(model, {path: each for path, each in layers.items() if path not in skipped}, context)
         chosen = {path: self.chosen(path, layer) for path, layer in layers.items() if path not in skipped}
         skipped |= {path: "none of its heads was asked for" for path, heads in chosen.items() if not heads}
@@ -84,15 +87,15 @@ class PerturbHeads(Pass):
             facts["blocks_before"] = blocks_before(model, choice)
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[PerturbedHeads]) -> nn.Module:
         """Wrap projections, in place. Raises ``ToolchainError`` when a layer has not the heads of the plan."""
         return perturbed(model, plan, self.perturbation())
 
-    def new_inputs(self, plan: Plan) -> tuple[NewInput, ...]:
+    def new_inputs(self, plan: Plan[PerturbedHeads]) -> tuple[NewInput, ...]:
         """``pag_u`` and ``pag_w``, as far as they are not baked in."""
         return self.perturbation().inputs(len(names_of(plan.choice)))
 
-    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan[PerturbedHeads], context: Context) -> nn.Module:
         """The original, perturbed as far as that is baked in: what an input steers is as it was."""
         return perturbed_reference(model, plan, self.perturbation())
 
@@ -125,21 +128,21 @@ def unblended(layers: Mapping[str, HeadedAttention], how: Perturbation) -> dict[
     return reasons
 
 
-def perturbed_reference(original: nn.Module, plan: Plan, how: Perturbation) -> nn.Module:
+def perturbed_reference(original: nn.Module, plan: Plan[PerturbedHeads], how: Perturbation) -> nn.Module:
     """The original with these heads perturbed for good; itself where calls say how much, or its heads are others."""
     if how.u is None or (how.guidance and how.w is None):
         return original
     layers = dict(layers_of(original, HeadedAttention))
-    if any(path not in layers or layers[path].heads != entry["of"] for path, entry in plan.choice.items()):
+    if any(path not in layers or layers[path].heads != chosen.of for path, chosen in plan.choice.items()):
         return original
     return perturbed(share(original), plan, how)
 
 
-def perturbed(model: nn.Module, plan: Plan, how: Perturbation) -> nn.Module:
+def perturbed(model: nn.Module, plan: Plan[PerturbedHeads], how: Perturbation) -> nn.Module:
     """Carry a plan out, in place."""
-    for path, entry in plan.choice.items():
+    for path, chosen in plan.choice.items():
         found = layer_at(model, path, HeadedAttention).heads
-        if found != entry["of"]:
-            raise ToolchainError(f"the plan is for a layer of {entry['of']} heads; this one has {found}", where=path)
+        if found != chosen.of:
+            raise ToolchainError(f"the plan is for a layer of {chosen.of} heads; this one has {found}", where=path)
     names = [each.name for each in how.inputs(len(names_of(plan.choice)))]
     return each_network(model, lambda net, path: how.put_into(net, local(plan.choice, path), names))

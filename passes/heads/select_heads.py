@@ -25,13 +25,13 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, UNMARKED_HEADS, Fact
-from enginewright.passes.contract import SCORE_HELP, Context, Json, NewInput, Pass, Plan, Score, digest_of
+from enginewright.passes.contract import SCORE_HELP, Context, Decision, Json, NewInput, Pass, Plan, Score, digest_of
 from enginewright.passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
 from enginewright.passes.heads.search_log import SearchLog
-from enginewright.passes.heads.softpag import Perturbation, entries, names_of
+from enginewright.passes.heads.softpag import Perturbation, PerturbedHeads, entries, names_of
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
-from enginewright.passes.kernel.heads import keep_heads, uncut
+from enginewright.passes.kernel.heads import KeptHeads, held_in_state, keep_heads, on_other_rows, uncut
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.traits import HeadedAttention, layers_of
@@ -50,6 +50,7 @@ class SelectHeads(Pass):
 
     functions: ClassVar[tuple[str, ...]] = ("score",)
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (PerturbedHeads, KeptHeads)
 
     score: str = Field(
         default="",
@@ -83,6 +84,10 @@ class SelectHeads(Pass):
         skipped = uncut(model, layers)
         check_patterns(self.layers, [*layers, *skipped], what="attention layer", setting="layers")
         skipped |= self.left_out({path: layer for path, layer in layers.items() if path not in skipped})
+        if self.mode == "prune":
+            skipped |= held_in_state(model, layers)
+        elif not self.baked:
+            skipped |= on_other_rows(model, [path for path in layers if path not in skipped], context)
         skipped |= without_proof(model, {path: each for path, each in layers.items() if path not in skipped}, context)
         pool = {path: layer.heads for path, layer in layers.items() if path not in skipped}
         self.check_enough(pool)
@@ -247,11 +252,11 @@ class SelectHeads(Pass):
         if self.mode == "perturb":
             return entries(by_layer, model)
         return {
-            path: {
-                "kept": sorted(set(range(layer.heads)) - by_layer[path]),
-                "removed": sorted(by_layer[path]),
-                "of": layer.heads,
-            }
+            path: KeptHeads(
+                kept=tuple(sorted(set(range(layer.heads)) - by_layer[path])),
+                removed=tuple(sorted(by_layer[path])),
+                of=layer.heads,
+            )
             for path, layer in layers_of(model, HeadedAttention)
             if path in by_layer
         }

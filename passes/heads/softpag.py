@@ -16,10 +16,11 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from enginewright.passes.contract import Json, NewInput
+from enginewright.passes.contract import Decision, NewInput
 from enginewright.passes.kernel.rows import repeated_rows
 from enginewright.passes.kernel.surgery import linear_at
 from enginewright.passes.kernel.wrap import Around, Call, wrap
@@ -27,6 +28,14 @@ from enginewright.passes.traits import BlockStack, HeadedAttention, Stream, laye
 
 STRENGTH, WEIGHT = "pag_u", "pag_w"
 """Names of the inputs: how strongly each chosen head is perturbed, and how far the output moves away from that."""
+
+
+class PerturbedHeads(Decision):
+    """The heads of an attention layer that are perturbed."""
+
+    heads: tuple[int, ...] = Field(description="which, rising from 0")
+    of: int = Field(description="heads that the layer has")
+    first: int = Field(description="where they begin among all heads that are perturbed, in the model's order")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +66,7 @@ class Perturbation:
         """The layer's streams that are blended."""
         return tuple(stream for stream in layer.streams if self.rows == "all" or stream.tokens == "own")
 
-    def put_into(self, model: nn.Module, choice: Mapping[str, Json], names: Sequence[str]) -> nn.Module:
+    def put_into(self, model: nn.Module, choice: Mapping[str, PerturbedHeads], names: Sequence[str]) -> nn.Module:
         """Rewrite a network in place, which takes the inputs ``names`` afterwards.
 
         ``choice`` is what ``entries`` gave; of several networks by timestep one may have no chosen head.
@@ -65,10 +74,10 @@ class Perturbation:
         if not choice and not names:
             return model
         call = OngoingCall(copies=repeated_rows(model))
-        for path, entry in choice.items():
+        for path, chosen in choice.items():
             layer = layer_at(model, path, HeadedAttention)
             for stream in self.streams(layer):
-                blend_in(stream, layer, entry, call, place=f"{path}, {stream.tokens}")
+                blend_in(stream, layer, chosen, call, place=f"{path}, {stream.tokens}")
         guides = self.guidance and bool(choice)
         if guides:
             share_what_comes_before(model, call)
@@ -76,21 +85,21 @@ class Perturbation:
         return model
 
 
-def entries(chosen: Mapping[str, Iterable[int]], model: nn.Module) -> dict[str, Json]:
-    """A plan's choice: for each layer its chosen heads, how many it has, and where they begin among all chosen."""
-    found: dict[str, Json] = {}
+def entries(chosen: Mapping[str, Iterable[int]], model: nn.Module) -> dict[str, PerturbedHeads]:
+    """A plan's choice: for each layer its chosen heads."""
+    found: dict[str, PerturbedHeads] = {}
     first = 0
     for path, layer in layers_of(model, HeadedAttention):
         if heads := sorted(chosen.get(path, ())):
-            found[path] = {"heads": heads, "of": layer.heads, "first": first}
+            found[path] = PerturbedHeads(heads=tuple(heads), of=layer.heads, first=first)
             first += len(heads)
     return found
 
 
-def names_of(choice: Mapping[str, Json]) -> list[str]:
+def names_of(choice: Mapping[str, PerturbedHeads]) -> list[str]:
     """``LAYER:HEAD`` for each chosen head, in the order of ``pag_u``."""
-    layers = sorted(choice.items(), key=lambda item: item[1]["first"])
-    return [f"{path}:{head}" for path, entry in layers for head in entry["heads"]]
+    layers = sorted(choice.items(), key=lambda item: item[1].first)
+    return [f"{path}:{head}" for path, chosen in layers for head in chosen.heads]
 
 
 @dataclass
@@ -204,16 +213,14 @@ class BlendedHeads(nn.Module):
         return rows.view(-1, *[1] * (x.ndim - 2), rows.shape[1])
 
 
-def blend_in(
-    stream: Stream, layer: HeadedAttention, entry: Mapping[str, Json], call: OngoingCall, *, place: str
-) -> None:
+def blend_in(stream: Stream, layer: HeadedAttention, chosen: PerturbedHeads, call: OngoingCall, *, place: str) -> None:
     """Wrap the two projections of a stream."""
     values, output = linear_at(*stream.value), linear_at(*stream.output)
-    columns = torch.zeros(len(entry["heads"]), layer.heads, layer.head_dim, device=output.weight.device)
-    for row, head in enumerate(entry["heads"]):
+    columns = torch.zeros(len(chosen.heads), layer.heads, layer.head_dim, device=output.weight.device)
+    for row, head in enumerate(chosen.heads):
         columns[row, head] = 1
     blended = BlendedHeads(
-        output, call, place, columns.flatten(1), entry["first"], shared=stream.shared, head_dim=layer.head_dim
+        output, call, place, columns.flatten(1), chosen.first, shared=stream.shared, head_dim=layer.head_dim
     )
     setattr(*stream.value, NotedValues(values, call, place).train(values.training))
     setattr(*stream.output, blended.train(output.training))
@@ -227,7 +234,7 @@ def share_what_comes_before(model: nn.Module, call: OngoingCall) -> None:
                 wrap(block, GivenAgain(call))
 
 
-def blocks_before(model: nn.Module, choice: Mapping[str, Json]) -> dict[str, int]:
+def blocks_before(model: nn.Module, choice: Mapping[str, PerturbedHeads]) -> dict[str, int]:
     """By path of a stack, how many of its blocks come before the first one that holds a chosen head."""
     found = {}
     for path, stack in layers_of(model, BlockStack):

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.passes.contract import Context
+from enginewright.passes.contract import Context, Decision
 from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.rounding import QMAX, QMIN, significant, weight_scales
 from enginewright.passes.kernel.statistics import Histogram, InputStatistics
@@ -24,6 +25,16 @@ ROWS_ABOVE, ROWS_GAIN = 0.01, 0.7
 first, and with one for each row below the second times that."""
 
 Observer = Literal["max", "percentile", "mse"]
+
+
+class Int8Product(Decision):
+    """How a product is computed in 8 bits."""
+
+    precision: Literal["int8"] = Field(description="numbers of the weights and of the input")
+    input_scale: float = Field(description="of the input")
+    rows: bool = Field(description="whether each row of the input wants a scale of its own")
+    saturating_share: float = Field(description="of the 16-bit sums of a CPU that lacks products of bytes")
+    reduced_range: bool = Field(description="whether 7-bit weights are better on such a CPU")
 
 
 def calibration_facts(context: Context) -> dict[str, Any]:
@@ -109,9 +120,19 @@ def arithmetic(x: Tensor, weight: Tensor, *, products: bool = True) -> dict[str,
         ``rows``: whether each row should have a scale; ``saturating_share``: of the 16-bit sums; ``reduced_range``:
         whether 7-bit weights are better where sums saturate.
     """
+    weight = some_outputs(weight)
     rows = products and gains_by_rows(x, weight)
     full, reduced, share = saturation(x, weight, by_row=rows)
     return {"rows": rows, "saturating_share": float(f"{share:.3g}"), "reduced_range": full > reduced}
+
+
+OUTPUTS = 2048
+"""Outputs of a layer that its arithmetic is judged by: all 12,288 of a large one take seven times as long."""
+
+
+def some_outputs(weight: Tensor) -> Tensor:
+    """Rows of a weight (N, K), evenly spaced, and no more than are judged."""
+    return weight[torch.linspace(0, len(weight) - 1, min(OUTPUTS, len(weight))).long()]
 
 
 def least_squares_limit(x: Tensor, largest: float) -> float:

@@ -18,6 +18,7 @@ the even load: ``computed_share`` in the facts says what is computed, ``active_s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import DENSE_FEED_FORWARDS, FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.hidden_units import (
@@ -58,12 +59,29 @@ HELD_OUT = 8
 Routers = dict[str, tuple[Tensor, Tensor]]
 
 
+class DealtUnits(Decision):
+    """How the hidden units of a feed-forward are dealt to experts."""
+
+    arrays: ClassVar[Mapping[str, str]] = {
+        ".router.weight": "of the router, experts by width (E, D)",
+        ".router.bias": "of the router (E,)",
+    }
+
+    shared: tuple[int, ...] = Field(description="units that every token uses, rising from 0")
+    experts: tuple[tuple[int, ...], ...] = Field(description="units of each expert, rising")
+    of: int = Field(description="hidden units that there are")
+    top_k: int = Field(description="experts that each token uses")
+    gate: Gate = Field(description="what an expert's answer is multiplied by")
+    capacity: int = Field(description="slots that an expert has for the tokens of a sample")
+
+
 class DenseToMoe(Pass):
     """Put a mixture of experts, made of its own hidden units, in the place of every feed-forward."""
 
     needs_calibration: ClassVar[bool] = True
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, DENSE_FEED_FORWARDS)
     destroys: ClassVar[tuple[Fact, ...]] = (DENSE_FEED_FORWARDS,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (DealtUnits,)
 
     shared: float = Field(
         0.25, gt=0, lt=1, description="share of the hidden units that every token uses; takes the remainder too"
@@ -113,7 +131,7 @@ class DenseToMoe(Pass):
             raise ValueError(f"there are {info.data['experts']} experts")
         return top_k
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[DealtUnits]:
         """Deal the units, start the routers, and count the loads; facts give loads and overflow of each layer.
 
         Raises ``ToolchainError`` for weights without values, for an ``exclude`` pattern that matches no layer and for
@@ -136,17 +154,17 @@ class DenseToMoe(Pass):
         skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in loads}
         layers = {path: layer for path, layer in layers.items() if path in loads}
         choice = {
-            path: {
-                "shared": units[path][0],
-                "experts": units[path][1],
-                "of": layer.hidden,
-                "top_k": self.top_k,
-                "gate": self.gate,
-                "capacity": loads[path].capacity(drop=self.drop, headroom=self.headroom),
-            }
+            path: DealtUnits(
+                shared=tuple(units[path][0]),
+                experts=tuple(map(tuple, units[path][1])),
+                of=layer.hidden,
+                top_k=self.top_k,
+                gate=self.gate,
+                capacity=loads[path].capacity(drop=self.drop, headroom=self.headroom),
+            )
             for path, layer in layers.items()
         }
-        facts = {path: self.facts(entry, loads[path]) for path, entry in choice.items()}
+        facts = {path: self.facts(dealt, loads[path]) for path, dealt in choice.items()}
         notes = []
         if self.form == "capacity" and self.top_k and layers:
             later = loads
@@ -155,7 +173,7 @@ class DenseToMoe(Pass):
                 other = replace(context, calibration=fresh)
                 later = measure_loads(model, layers, groups, routers, other, top_k=self.top_k, gate=self.gate)
             notes.append(self.overflow_note(choice, later, fresh=later is not loads))
-        arrays = {f"{path}.router.{name}": tensor for path in layers for name, tensor in named(routers[path])}
+        arrays = {f"{path}.router.{name}": tensor for path in layers for name, tensor in by_parameter(routers[path])}
         return Plan(
             choice=choice,
             skipped=skipped,
@@ -163,9 +181,9 @@ class DenseToMoe(Pass):
             arrays=arrays,
         )
 
-    def overflow_note(self, choice: dict[str, Any], loads: dict[str, Loads], *, fresh: bool) -> str:
+    def overflow_note(self, choice: dict[str, DealtUnits], loads: dict[str, Loads], *, fresh: bool) -> str:
         """The largest share of choices that a layer drops. Raises ``ToolchainError`` where it is above the limit."""
-        shares = {path: loads[path].overflow(entry["capacity"]) for path, entry in choice.items()}
+        shares = {path: loads[path].overflow(dealt.capacity) for path, dealt in choice.items()}
         worst = max(shares, key=lambda path: shares[path])
         where = "calls that calibration did not meet" if fresh else "the calibration calls, for want of others"
         note = f"at most {shares[worst]:.2%} of a layer's choices of experts find no slot on {where} ({worst})"
@@ -177,29 +195,31 @@ class DenseToMoe(Pass):
             )
         return note
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[DealtUnits]) -> nn.Module:
         """Put the experts in, in this pass's form; all else is the plan's.
 
         Raises ``ToolchainError`` when a layer has not the units that the plan was made for.
         """
-        for path, entry in plan.choice.items():
+        for path, dealt in plan.choice.items():
             layer = layer_at(model, path, FeedForward)
-            if layer.hidden != entry["of"]:
+            if layer.hidden != dealt.of:
                 raise ToolchainError(
-                    f"the plan is for a layer of {entry['of']} hidden units; this one has {layer.hidden}", where=path
+                    f"the plan is for a layer of {dealt.of} hidden units; this one has {layer.hidden}", where=path
                 )
-            router = router_of(layer, *(plan.arrays[f"{path}.router.{name}"] for name in ("weight", "bias")))
-            layer.replace_in(model, path, self.mixture(layer, entry, router))
+            router = router_of(layer, *(plan.array(f"{path}.router.{name}") for name in ("weight", "bias")))
+            layer.replace_in(model, path, self.mixture(layer, dealt, router))
         return model
 
-    def mixture(self, layer: FeedForward, entry: dict[str, Any], router: nn.Linear) -> MixtureOfExperts:
+    def mixture(self, layer: FeedForward, dealt: DealtUnits, router: nn.Linear) -> MixtureOfExperts:
         """The layer's replacement."""
-        shared, parts = layer.standalone(entry["shared"]), expert_parts(layer, entry["experts"])
-        settings = {"top_k": entry["top_k"], "gate": entry["gate"]}
+        shared, parts = layer.standalone(dealt.shared), expert_parts(layer, dealt.experts)
         if self.form == "capacity":
-            slots = {"capacity": entry["capacity"], "products": self.products}
-            return CapacityExperts(shared, parts, router, **settings, **slots)
-        return (NonzeroExperts if self.form == "nonzero" else MaskedExperts)(shared, parts, router, **settings)
+            slots, products = dealt.capacity, self.products
+            return CapacityExperts(
+                shared, parts, router, top_k=dealt.top_k, gate=dealt.gate, capacity=slots, products=products
+            )
+        kind = NonzeroExperts if self.form == "nonzero" else MaskedExperts
+        return kind(shared, parts, router, top_k=dealt.top_k, gate=dealt.gate)
 
     def reason_to_skip(self, path: str, layer: FeedForward) -> str:
         """Why a feed-forward stays as it is; empty when it does not."""
@@ -254,23 +274,23 @@ class DenseToMoe(Pass):
             routers = balance(model, layers, routers, context, top_k=self.top_k)
         return {path: (weight.float(), bias.float()) for path, (weight, bias) in routers.items()}
 
-    def facts(self, entry: dict[str, Any], loads: Loads) -> dict[str, Any]:
+    def facts(self, dealt: DealtUnits, loads: Loads) -> dict[str, Any]:
         """Shares of the hidden units that a token uses and that are computed for it, and how the experts are loaded."""
-        each = len(entry["experts"][0])
-        slots = self.experts * entry["capacity"] / loads.tokens if self.top_k else 0.0
+        each = len(dealt.experts[0])
+        slots = self.experts * dealt.capacity / loads.tokens if self.top_k else 0.0
         counts = loads.all()
         return {
-            "active_share": rounded((len(entry["shared"]) + self.top_k * each) / entry["of"]),
-            "computed_share": rounded((len(entry["shared"]) + slots * each) / entry["of"]),
+            "active_share": rounded((len(dealt.shared) + self.top_k * each) / dealt.of),
+            "computed_share": rounded((len(dealt.shared) + slots * each) / dealt.of),
             "tokens": loads.tokens,
             "samples": len(counts),
             "load": counts.sum(0).tolist(),
             "largest_load": int(counts.max()),
-            "overflow": rounded(loads.overflow(entry["capacity"])),
+            "overflow": rounded(loads.overflow(dealt.capacity)),
         }
 
 
-def named(router: tuple[Tensor, Tensor]) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+def by_parameter(router: tuple[Tensor, Tensor]) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
     """A router's tensors with their names."""
     return ("weight", router[0]), ("bias", router[1])
 

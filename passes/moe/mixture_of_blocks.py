@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ONE_NETWORK, Fact
 from enginewright.ground.program import Table
-from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.probes import first_floating
@@ -39,6 +39,15 @@ from enginewright.passes.traits import BlockStack, layer_at
 Stacks = Mapping[str, BlockStack]
 
 
+class KeptBlocks(Decision):
+    """The blocks of a stack that run."""
+
+    kept: tuple[int, ...] | tuple[tuple[int, ...], ...] = Field(
+        description="blocks that run, rising from 0; where ranges of timesteps differ, those of each"
+    )
+    of: int = Field(description="blocks that the stack has")
+
+
 class MixtureOfBlocks(Pass):
     """Keep the most influential blocks of every group, chosen apart for each range of timesteps."""
 
@@ -46,6 +55,7 @@ class MixtureOfBlocks(Pass):
     by_layer: ClassVar[bool] = False
     requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
     destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (KeptBlocks,)
 
     group: int = Field(2, ge=1, description="neighbouring blocks in a group; the last group may have fewer")
     keep: int = Field(1, ge=1, description="blocks of a group that run; as many as the group has: nothing changes")
@@ -85,7 +95,7 @@ class MixtureOfBlocks(Pass):
             raise ValueError(f"low is {low}")
         return high
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[KeptBlocks]:
         """Choose the blocks of every bucket; a bucket that no calibration sample falls into takes all samples.
 
         Raises ``ToolchainError`` for an input that is not there and for an ``exclude`` pattern that matches no stack.
@@ -118,38 +128,36 @@ class MixtureOfBlocks(Pass):
         if notes := self.notes(table):
             facts["notes"] = notes
         choice = {
-            path: {"kept": kept_in(table, resolved.bucket, path), "of": len(s.blocks)} for path, s in stacks.items()
+            path: KeptBlocks(kept=kept_in(table, resolved.bucket, path), of=len(s.blocks)) for path, s in stacks.items()
         }
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[KeptBlocks]) -> nn.Module:
         """Take the other blocks out; a network for each choice that some range of timesteps makes.
 
         Raises ``ToolchainError`` when a stack has not the blocks of the plan.
         """
-        for path, entry in plan.choice.items():
+        for path, kept in plan.choice.items():
             blocks = len(layer_at(model, path, BlockStack).blocks)
-            if blocks != entry["of"]:
-                raise ToolchainError(
-                    f"the plan is for a stack of {entry['of']} blocks; this one has {blocks}", where=path
-                )
+            if blocks != kept.of:
+                raise ToolchainError(f"the plan is for a stack of {kept.of} blocks; this one has {blocks}", where=path)
         if not plan.choice:
             return model
         rows = plan.facts["buckets"]
         wanted = [rows[plan.facts["bucket"]]] if "bucket" in plan.facts else rows
         choices = [row["kept"] for row in wanted]
-        networks = [kept for number, kept in enumerate(choices) if kept not in choices[:number]]
+        networks = [each for number, each in enumerate(choices) if each not in choices[:number]]
         if len(networks) == 1:
             for path, blocks_ in networks[0].items():
                 layer_at(model, path, BlockStack).keep_blocks(blocks_)
             return model
         # What lies in a range is nearest to its middle; from the last range down, so that a border is the upper's.
         middles = [(row["from"] + row["to"]) / 2 for row in reversed(rows)]
-        ways = tuple(networks.index(kept) for kept in reversed(choices))
+        ways = tuple(networks.index(each) for each in reversed(choices))
         whole, place = only_network(model)
-        each = {str(number): without(whole, local(kept, place)) for number, kept in enumerate(networks)}
+        cut = {str(number): without(whole, local(own, place)) for number, own in enumerate(networks)}
         table = Table(input=plan.facts["input"], timesteps=tuple(middles), ways=ways)
-        return switched(model, each, table, shared=plan.facts["shared"])
+        return switched(model, cut, table, shared=plan.facts["shared"])
 
     def resolved(self, context: Context) -> MixtureOfBlocks:
         """The same with the input that holds the timestep, and with its limits.

@@ -15,7 +15,6 @@ keeps the same probabilities, to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,13 +23,13 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
-from enginewright.passes.contract import SCORE_HELP, Context, Losses, Pass, Plan, Score
+from enginewright.passes.contract import SCORE_HELP, Context, Decision, Losses, Pass, Plan, Score
 from enginewright.passes.kernel.audit import unproven
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
-from enginewright.passes.pruning.elements import Element, Entry, carry_out, elements_of
+from enginewright.passes.pruning.elements import CutLayer, Element, carry_out, elements_of
 from enginewright.passes.traits import FixedAttention, layers_of
 
 
@@ -42,6 +41,7 @@ class ApproximateByAccuracy(Pass):
 
     functions: ClassVar[tuple[str, ...]] = ("score", "losses")
     looks_for: ClassVar[str] = "feed-forwards and attention layers that a family knows"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (CutLayer,)
 
     score: str = Field("", description="what a trial is judged by, one number, higher is better: FILE.py:FUNCTION")
     losses: str = Field(
@@ -61,7 +61,7 @@ class ApproximateByAccuracy(Pass):
     hard_attention: int = Field(0, ge=0, description="try attention with so many probabilities a query; 0: do not")
     exclude: tuple[str, ...] = Field((), description="glob patterns of layer paths left alone")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[CutLayer]:
         """Search; each trial is a copy around the same tensors. Every evaluation is in the plan's facts.
 
         Raises ``ToolchainError`` for weights without values, a value that is not finite, and an ``exclude`` pattern
@@ -103,7 +103,7 @@ class ApproximateByAccuracy(Pass):
                 help=f"give a tolerance above 0, or another score: {SCORE_HELP}",
             )
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[CutLayer]) -> nn.Module:
         """Cut, in place."""
         return carry_out(model, plan.choice)
 
@@ -119,17 +119,17 @@ class ApproximateByAccuracy(Pass):
         steps = (len(attention) if self.hard_attention else 0) + len(elements)
         for element in attention if self.hard_attention else ():
             search.step(steps, f"hard attention in {element.path}")
-            search.attempt(element, {"hard": self.hard_attention}, "hard")
+            search.attempt(element, "hard", hard=self.hard_attention)
         for element in elements:
             search.step(steps, f"without {element.path}")
-            if search.attempt(element, {"whole": True, "removed": [], "hard": 0}, "whole") in (
+            if search.attempt(element, "whole", whole=True, removed=(), hard=0) in (
                 "worse, narrowly",
                 "cannot",
             ):
                 for part in element.parts(self.group):
-                    removed = [*search.entry(element)["removed"], *part]
+                    removed = (*search.found(element).removed, *part)
                     if len(removed) < element.of:
-                        search.attempt(element, {"removed": removed}, f"{part[0]}-{part[-1]}")
+                        search.attempt(element, f"{part[0]}-{part[-1]}", removed=removed)
 
 
 @dataclass(kw_only=True)
@@ -207,7 +207,7 @@ class Search:
 
     def __init__(self, model: nn.Module, judge: Judge, context: Context) -> None:
         self.model, self.judge, self.context = model, judge, context
-        self.choice: dict[str, Entry] = {}
+        self.choice: dict[str, CutLayer] = {}
         self.trials: list[dict[str, Any]] = []
         self.done = 0
         with evaluating(model):
@@ -218,16 +218,16 @@ class Search:
         self.context.say(self.done, of, text)
         self.done += 1
 
-    def entry(self, element: Element) -> Entry:
-        """What happens to an element so far."""
-        return self.choice.get(element.key, element.entry())
+    def found(self, element: Element) -> CutLayer:
+        """What is left out of an element so far."""
+        return self.choice.get(element.key, element.untouched())
 
-    def attempt(self, element: Element, change: Mapping[str, Any], what: str) -> str:
+    def attempt(self, element: Element, what: str, **change: Any) -> str:
         """Judge the model with one more change, and keep it if that is no loss; the verdict.
 
         A layer that cannot be taken out whole is tried in parts.
         """
-        choice = {**self.choice, element.key: {**self.entry(element), **change}}
+        choice = {**self.choice, element.key: self.found(element).model_copy(update=change)}
         log: dict[str, Any] = {"path": element.path, "what": what}
         try:
             candidate = carry_out(share(self.model), choice)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from pydantic import Field
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
+from enginewright.passes.contract import Decision
 from enginewright.passes.kernel.selection import is_within
 from enginewright.passes.kernel.surgery import Zeros, put_at
 from enginewright.passes.pruning.hard_attention import HardAttention
 from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layer_at, layers_of
 
-Entry = dict[str, Any]
-"""What happens to one layer: ``kind`` and ``of``, then ``whole``, ``removed`` (heads or hidden units) and ``hard``."""
+
+class CutLayer(Decision):
+    """What is left out of one layer."""
+
+    kind: Literal["ffn", "attention"] = Field(description="of layer: its parts are hidden units, or heads")
+    of: int = Field(description="parts that the layer has")
+    whole: bool = Field(False, description="whether all of it goes")
+    removed: tuple[int, ...] = Field((), description="parts that go, from 0")
+    hard: int = Field(0, description="probabilities that each query of an attention keeps; 0: all")
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,9 @@ class Element:
         """Its name in a plan: the path, and where two layers have the same one, the kind after a colon."""
         return f"{self.path}:{self.kind}" if self.shares_path else self.path
 
-    def entry(self) -> Entry:
-        """Nothing happens."""
-        return {"kind": self.kind, "of": self.of, "whole": False, "removed": [], "hard": 0}
+    def untouched(self) -> CutLayer:
+        """Nothing is left out."""
+        return CutLayer(kind=self.kind, of=self.of, whole=False, removed=(), hard=0)
 
     def parts(self, group: int) -> list[list[int]]:
         """Its heads, or groups of its hidden units."""
@@ -64,7 +73,7 @@ def elements_of(model: nn.Module) -> list[Element]:
     return sorted(found, key=order)
 
 
-def carry_out(model: nn.Module, choice: Mapping[str, Entry]) -> nn.Module:
+def carry_out(model: nn.Module, choice: Mapping[str, CutLayer]) -> nn.Module:
     """Cut layers, take whole ones out and make attention hard, in place.
 
     Args:
@@ -74,31 +83,31 @@ def carry_out(model: nn.Module, choice: Mapping[str, Entry]) -> nn.Module:
     Raises:
         ToolchainError: a layer has not the parts that the choice was made for, or cannot be taken out whole.
     """
-    for key, entry in choice.items():
+    for key, what in choice.items():
         path = key.partition(":")[0]
-        found = layer_of(model, path, entry["kind"])
+        found = layer_of(model, path, what.kind)
         of = found.hidden if isinstance(found, FeedForward) else found.heads
-        if of != entry["of"]:
-            raise ToolchainError(f"the plan is for a layer of {entry['of']} parts; this one has {of}", where=path)
-        if entry["whole"]:
+        if of != what.of:
+            raise ToolchainError(f"the plan is for a layer of {what.of} parts; this one has {of}", where=path)
+        if what.whole:
             remove(model, path, found)
             continue
-        if entry["removed"]:
-            keep(found, list(kept(entry)))
-        if entry["hard"]:
-            put_at(model, path, HardAttention(model.get_submodule(path), entry["hard"]))
+        if what.removed:
+            keep(found, list(kept(what)))
+        if what.hard:
+            put_at(model, path, HardAttention(model.get_submodule(path), what.hard))
     return model
 
 
 def layer_of(model: nn.Module, path: str, kind: str) -> FeedForward | HeadedAttention:
-    """The layer that an entry is about."""
+    """The layer that a decision is about."""
     return layer_at(model, path, FeedForward) if kind == "ffn" else layer_at(model, path, HeadedAttention)
 
 
-def kept(entry: Entry) -> Iterator[int]:
+def kept(what: CutLayer) -> Iterator[int]:
     """Heads or hidden units that stay."""
-    gone = set(entry["removed"])
-    return (i for i in range(entry["of"]) if i not in gone)
+    gone = set(what.removed)
+    return (i for i in range(what.of) if i not in gone)
 
 
 def keep(layer: FeedForward | HeadedAttention, parts: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, WHOLE_MATRICES, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import observe, reading, rounds
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices, refuse_meta
@@ -33,12 +33,26 @@ DAMPING = 1e-4
 """Of the mean of the diagonal of X^T X, added to the diagonal."""
 
 
+class LowRank(Decision):
+    """The rank of a linear layer."""
+
+    arrays: ClassVar[Mapping[str, str]] = {
+        "/in": "the factor that reads the input (rank, K)",
+        "/out": "the factor that gives the output (N, rank)",
+    }
+
+    rank: int = Field(description="that it gets")
+    of: int = Field(description="that its weight can have at most")
+    kept_norm: float = Field(description="share of the L2 norm of the singular values that is kept")
+
+
 class Factorize(Pass):
     """Give linear layers a lower rank; a layer whose rank would save nothing stays."""
 
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, FREE_WEIGHTS, WHOLE_MATRICES)
     destroys: ClassVar[tuple[Fact, ...]] = (WHOLE_MATRICES,)
     looks_for: ClassVar[str] = "linear layers"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (LowRank,)
 
     method: Literal["weight", "activation"] = Field(
         "weight", description="what is approximated: the weight, or the layer's output on calibration inputs"
@@ -52,7 +66,7 @@ class Factorize(Pass):
     smallest: int = Field(1024, ge=0, description="layers with fewer weights than this stay as they are")
     exclude: tuple[str, ...] = Field((), description="glob patterns of layer paths left alone")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[LowRank]:
         """Decompose each layer on its own; the factors are the plan's arrays.
 
         Raises ``ToolchainError`` for weights without values or that are not finite, for ``activation`` without
@@ -67,7 +81,7 @@ class Factorize(Pass):
         layers = {path: layer for path, layer in found.items() if path not in skipped}
         refuse_meta({path: [layer.weight] for path, layer in layers.items()}, "a decomposition")
         read = products_of(model, layers, context if self.method == "activation" else None)
-        choice: dict[str, dict[str, Any]] = {}
+        choice: dict[str, LowRank] = {}
         arrays: dict[str, Tensor] = {}
         for number, (path, layer, squares) in enumerate(read):
             context.say(number, len(layers), f"decomposing {path}")
@@ -80,13 +94,13 @@ class Factorize(Pass):
                 skipped[path] = f"rank {rank} would need {rank * after} weights in place of {before}"
                 continue
             kept = float((s[:rank].square().sum() / s.square().sum().clamp(min=1e-300)).sqrt())
-            choice[path] = {"rank": rank, "of": min(layer.weight.shape), "kept_norm": six_digits(kept)}
+            choice[path] = LowRank(rank=rank, of=min(layer.weight.shape), kept_norm=six_digits(kept))
             arrays[f"{path}/out"] = (u[:, :rank] * s[:rank]).to(layer.weight.dtype).contiguous()
             arrays[f"{path}/in"] = v[:rank].to(layer.weight.dtype).contiguous()
         facts = {"method": self.method, "rank": self.rank, "calibration_batches": len(context.calibration)}
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[LowRank]) -> nn.Module:
         """Put the two factors in the place of each planned layer.
 
         Raises ``ToolchainError`` when a layer has not the size that the plan was made for.
@@ -94,7 +108,7 @@ class Factorize(Pass):
         for path in plan.choice:
             layer = model.get_submodule(path)
             assert isinstance(layer, nn.Linear), f"{path} is no linear layer any more"
-            reads, writes = plan.arrays[f"{path}/in"], plan.arrays[f"{path}/out"]
+            reads, writes = plan.array(f"{path}/in"), plan.array(f"{path}/out")
             if (writes.shape[0], reads.shape[1]) != tuple(layer.weight.shape):
                 wanted, shape = (writes.shape[0], reads.shape[1]), tuple(layer.weight.shape)
                 raise ToolchainError(f"the plan is for a weight of shape {wanted}; this one has {shape}", where=path)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Pass, Plan, Score
+from enginewright.passes.contract import Context, Decision, Pass, Plan, Score
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import Look, evaluating, observe, tensors_in
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
@@ -34,6 +34,13 @@ Gone = dict[str, list[int]]
 """Positions of the blocks that go, by stack."""
 
 
+class RemovedBlocks(Decision):
+    """The blocks that a stack loses."""
+
+    removed: tuple[int, ...] = Field(description="blocks that go, rising from 0")
+    of: int = Field(description="blocks that the stack has")
+
+
 class PruneDepth(Pass):
     """Remove the blocks of each stack that matter least; one always stays."""
 
@@ -41,6 +48,7 @@ class PruneDepth(Pass):
 
     functions: ClassVar[tuple[str, ...]] = ("score",)
     looks_for: ClassVar[str] = "stacks of blocks that a family knows"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (RemovedBlocks,)
 
     share: float = Field(0.25, ge=0, lt=1, description="fraction of each stack's blocks removed, rounded, halves up")
     count: int | None = Field(None, ge=0, description="number of blocks removed from each stack, instead of a share")
@@ -51,7 +59,7 @@ class PruneDepth(Pass):
     blocks: tuple[str, ...] = Field((), description="for method=list: paths of the blocks to remove")
     exclude: tuple[str, ...] = Field((), description="glob patterns of block paths that stay")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[RemovedBlocks]:
         """Choose the blocks that go.
 
         Raises ``ToolchainError`` for ``influence`` without calibration inputs, blocks without values, and blocks named
@@ -78,7 +86,7 @@ class PruneDepth(Pass):
             gone, facts = self.judged(model, stacks, stays, numbers, context)
         whole |= kept_whole(model, stacks, gone, context)
         choice = {
-            name: {"removed": sorted(gone[name]), "of": len(stacks[name].blocks)}
+            name: RemovedBlocks(removed=tuple(sorted(gone[name])), of=len(stacks[name].blocks))
             for name in gone
             if gone[name] and name not in whole
         }
@@ -87,14 +95,14 @@ class PruneDepth(Pass):
         }
         return Plan(choice=choice, skipped=stays | skipped | others, facts={"method": self.method, **facts})
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[RemovedBlocks]) -> nn.Module:
         """Cut, in place. Raises ``ToolchainError`` when a stack has not the blocks that the plan was made for."""
-        for name, entry in plan.choice.items():
+        for name, blocks in plan.choice.items():
             stack = layer_at(model, name, BlockStack)
-            if len(stack.blocks) != entry["of"]:
+            if len(stack.blocks) != blocks.of:
                 found = len(stack.blocks)
-                raise ToolchainError(f"the plan is for a stack of {entry['of']} blocks; this has {found}", where=name)
-            stack.keep_blocks([i for i in range(entry["of"]) if i not in entry["removed"]])
+                raise ToolchainError(f"the plan is for a stack of {blocks.of} blocks; this has {found}", where=name)
+            stack.keep_blocks([i for i in range(blocks.of) if i not in blocks.removed])
         return model
 
     def number_removed(self, name: str, stack: BlockStack, stays: Mapping[str, str]) -> int:

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
-from enginewright.passes.kernel.heads import Heads, keep_heads, uncut
+from enginewright.passes.kernel.heads import Heads, KeptHeads, held_in_state, keep_heads, uncut
 from enginewright.passes.kernel.probes import Call, probe
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, refuse_meta
-from enginewright.passes.networks import program_of
 from enginewright.passes.traits import HeadedAttention, layers_of
 
 Scores = dict[str, list[float]]
@@ -37,6 +36,7 @@ class PruneHeads(Pass):
 
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (KeptHeads,)
 
     share: float = Field(
         default=0.25,
@@ -53,7 +53,7 @@ class PruneHeads(Pass):
     )
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of layer paths left alone")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[KeptHeads]:
         """Score the heads of each layer and choose those that stay, in ascending order.
 
         Raises ``ToolchainError`` for weights without values, for ``taylor`` without calibration inputs, and for an
@@ -64,8 +64,7 @@ class PruneHeads(Pass):
         layers = dict(layers_of(model, HeadedAttention))
         skipped = uncut(model, layers)
         check_patterns(self.exclude, [*layers, *skipped], what="attention layer")
-        if program_of(model).start:
-            skipped |= dict.fromkeys(layers, "a sequence's state holds its keys and values, one for each of its heads")
+        skipped |= held_in_state(model, layers)
         skipped |= {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
         layers = {path: layer for path, layer in layers.items() if path not in skipped}
         skipped |= (disproved := without_proof(model, layers, context))
@@ -81,7 +80,7 @@ class PruneHeads(Pass):
             facts["calibration_batches"] = len(context.calibration)
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[KeptHeads]) -> nn.Module:
         """Cut, in place. Raises ``ToolchainError`` when a layer has not the heads that the plan was made for."""
         return keep_heads(model, plan.choice)
 
@@ -121,10 +120,11 @@ class PruneHeads(Pass):
         return {path: finite(score, where=path) for path, score in exact.items()}
 
 
-def choose(scores: Sequence[float], number_removed: int) -> dict[str, object]:
+def choose(scores: Sequence[float], number_removed: int) -> KeptHeads:
     """Which heads go (the lowest scores; of equal ones, the first) and which stay, both in ascending order."""
     ranked = sorted(range(len(scores)), key=lambda head: (scores[head], head))
-    return {"kept": sorted(ranked[number_removed:]), "removed": sorted(ranked[:number_removed]), "of": len(scores)}
+    kept, removed = sorted(ranked[number_removed:]), sorted(ranked[:number_removed])
+    return KeptHeads(kept=tuple(kept), removed=tuple(removed), of=len(scores))
 
 
 def finite(scores: Tensor, *, where: str) -> list[float]:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.hidden_units import (
@@ -42,11 +42,19 @@ Layers = Mapping[str, FeedForward]
 WITH_DATA = ("taylor", "activation")
 
 
+class RemovedUnits(Decision):
+    """The hidden units that a feed-forward loses."""
+
+    removed: tuple[int, ...] = Field(description="units that go, rising from 0")
+    of: int = Field(description="hidden units that it has")
+
+
 class PruneWidth(Pass):
     """Remove the weakest hidden units of every feed-forward; the model's own width stays."""
 
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, FREE_WEIGHTS)
     looks_for: ClassVar[str] = "feed-forwards that a family knows"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (RemovedUnits,)
 
     share: float = Field(0.25, ge=0, lt=1, description="fraction of hidden units removed")
     scope: Literal["layer", "global"] = Field(
@@ -59,7 +67,7 @@ class PruneWidth(Pass):
     )
     exclude: tuple[str, ...] = Field((), description="glob patterns of feed-forward paths left alone")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[RemovedUnits]:
         """Score the units of each layer and choose those that go, in ascending order.
 
         Raises ``ToolchainError`` for weights without values, for an importance that needs calibration inputs and gets
@@ -78,7 +86,7 @@ class PruneWidth(Pass):
         scores = self.scores(model, layers, context)
         skipped |= {path: "the calibration inputs never reach it" for path in layers if path not in scores}
         numbers = self.numbers_kept(scores)
-        choice: dict[str, dict[str, Any]] = {}
+        choice: dict[str, RemovedUnits] = {}
         judged = {}
         for path, score in scores.items():
             if numbers[path] == len(score):
@@ -88,21 +96,21 @@ class PruneWidth(Pass):
         facts: dict[str, object] = {"importance": self.importance, "scope": self.scope, "scores": judged}
         facts["units"] = {
             "of": sum(map(len, scores.values())),
-            "removed": sum(len(c["removed"]) for c in choice.values()),
+            "removed": sum(len(units.removed) for units in choice.values()),
         }
         if self.importance in WITH_DATA:
             facts["calibration_batches"] = len(context.calibration)
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[RemovedUnits]) -> nn.Module:
         """Cut, in place. Raises ``ToolchainError`` when a layer has not the units that the plan was made for."""
-        for path, entry in plan.choice.items():
+        for path, units in plan.choice.items():
             layer = layer_at(model, path, FeedForward)
-            if layer.hidden != entry["of"]:
+            if layer.hidden != units.of:
                 raise ToolchainError(
-                    f"the plan is for a layer of {entry['of']} hidden units; this one has {layer.hidden}", where=path
+                    f"the plan is for a layer of {units.of} hidden units; this one has {layer.hidden}", where=path
                 )
-            gone = set(entry["removed"])
+            gone = set(units.removed)
             layer.keep_hidden([unit for unit in range(layer.hidden) if unit not in gone])
         return model
 
@@ -152,10 +160,10 @@ def rivalling(score: Tensor, floor: float) -> list[float]:
     return values[: len(values) - math.ceil(floor * len(values))]
 
 
-def choose(score: Tensor, number_kept: int) -> tuple[dict[str, Any], dict[str, float]]:
+def choose(score: Tensor, number_kept: int) -> tuple[RemovedUnits, dict[str, float]]:
     """Which units go (the lowest scores; of equal ones, the first), ascending; and between which scores the cut is."""
     values = score.tolist()
     ranked = sorted(range(len(values)), key=lambda unit: (values[unit], unit))
     gone = ranked[: len(values) - number_kept]
     limits = {"strongest_removed": values[gone[-1]], "weakest_kept": values[ranked[len(gone)]]}
-    return {"removed": sorted(gone), "of": len(values)}, limits
+    return RemovedUnits(removed=tuple(sorted(gone)), of=len(values)), limits

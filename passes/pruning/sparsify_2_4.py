@@ -13,7 +13,8 @@ Shapes: K inputs, N outputs, R rows (all leading dimensions together).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, TWO_IN_FOUR_ZEROS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.patterns import PATTERN
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices, refuse_meta
@@ -34,6 +35,15 @@ BLOCK = 128
 """Columns after which the rest of the weight is brought up to date."""
 
 
+class SparseWeight(Decision):
+    """The pattern of zeros that a weight gets."""
+
+    arrays: ClassVar[Mapping[str, str]] = {"/weight": "the sparse weight (N, K), where it does not follow from the old"}
+
+    pattern: Literal["2:4"] = Field(description="where the zeros lie: two of every four along the inputs")
+    kept_norm: float = Field(description="L2 norm of the weight over what it was")
+
+
 class Sparsify24(Pass):
     """2:4 sparse linear layers; faster on GPUs with sparse tensor cores, and no faster on any CPU."""
 
@@ -41,6 +51,7 @@ class Sparsify24(Pass):
     establishes: ClassVar[tuple[Fact, ...]] = (TWO_IN_FOUR_ZEROS,)
     destroys: ClassVar[tuple[Fact, ...]] = (FREE_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (SparseWeight,)
 
     method: Literal["magnitude", "sparsegpt"] = Field(
         "magnitude", description="magnitude keeps the two largest of four; sparsegpt also needs calibration inputs"
@@ -48,7 +59,7 @@ class Sparsify24(Pass):
     smallest: int = Field(1024, ge=0, description="layers with fewer weights than this stay as they are")
     exclude: tuple[str, ...] = Field((), description="glob patterns of layer paths left alone")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[SparseWeight]:
         """Choose layers; ``sparsegpt`` leaves their new weights in the plan, ``magnitude`` follows from the old ones.
 
         Raises ``ToolchainError`` for weights without values or that are not finite, for ``sparsegpt`` without
@@ -68,7 +79,7 @@ class Sparsify24(Pass):
         layers = {path: layer for path, layer in found.items() if path not in skipped}
         refuse_meta({path: [layer.weight] for path, layer in layers.items()}, "a decomposition")
         read = products_of(model, layers, context if self.method == "sparsegpt" else None)
-        choice: dict[str, dict[str, Any]] = {}
+        choice: dict[str, SparseWeight] = {}
         arrays: dict[str, Tensor] = {}
         for number, (path, layer, squares) in enumerate(read):
             context.say(number, len(layers), f"sparsifying {path}")
@@ -80,12 +91,12 @@ class Sparsify24(Pass):
                     skipped[path] = "the calibration inputs never reach it"
                     continue
                 arrays[f"{path}/weight"] = sparsegpt(weight, squares, where=path)
-            norm = kept_norm(arrays[f"{path}/weight"] if arrays else sparse(weight), weight)
-            choice[path] = {"pattern": PATTERN, "kept_norm": norm}
+            norm = kept_norm(arrays[f"{path}/weight"] if self.method == "sparsegpt" else sparse(weight), weight)
+            choice[path] = SparseWeight(pattern=PATTERN, kept_norm=norm)
         facts = {"method": self.method, "gains": "time on GPUs with sparse tensor cores alone; none on a CPU"}
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[SparseWeight]) -> nn.Module:
         """Put a layer with the sparse weight in the place of each planned one.
 
         Raises ``ToolchainError`` when a layer has not the size that the plan was made for.
@@ -94,7 +105,7 @@ class Sparsify24(Pass):
             layer = model.get_submodule(path)
             assert isinstance(layer, nn.Linear), f"{path} is no linear layer any more"
             old = layer.weight.detach()
-            weight = plan.arrays[f"{path}/weight"].to(old.device) if plan.arrays else sparse(old)
+            weight = plan.array(f"{path}/weight").to(old.device) if self.method == "sparsegpt" else sparse(old)
             if weight.shape != old.shape or old.shape[1] % 4:
                 wanted = tuple(weight.shape)
                 raise ToolchainError(f"the plan is for a weight {wanted}; this has {tuple(old.shape)}", where=path)

@@ -28,10 +28,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FULL_PRECISION, Fact
-from enginewright.passes.contract import Context, Inputs, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.distance import relative_l2
-from enginewright.passes.kernel.observe import Look, calls_of, evaluating, floats_in, looking, observe
+from enginewright.passes.kernel.observe import Look, calls_of, evaluating, floats_in, looking, observe, tensors_in
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, is_within
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import networks_of
@@ -42,6 +42,12 @@ ROUNDS = 12
 """How often layers are given back to fp32 before the pass gives up."""
 
 
+class ConvertedLayer(Decision):
+    """The type that a layer computes in."""
+
+    dtype: Literal["float16", "bfloat16"] = Field(description="of its weights, and what it takes as input")
+
+
 class ConvertDtype(Pass):
     """Convert weights and computation to 16 bits, with a list of layers that stay in fp32."""
 
@@ -49,6 +55,7 @@ class ConvertDtype(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, FULL_PRECISION)
     destroys: ClassVar[tuple[Fact, ...]] = (FULL_PRECISION,)
     looks_for: ClassVar[str] = "weights in fp32"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (ConvertedLayer,)
 
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="floating type to compute in")
     headroom: float = Field(2, ge=1, description="a layer stays in fp32 when its values times this would overflow")
@@ -58,7 +65,7 @@ class ConvertDtype(Pass):
     )
     exclude: tuple[str, ...] = Field((), description="glob patterns of module paths that stay in fp32")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[ConvertedLayer]:
         """Run the calibration inputs through both types of every layer, then through the whole converted model.
 
         Raises:
@@ -82,7 +89,9 @@ class ConvertDtype(Pass):
         own_error = {path: values["error"] for path, values in seen.items()}
         return self.settled(model, draft, own_error, context)
 
-    def settled(self, model: nn.Module, draft: Draft, own_error: Mapping[str, float], context: Context) -> Plan:
+    def settled(
+        self, model: nn.Module, draft: Draft, own_error: Mapping[str, float], context: Context
+    ) -> Plan[ConvertedLayer]:
         """Give back to fp32 what makes the converted model wrong, until it is right."""
         trial = Trial(0.0, None)
         draft = self.with_constants(model, draft, context)
@@ -150,7 +159,7 @@ class ConvertDtype(Pass):
             return inside[-1]
         return None
 
-    def tried(self, model: nn.Module, plan: Plan, context: Context) -> Trial:
+    def tried(self, model: nn.Module, plan: Plan[ConvertedLayer], context: Context) -> Trial:
         """Run the converted model in true half precision, and the original beside it, on the calibration inputs."""
         converted = self.rewrite(share(model), plan)
         owners = {*plan.choice, *plan.facts["kept"]}
@@ -167,7 +176,7 @@ class ConvertDtype(Pass):
                 worst = max(worst, error)
         return Trial(worst, None)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[ConvertedLayer]) -> nn.Module:
         """Convert the weights of each planned layer, and have every layer take its input in its own type.
 
         A plan whose facts say ``alone`` converts some layers among others, each with a cast before and behind it.
@@ -221,9 +230,9 @@ class Draft:
         kept = self.kept | {path: reason for path in paths if path not in self.kept}
         return replace(self, kept=kept, wide=self.wide | (dict.fromkeys(paths, True) if wide else {}))
 
-    def plan(self) -> Plan:
+    def plan(self) -> Plan[ConvertedLayer]:
         """The plan that converts all but the kept layers."""
-        choice = {path: {"dtype": self.dtype} for path in self.owners if path not in self.kept}
+        choice = {path: ConvertedLayer(dtype=self.dtype) for path in self.owners if path not in self.kept}
         held = {path: {"wide": bool(self.wide.get(path))} for path in self.kept}
         more = {"constants": sorted(self.constants)} if self.constants else {}
         return Plan(choice=choice, skipped=dict(self.kept), facts={"kept": held, **more})
@@ -405,8 +414,9 @@ def finite(value: Any) -> bool:
 
 
 def vector(model: nn.Module, inputs: Inputs) -> Tensor:
-    """All floating-point outputs of a call, end to end."""
-    return torch.cat([tensor.double().flatten() for tensor in floats_in(model(**inputs))])
+    """All floating-point outputs of a call, end to end; of a model that gives none, all its outputs."""
+    result = model(**inputs)
+    return torch.cat([tensor.double().flatten() for tensor in floats_in(result) or tensors_in(result)])
 
 
 def watch(

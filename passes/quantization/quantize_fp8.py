@@ -15,13 +15,20 @@ from pydantic import Field
 from torch import nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.scales import scale_of
 from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.quantization.fp8 import Fp8Linear
-from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from enginewright.passes.quantization.grouping import Chosen, DividedNorm, QuantizedLayer, plan_groups, rewrite_layers
 from enginewright.passes.quantization.pairs import FP8_LARGEST
 from enginewright.passes.quantization.reading import linear_layers
+
+
+class Fp8Layer(QuantizedLayer):
+    """How a linear layer is computed in 8-bit floats."""
+
+    precision: Literal["fp8"] = Field(description="numbers of the weights and of the input")
+    input_scale: float = Field(description="of the input")
 
 
 class QuantizeFp8(Pass):
@@ -31,6 +38,7 @@ class QuantizeFp8(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (Fp8Layer,)
 
     observer: Literal["max", "percentile"] = Field(
         "max", description="how an activation's scale is chosen: largest value, or a percentile"
@@ -44,20 +52,20 @@ class QuantizeFp8(Pass):
         """What it writes."""
         return ("fp8",)
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[Fp8Layer | DividedNorm]:
         """Choose a scale for each layer's input."""
         layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest)
         histogram = self.observer == "percentile"
         return plan_groups(model, layers, skipped, context, self.choose, histogram=histogram)
 
-    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen:
+    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen[Fp8Layer]:
         """Decide for layers that read the same."""
-        return Chosen({path: {"precision": "fp8", "input_scale": self.scale(seen[path])} for path in layers})
+        return Chosen({path: Fp8Layer(precision="fp8", input_scale=self.scale(seen[path])) for path in layers})
 
     def scale(self, seen: InputStatistics) -> float:
         """The scale of an input."""
         return scale_of(seen, observer=self.observer, percentile=self.percentile, largest=FP8_LARGEST)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[Fp8Layer | DividedNorm]) -> nn.Module:
         """Put an ``Fp8Linear`` in the place of each planned layer."""
-        return rewrite_layers(model, plan, lambda _, layer, decision, __: Fp8Linear(layer, decision["input_scale"]))
+        return rewrite_layers(model, plan, lambda _, layer, decision, __: Fp8Linear(layer, decision.input_scale))

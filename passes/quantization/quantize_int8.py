@@ -16,13 +16,17 @@ from pydantic import Field
 from torch import nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
-from enginewright.passes.kernel.scales import arithmetic, scale_of
+from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.kernel.scales import Int8Product, arithmetic, scale_of
 from enginewright.passes.kernel.statistics import InputStatistics
-from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from enginewright.passes.quantization.grouping import Chosen, DividedNorm, QuantizedLayer, plan_groups, rewrite_layers
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.reading import linear_layers
 from enginewright.passes.quantization.smoothing import multiplied, shared_factors
+
+
+class Int8Layer(QuantizedLayer, Int8Product):
+    """How a linear layer is computed in 8 bits."""
 
 
 class QuantizeInt8(Pass):
@@ -32,6 +36,7 @@ class QuantizeInt8(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (Int8Layer, DividedNorm)
 
     observer: Literal["max", "percentile", "mse"] = Field(
         "max", description="how an activation's scale is chosen: largest value, a percentile, or least squared error"
@@ -48,27 +53,27 @@ class QuantizeInt8(Pass):
         """What it writes."""
         return ("int8",)
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[Int8Layer | DividedNorm]:
         """Choose a scale for each layer's input, and find where a CPU's 16-bit sums would saturate."""
         layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest)
         histogram = self.observer == "percentile" and not self.smooth
         return plan_groups(model, layers, skipped, context, self.choose, histogram=histogram)
 
-    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen:
+    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen[Int8Layer]:
         """Decide for layers that read the same."""
         s = shared_factors(layers.values(), seen.values(), self.smooth)
         decisions = {}
         for path, layer in layers.items():
             x = seen[path].rows() if s is None else seen[path].rows() / s
-            decisions[path] = {
-                "precision": "int8",
-                "input_scale": scale_of(seen[path], observer=self.observer, percentile=self.percentile, s=s),
+            decisions[path] = Int8Layer(
+                precision="int8",
+                input_scale=scale_of(seen[path], observer=self.observer, percentile=self.percentile, s=s),
                 **arithmetic(x, multiplied(layer, s).weight),
-            }
+            )
         return Chosen(decisions, s)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[Int8Layer | DividedNorm]) -> nn.Module:
         """Put a ``QuantizedLinear`` in the place of each planned layer, and divide the norms that smooth."""
         return rewrite_layers(
-            model, plan, lambda _, layer, decision, inverse: QuantizedLinear(layer, decision["input_scale"], inverse)
+            model, plan, lambda _, layer, decision, inverse: QuantizedLinear(layer, decision.input_scale, inverse)
         )

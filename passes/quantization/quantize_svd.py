@@ -11,22 +11,37 @@ Shapes: R rows, K inputs, N outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.scales import scale_of
 from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.kernel.surgery import linear_like
 from enginewright.passes.quantization.blocks import BlockLinear, in_blocks
-from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from enginewright.passes.quantization.grouping import Chosen, DividedNorm, QuantizedLayer, plan_groups, rewrite_layers
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.reading import linear_layers
 from enginewright.passes.quantization.smoothing import multiplied, shared_factors
+
+
+class SplitLayer(QuantizedLayer):
+    """How a linear layer is split into a branch in floats and a rounded residual."""
+
+    arrays: ClassVar[Mapping[str, str]] = {
+        **QuantizedLayer.arrays,
+        ".down": "the branch's first factor (rank, K)",
+        ".up": "its second factor (N, rank)",
+    }
+
+    precision: Literal["int4", "int8"] = Field(description="numbers of the residual")
+    rank: int = Field(description="singular directions in the branch")
+    block: int = Field(description="inputs of the residual that share a scale, in int4")
+    input_scale: float | None = Field(None, description="of the residual's input, where that is in 8 bits")
 
 
 class QuantizeSvd(Pass):
@@ -36,6 +51,7 @@ class QuantizeSvd(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (SplitLayer, DividedNorm)
 
     rank: int = Field(32, ge=1, description="singular directions that stay in floats, at most a quarter of all")
     residual: Literal["int4", "int8"] = Field(
@@ -54,7 +70,7 @@ class QuantizeSvd(Pass):
             return ("int8",)
         return ("int4_int8" if self.activations == "int8" else "int4_weights",)
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[SplitLayer | DividedNorm]:
         """Smooth, decompose, and choose a scale for each layer's input."""
         layers, skipped = linear_layers(model, exclude=self.exclude, smallest=self.smallest, fits=self.reason_to_skip)
         return plan_groups(model, layers, skipped, context, self.choose)
@@ -65,31 +81,32 @@ class QuantizeSvd(Pass):
             return f"its {layer.in_features} inputs are no multiple of the block of {self.block}"
         return ""
 
-    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen:
+    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen[SplitLayer]:
         """Decide for layers that read the same."""
         s = shared_factors(layers.values(), seen.values(), self.smooth)
-        decisions: dict[str, dict[str, Any]] = {}
+        decisions: dict[str, SplitLayer] = {}
         arrays: dict[str, Tensor] = {}
         for path, layer in layers.items():
             rank = max(1, min(self.rank, min(layer.weight.shape) // 4))
-            decisions[path] = {"precision": self.residual, "rank": rank, "block": self.block}
+            scales = {}
             if self.residual == "int8" or self.activations == "int8":
-                decisions[path]["input_scale"] = scale_of(seen[path], observer="max", percentile=100, s=s)
+                scales["input_scale"] = scale_of(seen[path], observer="max", percentile=100, s=s)
+            decisions[path] = SplitLayer(precision=self.residual, rank=rank, block=self.block, **scales)
             down, up = largest_directions(multiplied(layer, s).weight, rank)
             arrays |= {f"{path}.down": down, f"{path}.up": up}
         return Chosen(decisions, s, arrays)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[SplitLayer | DividedNorm]) -> nn.Module:
         """Put a ``BranchedLinear`` in the place of each planned layer, and divide the norms that smooth."""
 
-        def build(path: str, layer: nn.Linear, decision: Mapping[str, Any], inverse: Tensor | None) -> nn.Module:
-            down, up = plan.arrays[f"{path}.down"], plan.arrays[f"{path}.up"]
+        def build(path: str, layer: nn.Linear, decision: SplitLayer, inverse: Tensor | None) -> nn.Module:
+            down, up = plan.array(f"{path}.down"), plan.array(f"{path}.up")
             rest = layer.weight.detach().float() - up @ down
-            scale: float | None = decision.get("input_scale")
-            if decision["precision"] == "int8":
+            scale = decision.input_scale
+            if decision.precision == "int8":
                 assert scale is not None
                 return BranchedLinear(down, up, QuantizedLinear(linear_like(layer, rest, layer.bias), scale), inverse)
-            blocks = in_blocks(rest.T, "int4", decision["block"])
+            blocks = in_blocks(rest.T, "int4", decision.block)
             return BranchedLinear(down, up, BlockLinear(blocks, "int4", layer.bias, input_scale=scale), inverse)
 
         return rewrite_layers(model, plan, build)

@@ -17,14 +17,32 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.scales import scale_of
 from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.quantization.awq import awq_factors
 from enginewright.passes.quantization.blocks import FORMATS, BlockLinear, Blocks, Weights, in_blocks
 from enginewright.passes.quantization.gptq import gptq
-from enginewright.passes.quantization.grouping import Chosen, plan_groups, rewrite_layers
+from enginewright.passes.quantization.grouping import Chosen, DividedNorm, QuantizedLayer, plan_groups, rewrite_layers
 from enginewright.passes.quantization.reading import linear_layers
+
+Algorithm = Literal["rtn", "awq", "gptq"]
+
+
+class RoundedLayer(QuantizedLayer):
+    """How the weights of a linear layer are rounded in blocks."""
+
+    arrays: ClassVar[Mapping[str, str]] = {
+        **QuantizedLayer.arrays,
+        ".codes": "rounded weights (K, N), where data chose them",
+        ".scales": "their scales (K/B, N)",
+        ".scale": "the scale of nvfp4's scales",
+    }
+
+    precision: Weights = Field(description="format of the weights")
+    block: int = Field(description="inputs that share a scale")
+    algorithm: Algorithm = Field(description="how the codes were chosen")
+    input_scale: float | None = Field(None, description="of the input, where that is in 8 bits")
 
 
 class QuantizeWeights(Pass):
@@ -33,9 +51,10 @@ class QuantizeWeights(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (RoundedLayer, DividedNorm)
 
     weights: Weights = Field("int4", description="format of the weights")
-    algorithm: Literal["rtn", "awq", "gptq"] = Field(
+    algorithm: Algorithm = Field(
         "rtn", description="round to nearest; with inputs that matter enlarged first; or making up for each error"
     )
     block: int = Field(0, ge=0, description="inputs that share a scale, a power of two; 0: 16 for nvfp4, else 32")
@@ -81,7 +100,7 @@ class QuantizeWeights(Pass):
         """What it writes."""
         return ("int4_int8" if self.activations == "int8" else f"{self.weights}_weights",)
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[RoundedLayer | DividedNorm]:
         """Choose what is to be rounded, and what rounding cannot find again without data.
 
         Raises ``ToolchainError`` without calibration inputs where these are needed, and for an ``exclude`` pattern that
@@ -101,36 +120,37 @@ class QuantizeWeights(Pass):
             return f"its {layer.in_features} inputs are no multiple of the block of {self.size}"
         return ""
 
-    def decision(self, **more: Any) -> dict[str, Any]:
+    def decision(self, **scales: float) -> RoundedLayer:
         """What the plan says of a layer."""
-        return {"precision": self.weights, "block": self.size, "algorithm": self.algorithm, **more}
+        return RoundedLayer(precision=self.weights, block=self.size, algorithm=self.algorithm, **scales)
 
-    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen:
+    def choose(self, layers: Mapping[str, nn.Linear], seen: Mapping[str, InputStatistics]) -> Chosen[RoundedLayer]:
         """Decide for layers that read the same."""
         s = None
         if self.algorithm == "awq":
             matrices = [layer.weight.detach().float().T for layer in layers.values()]
             s = awq_factors(matrices, list(seen.values()), self.weights, self.size)
-        decisions: dict[str, dict[str, Any]] = {}
+        decisions: dict[str, RoundedLayer] = {}
         arrays: dict[str, Tensor] = {}
         for path, layer in layers.items():
-            decisions[path] = self.decision()
+            scales = {}
             if self.activations == "int8":
-                decisions[path]["input_scale"] = scale_of(seen[path], observer="max", percentile=100, s=s)
+                scales["input_scale"] = scale_of(seen[path], observer="max", percentile=100, s=s)
+            decisions[path] = self.decision(**scales)
             if self.algorithm == "gptq":
                 found = gptq(layer.weight.detach().float().T, seen[path].products, self.weights, self.size)
                 arrays |= as_arrays(path, found)
         return Chosen(decisions, s, arrays)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[RoundedLayer | DividedNorm]) -> nn.Module:
         """Put a ``BlockLinear`` in the place of each planned layer, and divide the norms that smooth."""
 
-        def build(path: str, layer: nn.Linear, decision: Mapping[str, Any], inverse: Tensor | None) -> nn.Module:
-            if f"{path}.codes" in plan.arrays:
-                blocks = from_arrays(path, plan.arrays)
+        def build(path: str, layer: nn.Linear, decision: RoundedLayer, inverse: Tensor | None) -> nn.Module:
+            if decision.algorithm == "gptq":
+                blocks = from_arrays(path, plan)
             else:
-                blocks = in_blocks(layer.weight.detach().float().T, decision["precision"], decision["block"])
-            return BlockLinear(blocks, decision["precision"], layer.bias, inverse, decision.get("input_scale"))
+                blocks = in_blocks(layer.weight.detach().float().T, decision.precision, decision.block)
+            return BlockLinear(blocks, decision.precision, layer.bias, inverse, decision.input_scale)
 
         return rewrite_layers(model, plan, build)
 
@@ -141,6 +161,6 @@ def as_arrays(path: str, blocks: Blocks) -> dict[str, Tensor]:
     return found if blocks.scale is None else {**found, f"{path}.scale": blocks.scale}
 
 
-def from_arrays(path: str, arrays: Mapping[str, Tensor]) -> Blocks:
+def from_arrays(path: str, plan: Plan) -> Blocks:
     """Rounded weights from a plan's arrays."""
-    return Blocks(arrays[f"{path}.codes"], arrays[f"{path}.scales"], arrays.get(f"{path}.scale"))
+    return Blocks(plan.array(f"{path}.codes"), plan.array(f"{path}.scales"), plan.arrays.get(f"{path}.scale"))

@@ -19,23 +19,83 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan, cost, macs_by_module
+from enginewright.passes.contract import (
+    Context,
+    Decision,
+    Declared,
+    Inputs,
+    Json,
+    Pass,
+    Plan,
+    as_json,
+    cost,
+    macs_by_module,
+)
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.rounding import weight_scales
 from enginewright.passes.kernel.scales import as_bytes
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.quantization.budget import Option, Trade, at_most, best_trades, within
+from enginewright.passes.quantization.grouping import DividedNorm, QuantizedLayer
 from enginewright.passes.quantization.linear import QuantizedLinear
+from enginewright.passes.quantization.quantize_int8 import Int8Layer
 from enginewright.passes.quantization.smoothing import multiplied
 
 ROUNDS = 6
 """How often a bound on the error is tightened when the measured mix misses it."""
+
+
+class PickedDecision(Decision):
+    """The candidate that a layer is given to, and what that decided."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    candidate: int = Field(description="its place among the candidates, from 0")
+    pass_name: str = Field(alias="pass", description="the pass that it is")
+    decision: Decision = Field(description="that pass's own")
+
+    def array_names(self, path: str) -> set[str]:
+        """Those of the candidate's decision, after its number: several candidates may name arrays alike."""
+        return {f"{self.candidate}/{name}" for name in self.decision.array_names(path)}
+
+    def as_json(self) -> dict[str, Json]:
+        """The fields, and beside them once more those of the decision, among which targets look for theirs."""
+        own = self.decision.as_json()
+        return {**own, "candidate": self.candidate, "pass": self.pass_name, "decision": own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeclaredMix(Declared):
+    """What a mix of passes says of its decisions: each is what its own pass declares."""
+
+    candidates: tuple[Declared, ...]
+
+    def decision(self, path: str, found: Json) -> Decision:
+        """One decision, and the candidate's own within it."""
+        if isinstance(found, PickedDecision):
+            return found
+        fields = as_json(found)
+        inner = fields.get("decision") if isinstance(fields, Mapping) else None
+        if isinstance(inner, Mapping):
+            own = {name: value for name, value in fields.items() if name not in inner or inner[name] != value}
+            fields = {**own, "decision": {}}
+        picked = super().decision(path, fields)
+        assert isinstance(picked, PickedDecision)
+        names = [each.name for each in self.candidates]
+        if picked.pass_name not in names[picked.candidate : picked.candidate + 1]:
+            raise ToolchainError(
+                f"a decision of {self.name} is of candidate {picked.candidate}, {picked.pass_name!r}; the candidates "
+                f"are {', '.join(names)}",
+                where=f"choice.{path}.candidate",
+            )
+        decided = self.candidates[picked.candidate].decision(f"{path}.decision", inner)
+        return picked.model_copy(update={"decision": decided})
 
 
 class SearchPrecision(Pass):
@@ -45,6 +105,7 @@ class SearchPrecision(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (PickedDecision,)
 
     candidates: tuple[dict[str, Any], ...] = Field(
         ({"pass": "quantize_int8"},),
@@ -70,7 +131,14 @@ class SearchPrecision(Pass):
             made(table)
         return tables
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    @property
+    def declared(self) -> DeclaredMix:
+        """Its own, and what the candidates declare; the version grows with any of theirs."""
+        own, candidates = super().declared, tuple(made(table).declared for table in self.candidates)
+        version = own.version + sum(each.version - 1 for each in candidates)
+        return DeclaredMix(name=own.name, kinds=own.kinds, version=version, candidates=candidates)
+
+    def plan(self, model: nn.Module, context: Context) -> Plan[PickedDecision]:
         """Measure every layer in every precision, and choose.
 
         Raises:
@@ -143,10 +211,10 @@ class SearchPrecision(Pass):
             "error": six_digits(search.error_of(chosen)),
         }
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[PickedDecision]) -> nn.Module:
         """Have each chosen candidate rewrite its layers."""
         for number, table in enumerate(self.candidates):
-            mine = {path: entry["decision"] for path, entry in plan.choice.items() if entry["candidate"] == number}
+            mine = {path: each.decision for path, each in plan.choice.items() if each.candidate == number}
             prefix = f"{number}/"
             arrays = {name.removeprefix(prefix): a for name, a in plan.arrays.items() if name.startswith(prefix)}
             model = rewritten(made(table), model, mine, arrays)
@@ -160,7 +228,7 @@ Options = Mapping[Unit, Sequence[Option]]
 """For each unit what it may be: as it is, then as each candidate has it."""
 
 
-def rewritten(step: Pass, model: nn.Module, choice: Mapping[str, Json], arrays: Mapping[str, Tensor]) -> nn.Module:
+def rewritten(step: Pass, model: nn.Module, choice: Mapping[str, Decision], arrays: Mapping[str, Tensor]) -> nn.Module:
     """The model with some layers as a candidate decided; what is measured and what is shipped come from here."""
     if not choice:
         return model
@@ -180,7 +248,7 @@ class Search:
     @cached_property
     def plans(self) -> list[Plan]:
         """Each candidate's plan for the whole model, of which any part can be taken alone."""
-        return [by_layer(step.plan(self.model, self.context), self.model) for step in self.passes]
+        return [by_layer(step.planned(self.model, self.context), self.model) for step in self.passes]
 
     @cached_property
     def layers(self) -> list[str]:
@@ -191,18 +259,20 @@ class Search:
     @cached_property
     def norms(self) -> frozenset[str]:
         """Paths of norms that some candidate divides, for the layers behind them."""
-        return frozenset(path for plan in self.plans for path, entry in plan.choice.items() if divides(entry))
+        return frozenset(
+            path for plan in self.plans for path, found in plan.choice.items() if isinstance(found, DividedNorm)
+        )
 
     @cached_property
     def units(self) -> list[Unit]:
         """Layers that are chosen together: a norm and the layers behind it where a candidate smooths, else one each."""
         together: dict[str, set[str]] = {path: {path} for path in self.layers}
         for plan in self.plans:
-            for norm in (path for path, entry in plan.choice.items() if divides(entry)):
-                name = plan.choice[norm]["divided_by"]
-                behind = {path for path, entry in plan.choice.items() if array_of(entry) == name}
-                whole = set().union(*(together[path] for path in (norm, *behind)))
-                together |= dict.fromkeys(whole, whole)
+            for found in plan.choice.values():
+                if isinstance(found, DividedNorm):
+                    same = [path for path, other in plan.choice.items() if array_of(other) == found.divided_by]
+                    whole = set().union(*(together[path] for path in same))
+                    together |= dict.fromkeys(whole, whole)
         order = {path: number for number, path in enumerate(self.layers)}
         return list(dict.fromkeys(tuple(sorted(together[path], key=order.__getitem__)) for path in self.layers))
 
@@ -280,7 +350,7 @@ class Search:
         """A rewritten model with layers marked ``rows`` as engines compute them; for errors, not for costs."""
         for path, index in picked.items():
             decision, layer = self.plans[index].choice[path], model.get_submodule(path)
-            if isinstance(layer, QuantizedLinear) and isinstance(decision, Mapping) and decision.get("rows"):
+            if isinstance(layer, QuantizedLinear) and isinstance(decision, Int8Layer) and decision.rows:
                 original = self.model.get_submodule(path)
                 assert isinstance(original, nn.Linear)
                 name = array_of(decision)
@@ -306,11 +376,10 @@ class Search:
     def _measured(self) -> dict[tuple[int, ...], float]:
         return {}
 
-    def decision(self, path: str, candidate: int) -> Json:
-        """The plan's entry: whose decision, and the decision; what targets ask for stands beside it."""
-        entry = self.plans[candidate].choice[path]
-        hints = entry if isinstance(entry, Mapping) else {}
-        return {**hints, "candidate": candidate, "pass": self.passes[candidate].name(), "decision": entry}
+    def decision(self, path: str, candidate: int) -> PickedDecision:
+        """Whose decision a layer gets, and the decision."""
+        name, found = self.passes[candidate].name(), self.plans[candidate].choice[path]
+        return PickedDecision(candidate=candidate, pass_name=name, decision=found)
 
     def arrays(self, picked: Mapping[str, int]) -> dict[str, Tensor]:
         """The candidates' arrays for the layers that they were chosen for."""
@@ -323,9 +392,8 @@ class Search:
 
     def names(self, index: int, picked: Mapping[str, int]) -> set[str]:
         """Names of the arrays that a candidate's layers need: their own, and those that smooth them."""
-        plan, mine = self.plans[index], {path for path, i in picked.items() if i == index}
-        own = {name for name in plan.arrays if name.rpartition(".")[0] in mine}
-        return own | {name for path in mine if (name := array_of(plan.choice[path]))}
+        choice = self.plans[index].choice
+        return {name for path, i in picked.items() if i == index for name in choice[path].array_names(path)}
 
 
 def by_layer(plan: Plan, model: nn.Module) -> Plan:
@@ -341,16 +409,11 @@ def by_layer(plan: Plan, model: nn.Module) -> Plan:
     )
 
 
-def divides(entry: Json) -> bool:
-    """Whether a decision is that of a norm which is divided for the layers behind it."""
-    return isinstance(entry, Mapping) and "divided_by" in entry
-
-
-def array_of(entry: Json) -> str:
-    """Name of the array that smooths a layer; empty where none does."""
-    if divides(entry):
-        return str(entry["divided_by"])
-    return str(entry["smooth"]["by"]) if isinstance(entry, Mapping) and entry.get("smooth") else ""
+def array_of(decision: Decision) -> str:
+    """Name of the array that divides a norm or smooths a layer; empty where none does."""
+    if isinstance(decision, DividedNorm):
+        return decision.divided_by
+    return decision.smooth.by if isinstance(decision, QuantizedLayer) and decision.smooth else ""
 
 
 class RowScaled(nn.Module):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, Fact
-from enginewright.passes.contract import Context, Inputs, Pass, Plan, digest_of
+from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan, digest_of
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.feeding import Cycled, Generated
-from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide, named
+from enginewright.passes.recovery.guides import Guide, Teacher, guide, label_of, relative_error
 from enginewright.passes.recovery.low_rank import adapt
 from enginewright.passes.recovery.training import Training, recompute_blocks
 
@@ -37,11 +37,24 @@ KINDS = ("auto", "generated", "calibration")
 """What ``data`` may be beside a file."""
 
 
+class TrainedWeights(Decision):
+    """The weights of a module that training changed."""
+
+    arrays: ClassVar[Mapping[str, str]] = {".WEIGHT": "one of the weights, by its name"}
+
+    weights: tuple[str, ...] = Field(description="their names in the module")
+
+    def array_names(self, path: str) -> set[str]:
+        """The names of the weights in the model."""
+        return {f"{path}.{weight}".removeprefix(".") for weight in self.weights}
+
+
 class Distill(Pass):
     """Recover a changed model by distillation from the original; weights change, structure never does."""
 
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, STATELESS_CALLS)
     looks_for: ClassVar[str] = "weights that could be trained"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (TrainedWeights,)
 
     steps: int = Field(1000, ge=1, description="updates of the weights")
     batch: int = Field(8, ge=1, description="calls of the model in each step; run as one where the inputs allow")
@@ -96,7 +109,7 @@ class Distill(Pass):
         checkpoint = path(self.checkpoint) if self.checkpoint else ""
         return self.model_copy(update={"teachers": teachers, "data": data, "checkpoint": checkpoint})
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[TrainedWeights]:
         """Train a copy; the plan holds the weights that came out.
 
         Raises ``ToolchainError`` without an original, without calls to train on, where nothing is left to train or to
@@ -124,17 +137,17 @@ class Distill(Pass):
                 shared=context.signature.shared,
             )
             judged = devices.everything(list(context.calibration) or calls(0))
-            before = gap(student, guides[0].module, judged)
+            before = relative_error(student, guides[0].module, judged)
             folder = context.folder / self.checkpoint if self.checkpoint else None
             training.run(context, folder=folder, made_for=self.made_for(model, guides, context) if folder else "")
-            after = gap(student, guides[0].module, judged)
+            after = relative_error(student, guides[0].module, judged)
         facts = {
             "data": kind,
             "steps": self.steps,
             "loss": [six_digits(loss) for loss in training.state.losses],
             "relative_error": {"before": six_digits(before), "after": six_digits(after)},
-            "aligned": {named(g.teacher): counts(g) for g in guides if g.aligns},
-            "not_aligned": {named(g.teacher): dict(g.apart) for g in guides if g.apart},
+            "aligned": {label_of(g.teacher): counts(g) for g in guides if g.aligns},
+            "not_aligned": {label_of(g.teacher): dict(g.apart) for g in guides if g.apart},
             "alignment_stopped_at": training.state.stopped,
         }
         if after > before and self.judged_by_outputs():
@@ -147,7 +160,7 @@ class Distill(Pass):
         own = self.output > 0 and not (self.features or self.attention or self.relation)
         return own and not any(teacher.asks() for teacher in self.teachers)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[TrainedWeights]) -> nn.Module:
         """Put the learned weights in place. Raises ``ToolchainError`` for a weight of another shape."""
         return put_weights(model, plan)
 
@@ -238,7 +251,7 @@ class Distill(Pass):
         """What a checkpoint belongs to, as JSON: parameters, seed, and digests of student and teachers."""
         content = self.model_dump(mode="json", exclude={"checkpoint", "checkpoint_every"})
         content |= {"seed": context.seed, "student": fingerprint(model)}
-        content |= {named(g.teacher): fingerprint(g.module) for g in guides}
+        content |= {label_of(g.teacher): fingerprint(g.module) for g in guides}
         return json.dumps(content, sort_keys=True)
 
 
@@ -257,9 +270,9 @@ def frozen_copy(module: nn.Module, devices: Devices) -> nn.Module:
 
 def decision(
     model: nn.Module, student: nn.Module, names: list[str], skipped: dict[str, str], facts: dict[str, object]
-) -> Plan:
+) -> Plan[TrainedWeights]:
     """The plan: every weight that is not what it was."""
-    choice: dict[str, dict[str, list[str]]] = {}
+    changed: dict[str, list[str]] = {}
     arrays: dict[str, Tensor] = {}
     skipped = dict(skipped)
     for name in names:
@@ -269,11 +282,11 @@ def decision(
         if torch.equal(old.cpu(), new):
             skipped.setdefault(path, "training left its weights as they were")
         else:
-            choice.setdefault(path, {"weights": []})["weights"].append(leaf)
+            changed.setdefault(path, []).append(leaf)
             arrays[name] = new.clone()
     return Plan(
-        choice=choice,
-        skipped={path: reason for path, reason in skipped.items() if path not in choice},
+        choice={path: TrainedWeights(weights=tuple(weights)) for path, weights in changed.items()},
+        skipped={path: reason for path, reason in skipped.items() if path not in changed},
         facts=facts,
         arrays=arrays,
     )
@@ -287,13 +300,13 @@ def worse(before: float, after: float) -> str:
     )
 
 
-def put_weights(model: nn.Module, plan: Plan) -> nn.Module:
-    """Put the weights that a plan's entries name in place. Raises ``ToolchainError`` for one of another shape."""
-    for path, entry in plan.choice.items():
+def put_weights(model: nn.Module, plan: Plan[TrainedWeights]) -> nn.Module:
+    """Put the weights that a plan names in place. Raises ``ToolchainError`` for one of another shape."""
+    for path, trained in plan.choice.items():
         module = model.get_submodule(path)
-        for leaf in entry.get("weights", ()):
+        for leaf in trained.weights:
             name = f"{path}.{leaf}" if path else leaf
-            old, new = getattr(module, leaf), plan.arrays[name]
+            old, new = getattr(module, leaf), plan.array(name)
             if old.shape != new.shape:
                 raise ToolchainError(
                     f"the plan is for a weight of shape {tuple(new.shape)}; this one has {tuple(old.shape)}",

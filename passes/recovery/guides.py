@@ -116,7 +116,7 @@ def guide(teacher: Teacher, module: nn.Module, student: nn.Module, inputs: Input
             wanted = floats_in(module(**inputs))
     if teacher.output and shapes(result) != shapes(wanted):
         raise ToolchainError(
-            f"{named(teacher)} gives outputs {shapes(wanted)}, the student {shapes(result)}",
+            f"{label_of(teacher)} gives outputs {shapes(wanted)}, the student {shapes(result)}",
             help="set its weight of outputs to 0",
         )
     apart: dict[str, str] = {}
@@ -130,7 +130,7 @@ def guide(teacher: Teacher, module: nn.Module, student: nn.Module, inputs: Input
         kept = {path: other for path, other in pairs.items() if not reasons[path]}
         if not kept:
             why = next((why for why in reasons.values() if why), "no stack of blocks is in both")
-            raise ToolchainError(f"{loss} of the student and of {named(teacher)} cannot be compared: {why}")
+            raise ToolchainError(f"{loss} of the student and of {label_of(teacher)} cannot be compared: {why}")
         return kept
 
     return Guide(
@@ -147,7 +147,7 @@ def guide(teacher: Teacher, module: nn.Module, student: nn.Module, inputs: Input
     )
 
 
-def named(teacher: Teacher) -> str:
+def label_of(teacher: Teacher) -> str:
     """What errors call it."""
     return f"teacher {teacher.model!r}" if teacher.model else "the original"
 
@@ -184,8 +184,10 @@ def map_reason(ours: list[Tensor], theirs: list[Tensor]) -> str:
     return ""
 
 
-def gap(student: Callable[..., object], teacher: Callable[..., object], calls: list[Inputs]) -> float:
+def relative_error(student: Callable[..., object], teacher: Callable[..., object], calls: list[Inputs]) -> float:
     """Root of the mean relative squared error of the student's outputs over these calls."""
     with torch.no_grad():
+        if calls and not floats_in(student(**calls[0])):
+            raise ToolchainError("the model gives whole numbers alone, from which nothing can be learned by gradients")
         errors = [output_loss(floats_in(student(**call)), floats_in(teacher(**call))) for call in calls]
     return float(torch.stack(errors).mean().clamp(min=TINY**2).sqrt()) if errors else 0.0

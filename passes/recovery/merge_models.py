@@ -30,12 +30,21 @@ from torch.utils import _pytree as pytree
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import UNTOUCHED, Fact
 from enginewright.ground.reading import read_tensors
-from enginewright.passes.contract import Context, Inputs, NewInput, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Inputs, NewInput, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.recovery.devices import Devices
-from enginewright.passes.recovery.distill import KINDS, Distill, copy_of, decision, frozen_copy, put_weights
-from enginewright.passes.recovery.guides import Guide, Teacher, gap, guide
+from enginewright.passes.recovery.distill import (
+    KINDS,
+    Distill,
+    TrainedWeights,
+    copy_of,
+    decision,
+    frozen_copy,
+    put_weights,
+)
+from enginewright.passes.recovery.guides import Guide, Teacher, guide, relative_error
 from enginewright.passes.recovery.styles import (
+    PARTS,
     STYLE,
     EveryStyle,
     Merging,
@@ -50,12 +59,29 @@ APART = {"teachers", "style", "start"}
 """Parameters that do not mean what they mean in ``distill``."""
 
 
+class StyledEmbedding(TrainedWeights):
+    """A time embedding that an embedding of styles is added to."""
+
+    arrays: ClassVar[Mapping[str, str]] = {
+        **TrainedWeights.arrays,
+        **{f".{part}": "a part of the embedding of styles" for part in PARTS},
+    }
+
+    weights: tuple[str, ...] = Field((), description="names of its own weights that training changed")
+    styles: int = Field(description="number of the styles")
+
+    def array_names(self, path: str) -> set[str]:
+        """Its own weights, and the parts of the embedding of styles."""
+        return super().array_names(path) | {f"{path}.{part}" for part in PARTS}
+
+
 class MergeModels(Pass):
     """Train one model to answer like each of several of its kind, as an input ``style`` says, and like mixtures."""
 
     by_layer: ClassVar[bool] = False
     intends: ClassVar[str] = "its teachers, weighed by the style"
     requires: ClassVar[tuple[Fact, ...]] = (UNTOUCHED,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (TrainedWeights, StyledEmbedding)
 
     teachers: tuple[str, ...] = Field(
         (), description="model strings, or safetensors files of weights; each is a style, in this order"
@@ -96,7 +122,7 @@ class MergeModels(Pass):
         checkpoint = path(self.checkpoint) if self.checkpoint else ""
         return self.model_copy(update={"teachers": teachers, "data": data, "checkpoint": checkpoint})
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[TrainedWeights]:
         """Train a copy; the plan holds the weights that came out.
 
         Raises ``ToolchainError`` without two teachers, for a teacher with other weights than the model's, without calls
@@ -124,7 +150,7 @@ class MergeModels(Pass):
             guides = [
                 self.guide(text, frozen_copy(each, devices), student, first[0]) for text, each in teachers.items()
             ]
-            errors = [{"mean_of_weights": six_digits(gap(mean, each.module, judged))} for each in guides]
+            errors = [{"mean_of_weights": six_digits(relative_error(mean, each.module, judged))} for each in guides]
             add_styles(student, places, len(guides))
             training = Merging(
                 student=student,
@@ -161,27 +187,28 @@ class MergeModels(Pass):
         made_for = json.loads(school.made_for(model, list(training.guides), context)) | {"start": self.start}
         training.run(context, folder=context.folder / self.checkpoint, made_for=json.dumps(made_for, sort_keys=True))
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[TrainedWeights]) -> nn.Module:
         """Put the weights in place, and the styles beside the time embeddings; paths of modules stay as they were.
 
         Raises ``ToolchainError`` for a weight of another shape.
         """
         put_weights(model, plan)
-        places = {path: entry["styles"] for path, entry in plan.choice.items() if "styles" in entry}
+        places = {path: each.styles for path, each in plan.choice.items() if isinstance(each, StyledEmbedding)}
         if self.style:
-            return bake_in(model, list(places), plan.arrays, self.style)
+            arrays = {name: plan.array(name) for path in places for name in (f"{path}.{part}" for part in PARTS)}
+            return bake_in(model, list(places), arrays, self.style)
         if not places:
             return model
-        widths = {path: plan.arrays[f"{path}.style_table"].shape[1] for path in places}
+        widths = {path: plan.array(f"{path}.style_table").shape[1] for path in places}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             add_styles(model, widths, next(iter(places.values())))
             for name, parameter in styles_of(model, widths).items():
-                parameter.copy_(plan.arrays[name])
+                parameter.copy_(plan.array(name))
         return model
 
-    def new_inputs(self, plan: Plan) -> tuple[NewInput, ...]:
+    def new_inputs(self, plan: Plan[TrainedWeights]) -> tuple[NewInput, ...]:
         """The weights of the styles, if they are not baked in; left out, all styles weigh the same."""
-        styles = [entry["styles"] for entry in plan.choice.values() if "styles" in entry]
+        styles = [each.styles for each in plan.choice.values() if isinstance(each, StyledEmbedding)]
         if self.style or not styles:
             return ()
         return (NewInput(name=STYLE, shape=(styles[0],), default=1 / styles[0]),)
@@ -268,7 +295,7 @@ def errors_by_teacher(student: nn.Module, guides: Sequence[Guide], calls: list[I
     """The student's error to each teacher, in that teacher's style."""
     styles = [one_hot(number, len(guides)) for number in range(len(guides))]
     pairs = zip(guides, styles, strict=True)
-    return [six_digits(gap(partial(student, style=style), each.module, calls)) for each, style in pairs]
+    return [six_digits(relative_error(partial(student, style=style), each.module, calls)) for each, style in pairs]
 
 
 def unfrozen(weights: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -278,10 +305,13 @@ def unfrozen(weights: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return weights
 
 
-def with_styles(plan: Plan, student: nn.Module, places: Mapping[str, int], count: int) -> Plan:
+def with_styles(
+    plan: Plan[TrainedWeights], student: nn.Module, places: Mapping[str, int], count: int
+) -> Plan[TrainedWeights]:
     """The same decision, with the embeddings of styles."""
     arrays = {name: parameter.detach().cpu().clone() for name, parameter in styles_of(student, places).items()}
-    choice = {path: {**plan.choice.get(path, {}), "styles": count} for path in places}
+    trained = {path: {"weights": plan.choice[path].weights} if path in plan.choice else {} for path in places}
+    choice = {path: StyledEmbedding(**own, styles=count) for path, own in trained.items()}
     skipped = {path: reason for path, reason in plan.skipped.items() if path not in places}
     return replace(plan, choice={**plan.choice, **choice}, skipped=skipped, arrays={**plan.arrays, **arrays})
 

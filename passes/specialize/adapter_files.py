@@ -13,12 +13,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError, require
 from enginewright.ground.reading import first_line, read_json
+from enginewright.passes.contract import Decision
 from enginewright.passes.kernel.plain import is_turned_linear
 from enginewright.passes.kernel.surgery import share
 
@@ -58,6 +60,18 @@ OF_PEFT = {
     "magnitude": "lora_magnitude_vector",
 }
 """peft's names of parts that we name otherwise."""
+
+
+class FoldedAdapter(Decision):
+    """The adapter of one layer."""
+
+    arrays: ClassVar[Mapping[str, str]] = {f".{part}": f"the adapter's {part}" for part in FORMS if part != "alpha"}
+
+    rank: int = Field(description="of its factors")
+    factor: float = Field(description="what their product is multiplied by")
+    kind: Kind = Field("lora", description="how the product is made of the factors")
+    decompose_factor: int | None = Field(None, description="into what a LoKr divides the layer's sizes")
+
 
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of ``init_lora_weights`` with which training changed the base's own weights before it began."""
@@ -236,12 +250,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def adapted(layer: Any, entry: Mapping[str, Any], parts: Mapping[str, Tensor], path: str) -> Any:
+def adapted(layer: Any, adapter: FoldedAdapter, parts: Mapping[str, Tensor], path: str) -> Any:
     """peft's layer around a layer, with the adapter's tensors in it.
 
     Args:
         layer: what is adapted; the result holds a copy of it around the same weight.
-        entry: ``rank``, ``factor`` and, unless it is a plain LoRA, ``kind`` and what else its configuration says.
+        adapter: what it is.
         parts: the adapter's tensors, by our names of them.
         path: of the layer, for errors.
 
@@ -258,7 +272,7 @@ def adapted(layer: Any, entry: Mapping[str, Any], parts: Mapping[str, Tensor], p
         tensors["layer.lora_magnitude_vector"] = magnitude_of(layer, parts["magnitude"])
     try:
         # Empty parameters: peft would else draw random ones, and the recipe's seed would lead elsewhere.
-        peft.inject_adapter_in_model(config_for(layer, entry, parts), holder, low_cpu_mem_usage=True)
+        peft.inject_adapter_in_model(config_for(layer, adapter, parts), holder, low_cpu_mem_usage=True)
         result = peft.set_peft_model_state_dict(holder, tensors, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, ZeroDivisionError) as cause:
         shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
@@ -288,11 +302,11 @@ def magnitude_of(layer: Any, magnitude: Tensor) -> Tensor:
     return magnitude.reshape(1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else magnitude.reshape(-1)
 
 
-def config_for(layer: nn.Module, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Any:
+def config_for(layer: nn.Module, adapter: FoldedAdapter, parts: Mapping[str, Tensor]) -> Any:
     """peft's configuration of one layer's adapter."""
     peft = require("peft", extra="peft")
-    kind, rank = entry.get("kind", "lora"), entry["rank"]
-    strength = entry["factor"] * rank
+    kind, rank = adapter.kind, adapter.rank
+    strength = adapter.factor * rank
     if kind in ("lora", "dora"):
         return peft.LoraConfig(
             r=rank,
@@ -311,7 +325,7 @@ def config_for(layer: nn.Module, entry: Mapping[str, Any], parts: Mapping[str, T
         target_modules=["layer"],
         use_effective_conv2d=effective,
         decompose_both="lokr_w1_a" in parts,
-        decompose_factor=entry["decompose_factor"],
+        decompose_factor=adapter.decompose_factor,
     )
 
 
@@ -333,12 +347,8 @@ def decompose_factor(layer: nn.Module, adapter: Adapter, config: Mapping[str, An
     fault = None
     for factor in (-1, *sizes):
         try:
-            adapted(
-                layer,
-                {"kind": "lokr", "rank": adapter.rank, "factor": 1.0, "decompose_factor": factor},
-                adapter.parts,
-                path,
-            )
+            tried = FoldedAdapter(kind="lokr", rank=adapter.rank, factor=1.0, decompose_factor=factor)
+            adapted(layer, tried, adapter.parts, path)
         except ToolchainError as cause:
             fault = cause
         else:

@@ -19,11 +19,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from enginewright.ground.errors import ToolchainError, unknown
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan, counted
 from enginewright.passes.kernel.observe import Look, looking
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.traits import BlockStack, layer_at
+
+
+class CutStack(Decision):
+    """A stack that ends early."""
+
+    kept: int = Field(description="blocks that stay, from the first")
+    of: int = Field(description="blocks that the stack has")
+
+
+class DroppedNorm(Decision):
+    """A norm behind the stack that goes."""
+
+    dropped: Literal[True] = Field(description="it gives what it is given")
 
 
 class CutAfter(Pass):
@@ -31,6 +44,7 @@ class CutAfter(Pass):
 
     intends: ClassVar[str] = "the original up to a layer"
     by_layer: ClassVar[bool] = False
+    decisions: ClassVar[tuple[type[Decision], ...]] = (CutStack, DroppedNorm)
 
     layer: int = Field(default=-2, description="last state used, as an index of hidden_states; -2 is one block early")
     final_norm: Literal["keep", "drop"] = Field(
@@ -38,7 +52,7 @@ class CutAfter(Pass):
     )
     stack: str = Field(default="", description="module path of the stack; needed where there are several")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[CutStack | DroppedNorm]:
         """Find the stack, the blocks to leave out, and the norm after it.
 
         Raises ``ToolchainError`` for no stack or several without a name, a layer that the stack has not or that needs
@@ -53,35 +67,54 @@ class CutAfter(Pass):
             raise ToolchainError(f"block {needed[0] + 1} must stay: {found.fixed[needed[0]]}", where=path)
         if kept == count and self.final_norm == "keep":
             return Plan(choice={}, skipped={path: f"state {self.layer} is what its last block gives"})
-        choice: dict[str, object] = {path: {"kept": kept, "of": count}}
+        choice: dict[str, CutStack | DroppedNorm] = {path: CutStack(kept=kept, of=count)}
         if self.final_norm == "drop" and (norm := norm_after(model, found, context)):
-            choice[norm] = {"dropped": True}
-        return Plan(choice=choice, facts={"final_norm": self.final_norm})
+            choice[norm] = DroppedNorm(dropped=True)
+        plan = Plan(choice=choice, facts={"final_norm": self.final_norm})
+        self.refuse_uncallable(model, plan, context)
+        return plan
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def refuse_uncallable(self, model: nn.Module, plan: Plan[CutStack | DroppedNorm], context: Context) -> None:
+        """Raise where a model reads what goes in other ways than by calling it, such as a norm's own weights."""
+        example = next(iter(context.calibration), context.example)
+        if example is None:
+            return
+        cut = self.rewrite(share(model), plan)
+        try:
+            counted(cut, example)
+        except Exception as cause:  # whatever a model's own code raises
+            said = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            norms = [path for path, each in plan.choice.items() if isinstance(each, DroppedNorm)]
+            raise ToolchainError(
+                f"the model cannot be called any more when it is cut: {said}",
+                where=next(iter(plan.choice)),
+                help=f"the norm {norms[0]!r} goes too: try final_norm = 'keep'" if norms else None,
+            ) from cause
+
+    def rewrite(self, model: nn.Module, plan: Plan[CutStack | DroppedNorm]) -> nn.Module:
         """Cut, in place. Raises ``ToolchainError`` when the stack has not the blocks of the plan."""
-        for path, entry in plan.choice.items():
-            if "dropped" in entry:
+        for path, cut in plan.choice.items():
+            if isinstance(cut, DroppedNorm):
                 model.set_submodule(path, nn.Identity())
                 continue
             found = layer_at(model, path, BlockStack)
-            if len(found.blocks) != entry["of"]:
+            if len(found.blocks) != cut.of:
                 raise ToolchainError(
-                    f"the plan is for a stack of {entry['of']} blocks; this one has {len(found.blocks)}", where=path
+                    f"the plan is for a stack of {cut.of} blocks; this one has {len(found.blocks)}", where=path
                 )
-            found.keep_blocks(range(entry["kept"]))
+            found.keep_blocks(range(cut.kept))
         return model
 
-    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan[CutStack | DroppedNorm], context: Context) -> nn.Module:
         """The original, cut: what is compared is what other steps and engines add to that.
 
         Where steps before took blocks out, ``layer`` counts among the original's own, as it does in hidden_states.
         """
         choice = dict(plan.choice)
-        for path, entry in plan.choice.items():
-            if "of" in entry:
+        for path, cut in plan.choice.items():
+            if isinstance(cut, CutStack):
                 count = len(layer_at(model, path, BlockStack).blocks)
-                choice[path] = {"kept": min(max(self.kept(count), 1), count), "of": count}
+                choice[path] = CutStack(kept=min(max(self.kept(count), 1), count), of=count)
         return self.rewrite(share(model), replace(plan, choice=choice))
 
     def kept(self, count: int) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, Fact
-from enginewright.passes.contract import Context, Inputs, Json, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Inputs, Json, Pass, Plan
 from enginewright.passes.kernel.rows import repeated_rows
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import (
@@ -36,18 +36,33 @@ from enginewright.passes.specialize.binding import (
 )
 
 
+class ConstantModule(Decision):
+    """A module that gives one value."""
+
+    arrays: ClassVar[Mapping[str, str]] = {"": "the value, with 1 for each leading size that follows what comes in"}
+
+    follows: int = Field(description="leading dimensions of the value that are as large as those of what comes in")
+
+
+class WithoutInputs(Decision):
+    """A model that takes some inputs no more, and has no constant module."""
+
+    without: tuple[str, ...] = Field(description="names of the inputs")
+
+
 class FixInputs(Pass):
     """Take inputs away and compute once what they alone decide: a fixed timestep, class, style or mask."""
 
     intends: ClassVar[str] = "the original with some inputs at fixed values"
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_INPUTS,)
     by_layer: ClassVar[bool] = False
+    decisions: ClassVar[tuple[type[Decision], ...]] = (ConstantModule, WithoutInputs)
 
     inputs: dict[str, Any] = Field(
         default={}, description="input -> its constant: a number, or nested lists of what each row has"
     )
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[ConstantModule | WithoutInputs]:
         """Follow one call, and record the value of each module that is constant now.
 
         Raises ``ToolchainError`` for an unknown input, a value that does not fit, when no input is left, or when there
@@ -59,9 +74,9 @@ class FixInputs(Pass):
         found = self.found(model, call, bound)
         values = {path: seen.value for path, seen in found.items() if seen.value is not None}
         # Where no module is constant the call has changed all the same: the model takes an input less.
-        gone = {} if values else {"": {"without": sorted(bound)}}
+        gone = {} if values else {"": WithoutInputs(without=tuple(sorted(bound)))}
         return Plan(
-            choice={**gone, **{path: {"follows": found[path].follows} for path in values}},
+            choice={**gone, **{path: ConstantModule(follows=found[path].follows) for path in values}},
             skipped={path: seen.reason for path, seen in found.items() if seen.value is None},
             facts={"bound": {name: vars(each) for name, each in bound.items()}},
             arrays=values,
@@ -75,19 +90,22 @@ class FixInputs(Pass):
                 f"{table.input} chooses the network, of which there are {len(networks)}; it cannot be bound now",
                 help="bind it in a recipe without networks by timestep: one timestep needs one network",
             )
+        if (start := program_of(model).start) in bound:
+            raise ToolchainError(
+                f"{start} says where in its sequence a call goes on, which is another place in each; it cannot be bound"
+            )
         found = {}
         for name, network in networks.items():
             for path, seen in constants_of(network, given_to(model, name, call), list(bound)).items():
                 found[f"{place_of(model, name)}.{path}".removeprefix(".")] = seen
         return found
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[ConstantModule | WithoutInputs]) -> nn.Module:
         """Replace modules by their values, in place."""
-        for path, entry in plan.choice.items():
-            if not path:
-                continue
-            training = model.get_submodule(path).training
-            model.set_submodule(path, Constant(plan.arrays[path], entry["follows"]).train(training))
+        for path, decision in plan.choice.items():
+            if isinstance(decision, ConstantModule):
+                training = model.get_submodule(path).training
+                model.set_submodule(path, Constant(plan.array(path), decision.follows).train(training))
         bound = bound_in(plan)
         return without_inputs(each_network(model, lambda network, _: call_without(network, bound)), tuple(bound))
 

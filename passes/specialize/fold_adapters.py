@@ -21,16 +21,18 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.reading import read_tensors
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.specialize import adapter_files
-from enginewright.passes.specialize.adapter_files import CONFIG, Adapter
+from enginewright.passes.specialize.adapter_files import CONFIG, Adapter, FoldedAdapter
 
 
 class FoldAdapters(Pass):
     """Merge a LoRA into the weights; every key of its file is used, or the pass refuses."""
 
     intends: ClassVar[str] = "the original with adapters beside its layers"
+    decisions: ClassVar[tuple[type[Decision], ...]] = (FoldedAdapter,)
+
     file: str = Field(default="", description="safetensors file with the adapter")
     scale: float = Field(default=1.0, description="multiplies the adapter's product")
     alpha: float | None = Field(
@@ -43,7 +45,7 @@ class FoldAdapters(Pass):
         del model
         return self.model_copy(update={"file": path(self.file)}) if self.file else self
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[FoldedAdapter]:
         """Match the file's keys with layers.
 
         Raises ``ToolchainError`` for a file that is not there, shapes that do not fit, entries that match nothing or
@@ -52,7 +54,7 @@ class FoldAdapters(Pass):
         adapters, strange = adapter_files.adapters_in(adapter_files.renamed(self.read(context), model))
         config = adapter_files.config_of(context.folder / self.file)
         places = adapter_files.places_in(model)
-        choice: dict[str, Any] = {}
+        choice: dict[str, FoldedAdapter] = {}
         arrays: dict[str, Tensor] = {}
         for path, adapter in adapters.items():
             if path not in places:
@@ -62,9 +64,10 @@ class FoldAdapters(Pass):
             if place in choice:
                 raise ToolchainError(f"{self.file!r} adapts this layer under two names", where=place)
             layer = model.get_submodule(place)
-            choice[place] = self.entry(place.removeprefix("inner."), adapter, config)
+            choice[place] = self.decision(place.removeprefix("inner."), adapter, config)
             if adapter.kind == "lokr":
-                choice[place]["decompose_factor"] = adapter_files.decompose_factor(layer, adapter, config, place)
+                factor = adapter_files.decompose_factor(layer, adapter, config, place)
+                choice[place] = choice[place].model_copy(update={"decompose_factor": factor})
             adapter_files.adapted(layer, choice[place], adapter.parts, place)  # raises where it does not fit
             arrays |= {f"{place}.{part}": tensor for part, tensor in adapter.parts.items()}
         if not choice:
@@ -73,7 +76,7 @@ class FoldAdapters(Pass):
             raise ToolchainError(f"{len(strange)} entries of {self.file!r} match no layer", help=listed(strange))
         return Plan(choice=choice, facts={"fusable": not strange, "unmatched": sorted(strange)}, arrays=arrays)
 
-    def entry(self, path: str, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Any]:
+    def decision(self, path: str, adapter: Adapter, config: Mapping[str, Any]) -> FoldedAdapter:
         """What a layer's adapter is: its rank, what its product is multiplied by, and its kind unless a plain LoRA.
 
         Raises:
@@ -85,7 +88,7 @@ class FoldAdapters(Pass):
         if config.get("use_dora") and adapter.kind == "lora":
             raise ToolchainError(f"{CONFIG} says use_dora, and {self.file!r} has no magnitudes", where=path)
         kind = {} if adapter.kind == "lora" else {"kind": adapter.kind}
-        return {"rank": adapter.rank, "factor": self.scale * self.strength(path, adapter, config), **kind}
+        return FoldedAdapter(rank=adapter.rank, factor=self.scale * self.strength(path, adapter, config), **kind)
 
     def strength(self, path: str, adapter: Adapter, config: Mapping[str, Any]) -> float:
         """What a layer's product is multiplied by: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
@@ -112,21 +115,21 @@ class FoldAdapters(Pass):
             raise ToolchainError(f"{CONFIG} says lora_alpha {alpha!r}, which is no number", where=path)
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[FoldedAdapter]) -> nn.Module:
         """Give each adapted layer a new weight, in place. Raises ``ToolchainError`` where it does not fit."""
-        for path, entry in plan.choice.items():
+        for path, adapter in plan.choice.items():
             layer: Any = model.get_submodule(path)
-            for name, tensor in folded(layer, entry, parts_of(plan, path), path).items():
+            for name, tensor in folded(layer, adapter, parts_of(plan, path), path).items():
                 old = getattr(layer, name)
                 setattr(layer, name, nn.Parameter(tensor.to(old.dtype), requires_grad=old.requires_grad))
         return model
 
-    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan[FoldedAdapter], context: Context) -> nn.Module:
         """The original with each adapter run beside its layer, unfolded: a mistake of the fold shows against it."""
         result = share(model)
-        for path, entry in plan.choice.items():
+        for path, adapter in plan.choice.items():
             layer = result.get_submodule(path)
-            beside = adapter_files.adapted(layer, entry, parts_of(plan, path), path)
+            beside = adapter_files.adapted(layer, adapter, parts_of(plan, path), path)
             layer.register_forward_hook(partial(run_beside, beside))
         return result
 
@@ -144,11 +147,13 @@ def parts_of(plan: Plan, path: str) -> dict[str, Tensor]:
     return {part: array for (place, _, part), array in held if place == path}
 
 
-def folded(layer: nn.Module, entry: Mapping[str, Any], parts: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+def folded(layer: nn.Module, adapter: FoldedAdapter, parts: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     """A layer's weight, and its bias where the adapter has one, with the adapter merged; in double precision."""
     base: Any = copy.deepcopy(layer).double()
     device = base.weight.device
-    beside = adapter_files.adapted(base, entry, {name: part.to(device).double() for name, part in parts.items()}, path)
+    beside = adapter_files.adapted(
+        base, adapter, {name: part.to(device).double() for name, part in parts.items()}, path
+    )
     beside.merge()
     names = ("weight", "bias") if "bias" in parts else ("weight",)
     return {name: getattr(beside.get_base_layer(), name).detach() for name in names}

@@ -17,12 +17,18 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import UNPARTED, Fact
 from enginewright.ground.program import Hoisted
 from enginewright.ground.signature import Role
-from enginewright.passes.contract import Context, Inputs, Pass, Plan, macs, macs_by_module
+from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan, macs, macs_by_module
 from enginewright.passes.networks import given_to, hoist, local, networks_of, place_of, program_of
 from enginewright.passes.specialize.binding import call_with, constant_modules
 
 CONSTANT: tuple[Role, ...] = ("condition", "guidance", "mask", "positions")
 """Roles of inputs that stay the same over a sampling run."""
+
+
+class HoistedModule(Decision):
+    """A module that is computed once for a run."""
+
+    macs: int = Field(description="multiply-accumulates of one call of it")
 
 
 class HoistConstants(Pass):
@@ -31,12 +37,13 @@ class HoistConstants(Pass):
     by_layer: ClassVar[bool] = False
     requires: ClassVar[tuple[Fact, ...]] = (UNPARTED,)
     destroys: ClassVar[tuple[Fact, ...]] = (UNPARTED,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (HoistedModule,)
 
     constant: tuple[str, ...] = Field(
         default=(), description="inputs that stay the same over a run; empty: conditions, guidance, masks and positions"
     )
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[HoistedModule]:
         """Follow one call, and name the outermost modules that depend on constant inputs and on no other.
 
         Raises ``ToolchainError`` for an unknown input, when no input changes, or when there is no call to follow.
@@ -61,7 +68,7 @@ class HoistConstants(Pass):
         saved = bytes_of(model, list(costs))
         share = 100 * once / max(whole, 1)
         return Plan(
-            choice={path: {"macs": cost} for path, cost in costs.items()},
+            choice={path: HoistedModule(macs=cost) for path, cost in costs.items()},
             facts={
                 "constant": list(resolved.constant),
                 "macs_once": once,
@@ -74,7 +81,7 @@ class HoistConstants(Pass):
             },
         )
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[HoistedModule]) -> nn.Module:
         """Mark the model for the export; in PyTorch it stays whole."""
         if not plan.choice:
             return model

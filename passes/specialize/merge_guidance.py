@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
-from enginewright.passes.contract import Context, Inputs, Json, NewInput, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Inputs, Json, NewInput, Pass, Plan
 from enginewright.passes.kernel.roles import input_of
 from enginewright.passes.kernel.rows import Repeating, shared_inputs, two_of_each
 from enginewright.passes.kernel.surgery import share
@@ -27,6 +27,15 @@ from enginewright.passes.networks import each_network
 SCALE = "guidance_scale"
 
 
+class GuidedRows(Decision):
+    """How the rows of a call are guided."""
+
+    condition: str = Field(description="input that carries the condition")
+    none: Json = Field(description="its value for no condition: a number, or lists of what a row has")
+    channels: int | None = Field(description="leading channels of the output that are guided; null: all")
+    shared: tuple[str, ...] = Field((), description="inputs that all rows of a call share")
+
+
 class MergeGuidance(Pass):
     """Double the batch inside, with the condition and without, and give e_u + w (e_c - e_u)."""
 
@@ -34,6 +43,7 @@ class MergeGuidance(Pass):
     by_layer: ClassVar[bool] = False
     requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, STATELESS_CALLS)
     destroys: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (GuidedRows,)
 
     condition: str = Field(default="", description="input that carries the condition; empty: the one of that role")
     none: Any = Field(default=None, description="its value for no condition: a number, or lists of what a row has")
@@ -43,7 +53,7 @@ class MergeGuidance(Pass):
         default=None, ge=1, description="leading channels of the output that are guided; left out: all"
     )
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[GuidedRows]:
         """Check what was asked. Raises ``ToolchainError`` for an unknown condition or a value that does not fit it."""
         del model
         example = next(iter(context.calibration), context.example)
@@ -63,10 +73,10 @@ class MergeGuidance(Pass):
             shape = tuple(example[condition].shape[1:])
             raise ToolchainError(f"none is {self.none!r}, which is no row of {condition}, {shape}") from cause
         shared = shared_inputs(context, example, like=condition)
-        how = {"condition": condition, "none": self.none, "channels": self.channels, "shared": list(shared)}
+        how = GuidedRows(condition=condition, none=self.none, channels=self.channels, shared=shared)
         return Plan(choice={"": how})
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[GuidedRows]) -> nn.Module:
         """Let each call run both rows at once; paths of modules stay as they were."""
         how = plan.choice[""]
         return each_network(model, lambda net, _: guided(net, how, self.scale, fixed=self.fixed, at_once=True))
@@ -75,12 +85,12 @@ class MergeGuidance(Pass):
         """The scale, if it is not baked in."""
         return () if self.fixed else (NewInput(name=SCALE, default=self.scale),)
 
-    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan[GuidedRows], context: Context) -> nn.Module:
         """Two calls of the original."""
         return guided(share(model), plan.choice[""], self.scale, fixed=self.fixed, at_once=False)
 
 
-def guided(model: nn.Module, how: Json, scale: float, *, fixed: bool, at_once: bool) -> nn.Module:
+def guided(model: nn.Module, how: GuidedRows, scale: float, *, fixed: bool, at_once: bool) -> nn.Module:
     """Let a model guide its own output, in place."""
     wrap(model, Guided(how=how, scale=scale, fixed=fixed, copies=2 if at_once else 1))
     return model
@@ -91,13 +101,13 @@ class Guided(Repeating):
     """A model called with and without its condition.
 
     Args:
-        how: condition, none, channels and shared, as the plan has them.
+        how: as the plan has it.
         scale: w where a call says nothing.
         fixed: whether a call cannot.
         copies: 2: both in one call, the rows of one after those of the other; 1: in two calls.
     """
 
-    how: Json
+    how: GuidedRows
     scale: float
     fixed: bool
 
@@ -110,18 +120,18 @@ class Guided(Repeating):
         """Answer a call."""
         given, how = inputs.pop(SCALE, None), self.how
         scale = self.scale if given is None else given
-        condition: Tensor = inputs[how["condition"]]
-        none = torch.tensor(how["none"], dtype=condition.dtype, device=condition.device).expand_as(condition)
+        condition: Tensor = inputs[how.condition]
+        none = torch.tensor(how.none, dtype=condition.dtype, device=condition.device).expand_as(condition)
         if self.copies == 1:
-            with_it, without = forward(**inputs), forward(**{**inputs, how["condition"]: none})
-            return combined(with_it, without, scale, how["channels"])
-        twice: Inputs = two_of_each(inputs, how.get("shared", ()))
-        twice[how["condition"]] = torch.cat([condition, none])
+            with_it, without = forward(**inputs), forward(**{**inputs, how.condition: none})
+            return combined(with_it, without, scale, how.channels)
+        twice: Inputs = two_of_each(inputs, how.shared)
+        twice[how.condition] = torch.cat([condition, none])
         leaves, form = pytree.tree_flatten(forward(**twice))
         # Not ``chunk``, which rounds: what it asks of an open number of rows the exporter cannot prove.
         halves = [leaf.unflatten(0, (2, -1)).unbind(0) for leaf in leaves]
         with_it, without = (pytree.tree_unflatten([half[i] for half in halves], form) for i in (0, 1))
-        return combined(with_it, without, scale, how["channels"])
+        return combined(with_it, without, scale, how.channels)
 
 
 def combined(with_it: Any, without: Any, scale: Tensor | float, channels: int | None) -> Any:

@@ -7,31 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.passes.contract import Inputs
+from enginewright.passes.contract import Decision, Inputs
 from enginewright.passes.kernel.observe import Look, looking
 from enginewright.passes.tokens.interpreter import Interpreter
 from enginewright.passes.tokens.matching import ascending
 from enginewright.passes.tokens.running import Step, TokenRun, Tokens, joined
 from enginewright.passes.traits import TokenBlock
 
-Entry = Mapping[str, Any]
-"""``{"keep": share}`` or ``{"count": tokens}``, leading ones apart."""
+
+class Border(Decision):
+    """A block in or before which tokens are dropped."""
+
+    arrays: ClassVar[Mapping[str, str]] = {
+        ".interpreter.weight": "of the layer that scores tokens, for method = policy",
+        ".interpreter.bias": "of that layer",
+    }
 
 
-def whole(entry: Entry, tokens: int, *, up: bool) -> int:
+class KeptShare(Border):
+    """A border at which a share of the tokens stays."""
+
+    keep: float = Field(description="share that stays of the tokens there, leading ones apart")
+
+
+class KeptCount(Border):
+    """A border at which a number of tokens stays."""
+
+    count: int = Field(description="tokens that stay, leading ones apart")
+
+
+Kept = KeptShare | KeptCount
+
+
+def whole(kept: Kept, tokens: int, *, up: bool) -> int:
     """How many of so many tokens stay: a share is rounded up or down, and at least 1 stays of
     those that there are.
 
     Counted as those that go, so that where the number is known only when the graph runs, it is seen never to rise.
     """
-    if "count" in entry:
-        return min(entry["count"], tokens)
-    gone = 1 - Fraction(entry["keep"]).limit_denominator(10_000)
+    if isinstance(kept, KeptCount):
+        return min(kept.count, tokens)
+    gone = 1 - Fraction(kept.keep).limit_denominator(10_000)
     left = tokens - (tokens * gone.numerator + (0 if up else gone.denominator - 1)) // gone.denominator
     return max(left, min(tokens, 1)) if isinstance(left, int) else left
 
@@ -63,17 +85,17 @@ class DropStep(Step):
     Args:
         block: the block.
         kind: how a call of it is taken apart.
-        entry: how many tokens stay.
+        kept: how many tokens stay.
         leading: tokens at the front that stay anyway.
         received: score by the mean attention that a token receives, not by the class token's.
         fuse: add one token, the sum of those dropped, weighted by their scores.
     """
 
     def __init__(
-        self, block: nn.Module, kind: type[TokenBlock], *, entry: Entry, leading: int, received: bool, fuse: bool
+        self, block: nn.Module, kind: type[TokenBlock], *, kept: Kept, leading: int, received: bool, fuse: bool
     ) -> None:
         super().__init__(block, kind)
-        self.entry, self.leading, self.received, self.fuse = dict(entry), leading, received, fuse
+        self.kept, self.leading, self.received, self.fuse = kept, leading, received, fuse
 
     def forward(self, tokens: Tokens, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Attention, drop, feed-forward."""
@@ -91,7 +113,7 @@ class DropStep(Step):
 
     def drop(self, tokens: Tokens, scores: Tensor) -> None:
         """Keep the best (scores (B, n)), and one token for the rest where that is asked for."""
-        count = whole(self.entry, tokens.x.shape[1] - self.leading, up=True)
+        count = whole(self.kept, tokens.x.shape[1] - self.leading, up=True)
         stay, before = best(scores, count, self.leading), tokens.x
         tokens.keep(stay)
         if self.fuse:
@@ -107,10 +129,10 @@ class PolicyStep(Step):
     """
 
     def __init__(
-        self, block: nn.Module, kind: type[TokenBlock], interpreter: Interpreter, *, entry: Entry, leading: int
+        self, block: nn.Module, kind: type[TokenBlock], interpreter: Interpreter, *, kept: Kept, leading: int
     ) -> None:
         super().__init__(block, kind)
-        self.interpreter, self.entry, self.leading = interpreter.train(block.training), dict(entry), leading
+        self.interpreter, self.kept, self.leading = interpreter.train(block.training), kept, leading
         self.learns = False
 
     def forward(self, tokens: Tokens, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
@@ -119,7 +141,7 @@ class PolicyStep(Step):
         if self.learns or self.training:
             gate = (1 + (scores - scores.detach()))[..., None]  # 1 to the last bit
             tokens.x = torch.cat([tokens.x[:, : self.leading], (tokens.x * gate)[:, self.leading :]], dim=1)
-        count = whole(self.entry, tokens.x.shape[1] - self.leading, up=False)
+        count = whole(self.kept, tokens.x.shape[1] - self.leading, up=False)
         if tokens.mask is not None:
             scores = scores + tokens.mask[:, 0, 0].clamp(min=-1)  # padding goes first
         tokens.keep(best(scores, count, self.leading))

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.facts import ALL_TOKENS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.matching import Form, clipped, match
 from enginewright.passes.tokens.running import (
@@ -57,12 +57,19 @@ class MergeStep(Step):
         tokens.move(matching.rows_of())
 
 
+class MergedTokens(Decision):
+    """The tokens that a block merges."""
+
+    merge: int = Field(description="tokens that go into others")
+
+
 class MergeTokens(Pass):
     """Merge r tokens in every block; shapes fall, and with them the work."""
 
     by_layer: ClassVar[bool] = False
     requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (MergedTokens,)
 
     r: int = Field(8, ge=0, description="tokens merged in a block; never more than half of those there")
     schedule: Literal["constant", "linear"] = Field(
@@ -80,7 +87,7 @@ class MergeTokens(Pass):
     )
     exclude: tuple[str, ...] = Field((), description="glob patterns of block paths that merge none")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[MergedTokens]:
         """How many each block merges.
 
         Raises ``ToolchainError`` for a pattern that matches no block, and where a model needs the tokens that
@@ -88,14 +95,14 @@ class MergeTokens(Pass):
         """
         stacks, skipped = token_stacks(model, context)
         check_patterns(self.exclude, blocks_of(stacks), what="block")
-        choice: dict[str, object] = {}
+        choice: dict[str, MergedTokens] = {}
         for found in stacks:
             refuse_lost_tokens(found, restore=self.restore)
             self.decide(found, choice, skipped)
         facts = {"tokens": {found.path: found.tokens for found in stacks}}
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
-    def decide(self, found: Found, choice: dict[str, object], skipped: dict[str, str]) -> None:
+    def decide(self, found: Found, choice: dict[str, MergedTokens], skipped: dict[str, str]) -> None:
         """Enter each block of a stack into the choice or among those left alone."""
         tokens = found.tokens
         for number, asked in enumerate(self.amounts(len(found.stack.blocks))):
@@ -110,7 +117,7 @@ class MergeTokens(Pass):
             elif r == 0:
                 skipped[path] = f"r is {asked} here" if asked == 0 else f"{tokens} tokens are too few to merge"
             else:
-                choice[path] = {"merge": r}
+                choice[path] = MergedTokens(merge=r)
                 tokens = None if tokens is None else tokens - r
 
     def amounts(self, blocks: int) -> list[int]:
@@ -120,13 +127,13 @@ class MergeTokens(Pass):
         step = 2 * self.r / (blocks - 1) if blocks > 1 else 0.0
         return [int(2 * self.r - step * i) for i in range(blocks)]
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[MergedTokens]) -> nn.Module:
         """Put a run of all blocks in the place of each stack of which some block merges."""
 
         def step(stack: TokenStack, block: nn.Module, path: str) -> Step:
             if path not in plan.choice:
                 return Step(block, stack.block, proportional=self.proportional)
-            r = plan.choice[path]["merge"]
+            r = plan.choice[path].merge
             leading, weighs = stack.leading, self.proportional
             return MergeStep(block, stack.block, proportional=weighs, r=r, leading=leading, form=self.form)
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.facts import ALL_TOKENS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.matching import Form, Matching, cell_corners, match, rows
 from enginewright.passes.tokens.running import (
@@ -83,12 +83,20 @@ def number_merged(ratio: float, tokens: int, leading: int) -> int:
     return min(int(ratio * tokens), tokens - leading - receive) if receive else 0
 
 
+class ShrunkBlock(Decision):
+    """How a block works on fewer tokens."""
+
+    ratio: float = Field(description="share of all tokens that is merged")
+    over: Over = Field(description="what works on merged tokens")
+
+
 class MergeUnmergeTokens(Pass):
     """Merge a share of the tokens before attention (or the whole block), and copy the results back after."""
 
     by_layer: ClassVar[bool] = False
     requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (ShrunkBlock,)
 
     ratio: float = Field(
         0.5, ge=0, le=0.75, description="share of all tokens that is merged; at most 3 in each cell of 4"
@@ -102,11 +110,11 @@ class MergeUnmergeTokens(Pass):
     )
     exclude: tuple[str, ...] = Field((), description="glob patterns of block paths left alone")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[ShrunkBlock]:
         """Which blocks. Raises ``ToolchainError`` for a pattern that matches no block."""
         stacks, skipped = token_stacks(model, context)
         check_patterns(self.exclude, blocks_of(stacks), what="block")
-        choice: dict[str, object] = {}
+        choice: dict[str, ShrunkBlock] = {}
         largest = max((found.tokens or 0 for found in stacks if found.stack.level), default=0)
         for found in stacks:
             for number in range(len(found.stack.blocks)):
@@ -114,7 +122,7 @@ class MergeUnmergeTokens(Pass):
                 if reason := excluded_by(path, self.exclude) or self.reason_to_skip(found, largest):
                     skipped[path] = reason
                 else:
-                    choice[path] = {"ratio": self.ratio, "over": self.over}
+                    choice[path] = ShrunkBlock(ratio=self.ratio, over=self.over)
         return Plan(choice=choice, skipped=skipped, facts={"tokens": {f.path: f.tokens for f in stacks}})
 
     def reason_to_skip(self, found: Found, largest: int) -> str:
@@ -137,18 +145,18 @@ class MergeUnmergeTokens(Pass):
             return f"a ratio of {self.ratio} of {found.tokens} tokens merges none"
         return ""
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[ShrunkBlock]) -> nn.Module:
         """Put a run of all blocks in the place of each stack with a chosen block."""
 
         def step(stack: TokenStack, block: nn.Module, path: str) -> Step:
             if path not in plan.choice:
                 return Step(block, stack.block)
-            entry = plan.choice[path]
+            shrunk = plan.choice[path]
             return ShrunkStep(
                 block,
                 stack.block,
-                ratio=entry["ratio"],
-                over=entry["over"],
+                ratio=shrunk.ratio,
+                over=shrunk.over,
                 leading=stack.leading,
                 form=self.form,
             )

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_TOKENS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.surgery import share
-from enginewright.passes.tokens.dropping import DropStep, PolicyStep, whole
+from enginewright.passes.tokens.dropping import DropStep, Kept, KeptCount, KeptShare, PolicyStep, whole
 from enginewright.passes.tokens.fitting import fitted
 from enginewright.passes.tokens.interpreter import interpreter
 from enginewright.passes.tokens.maps import token_maps
@@ -42,6 +42,7 @@ class PruneTokens(Pass):
     by_layer: ClassVar[bool] = False
     requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (KeptShare, KeptCount)
 
     method: Literal["attention", "policy"] = Field(
         "attention", description="score by the block's own attention (EViT), or by an interpreter (IA-RED2)"
@@ -70,7 +71,7 @@ class PruneTokens(Pass):
         True, description="give the model all tokens back at its end; false where it reads leading tokens only"
     )
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[Kept]:
         """How many stay at each border; for ``policy`` also the interpreters' start, fitted to the calibration inputs.
 
         The facts show which tokens of a few inputs stay (``maps``, passes/tokens/maps.py).
@@ -80,7 +81,7 @@ class PruneTokens(Pass):
         """
         self.refuse(context)
         stacks, skipped = token_stacks(model, context)
-        choice: dict[str, Any] = {}
+        choice: dict[str, Kept] = {}
         arrays: dict[str, Tensor] = {}
         facts: dict[str, Any] = {"tokens": {found.path: found.tokens for found in stacks}}
         for found in stacks:
@@ -97,9 +98,9 @@ class PruneTokens(Pass):
                 learned, calibrated = fitted(model, found, list(entries), context, quantile=self.quantile)
                 facts[found.path] = {"calibration_calls": len(context.calibration)}
                 for border, count in zip(entries, calibrated or (), strict=False):
-                    entries[border] = {"count": count}
+                    entries[border] = KeptCount(count=count)
                 arrays |= learned
-            choice |= {found.block(border): entry for border, entry in entries.items()}
+            choice |= {found.block(border): kept for border, kept in entries.items()}
         plan = Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
         if choice and len(stacks) == 1:
             pruned = self.rewrite(share(model), plan)
@@ -134,40 +135,38 @@ class PruneTokens(Pass):
             )
         return self.borders
 
-    def entries(self, found: Found, skipped: dict[str, str]) -> dict[int, dict[str, Any]]:
+    def entries(self, found: Found, skipped: dict[str, str]) -> dict[int, Kept]:
         """What is kept at each border; a block where nothing is dropped is among those left alone."""
-        borders, chosen = self.borders_of(found), {}
+        borders, chosen = self.borders_of(found), dict[int, Kept]()
         tokens = None if found.tokens is None else found.tokens - found.stack.leading
         for number in range(len(found.stack.blocks)):
             if number not in borders:
                 skipped[found.block(number)] = "no border: it runs on the tokens that it gets"
                 continue
             count = self.counts[borders.index(number)] if self.counts else None
-            entry: dict[str, Any] = {"keep": self.keep} if count is None else {"count": count}
-            left = None if tokens is None else whole(entry, tokens, up=self.method == "attention")
+            kept: Kept = KeptShare(keep=self.keep) if count is None else KeptCount(count=count)
+            left = None if tokens is None else whole(kept, tokens, up=self.method == "attention")
             if self.keep == 1 and count is None and self.quantile is None:
                 skipped[found.block(number)] = "keep is 1: nothing is dropped"
             elif tokens is not None and left == tokens and self.quantile is None:
                 skipped[found.block(number)] = f"all its {tokens} tokens stay"
             else:
-                chosen[number] = entry
+                chosen[number] = kept
                 tokens = left if left is None or not self.fuse else left + 1
         return chosen
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[Kept]) -> nn.Module:
         """Put a run of all blocks in the place of each stack with a border."""
 
         def step(stack: TokenStack, block: nn.Module, path: str) -> Step:
-            entry = plan.choice.get(path)
-            if entry is None:
+            kept = plan.choice.get(path)
+            if kept is None:
                 return Step(block, stack.block)
             if self.method == "policy":
-                weight, bias = (plan.arrays[f"{path}.interpreter.{name}"] for name in ("weight", "bias"))
+                weight, bias = (plan.array(f"{path}.interpreter.{name}") for name in ("weight", "bias"))
                 like = next(block.parameters())
-                return PolicyStep(
-                    block, stack.block, interpreter(weight, bias, like), entry=entry, leading=stack.leading
-                )
+                return PolicyStep(block, stack.block, interpreter(weight, bias, like), kept=kept, leading=stack.leading)
             received = self.score == "received" or (self.score == "auto" and (not stack.leading or stack.padded))
-            return DropStep(block, stack.block, entry=entry, leading=stack.leading, received=received, fuse=self.fuse)
+            return DropStep(block, stack.block, kept=kept, leading=stack.leading, received=received, fuse=self.fuse)
 
         return replace_stacks(model, plan, step, restore=self.restore)

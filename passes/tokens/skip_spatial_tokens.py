@@ -15,6 +15,7 @@ Gathering and putting back are TopK and Gather alone, which every target builds;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -22,12 +23,24 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_TOKENS, STATELESS_CALLS, Fact
-from enginewright.passes.contract import Context, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.interpreter import interpreter
 from enginewright.passes.tokens.running import Found, Step, blocks_of, path_of, replace_stacks, token_stacks
 from enginewright.passes.tokens.skipping import SkipStep, fitted
 from enginewright.passes.traits import TokenStack, layers_of
+
+
+class RunTokens(Decision):
+    """The tokens that a block's feed-forward runs on."""
+
+    arrays: ClassVar[Mapping[str, str]] = {
+        ".router.weight": "of the layer that scores tokens",
+        ".router.bias": "of that layer",
+    }
+
+    tokens: int = Field(description="content tokens that run")
+    of: int = Field(description="content tokens that there are")
 
 
 class SkipSpatialTokens(Pass):
@@ -37,23 +50,24 @@ class SkipSpatialTokens(Pass):
     by_layer: ClassVar[bool] = False
     requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, STATELESS_CALLS)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    decisions: ClassVar[tuple[type[Decision], ...]] = (RunTokens,)
 
     ratio: float = Field(0.5, ge=0, lt=1, description="share of the content tokens that pass a feed-forward by")
     exclude: tuple[str, ...] = Field((), description="glob patterns of block paths whose feed-forwards see all tokens")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan[RunTokens]:
         """How many tokens run, and the routers.
 
         Raises ``ToolchainError`` for an ``exclude`` that matches nothing, and values that are not finite.
         """
         stacks, skipped = token_stacks(model, context)
         check_patterns(self.exclude, blocks_of(stacks), what="block")
-        choice: dict[str, Any] = {}
+        choice: dict[str, RunTokens] = {}
         arrays: dict[str, Tensor] = {}
         facts: dict[str, Any] = {"calibration_calls": len(context.calibration)}
         for found in stacks:
             entries = self.entries(found, skipped)
-            counts = {number: entry["tokens"] for number, entry in entries.items()}
+            counts = {number: entry.tokens for number, entry in entries.items()}
             routers = fitted(model, found, counts, context) if counts else {}
             for number, entry in entries.items():
                 path = found.block(number)
@@ -66,7 +80,7 @@ class SkipSpatialTokens(Pass):
                 choice[path] = entry
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
-    def entries(self, found: Found, skipped: dict[str, str]) -> dict[int, dict[str, int]]:
+    def entries(self, found: Found, skipped: dict[str, str]) -> dict[int, RunTokens]:
         """How many content tokens run in each block; a block where all do is among those left alone."""
         chosen = {}
         for number in range(len(found.stack.blocks)):
@@ -82,10 +96,10 @@ class SkipSpatialTokens(Pass):
             elif count >= content:
                 skipped[path] = f"a ratio of {self.ratio} of its {content} tokens comes to none"
             else:
-                chosen[number] = {"tokens": count, "of": content}
+                chosen[number] = RunTokens(tokens=count, of=content)
         return chosen
 
-    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[RunTokens]) -> nn.Module:
         """Put a run of all blocks in the place of each stack with a router.
 
         Raises ``ToolchainError`` for a model that lacks a block of the plan.
@@ -96,11 +110,11 @@ class SkipSpatialTokens(Pass):
                 raise ToolchainError(f"the plan is for another model: {path!r} is no block of this one")
 
         def step(stack: TokenStack, block: nn.Module, path: str) -> Step:
-            entry = plan.choice.get(path)
-            if entry is None:
+            run = plan.choice.get(path)
+            if run is None:
                 return Step(block, stack.block)
-            weight, bias = (plan.arrays[f"{path}.router.{name}"] for name in ("weight", "bias"))
+            weight, bias = (plan.array(f"{path}.router.{name}") for name in ("weight", "bias"))
             router = interpreter(weight, bias, next(block.parameters()))
-            return SkipStep(block, stack.block, router, count=entry["tokens"], of=entry["of"], leading=stack.leading)
+            return SkipStep(block, stack.block, router, count=run.tokens, of=run.of, leading=stack.leading)
 
         return replace_stacks(model, plan, step, restore=False)

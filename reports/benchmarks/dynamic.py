@@ -133,7 +133,7 @@ def sliced(folder: Path, samples: int, model: nn.Module) -> dict[str, Any]:
 def reusing(folder: Path, samples: int, model: nn.Module) -> dict[str, Any]:
     """Half of the blocks left out at two steps of three."""
     result = applied(ReuseBlocks(interval=3, steps=STEPS, rows=1), model)
-    facts = {"table": result.plan.facts["table"], "blocks": result.plan.choice["blocks"]["blocks"]}
+    facts = {"table": result.plan.facts["table"], "blocks": result.plan.choice["blocks"].blocks}
     return {"interval": 3, **measured(folder, samples, model, result), **facts}
 
 

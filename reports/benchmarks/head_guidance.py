@@ -109,7 +109,7 @@ def pruning(heads: int = 4) -> dict[str, Any]:
         )
         errors = [compare([w], [g])[0].worst["relative_l2"] for w, g in zip(wanted, got, strict=True)]
         found[name] = {
-            "removed": {path: entry["removed"] for path, entry in plan.choice.items()},
+            "removed": {path: entry.removed for path, entry in plan.choice.items()},
             "relative_l2_mean": float(f"{np.mean(errors):.6g}"),
             "relative_l2_worst": float(f"{max(errors):.6g}"),
             "cpu_seconds": seconds,

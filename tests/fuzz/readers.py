@@ -67,6 +67,7 @@ def json_readers(artifact: Path) -> dict[str, Reader]:
     from enginewright import artifact as folders
     from enginewright.passes.contract import Plan
     from enginewright.passes.heads.search_log import SearchLog
+    from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
     from enginewright.programs import FILE, read_program
     from enginewright.recipe import read as read_recipe
     from enginewright.reports import html, junit, markdown, record
@@ -117,6 +118,9 @@ def json_readers(artifact: Path) -> dict[str, Reader]:
     def check_baseline(path: Path) -> None:
         regression.render_table(regression.check(regression.read(path), report))
 
+    def read_plan(path: Path) -> Plan:
+        return Plan.read(path, QuantizeInt8().declared)
+
     def interface(path: Path) -> None:
         read_interface(folders.read_manifest(path.parent))
 
@@ -140,7 +144,7 @@ def json_readers(artifact: Path) -> dict[str, Reader]:
         "report": Reader(files=mutations.changed_json(report), read=at("report.json", read_report)),
         "checked report": Reader(files=mutations.changed_json(report), read=at("report.json", check_report)),
         "baseline": Reader(files=mutations.changed_json(baseline_json), read=at("baseline.json", check_baseline)),
-        "plan": Reader(files=mutations.changed_json(plan), read=at("plan.json", Plan.read), weight=2),
+        "plan": Reader(files=mutations.changed_json(plan), read=at("plan.json", read_plan), weight=2),
         "program": Reader(
             files=mutations.changed_json(program), read=at(FILE, lambda path: read_program(path.parent)), weight=4
         ),

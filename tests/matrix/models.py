@@ -1,4 +1,4 @@
-"""The nineteen small models that every pass is tried on, as model strings; weights random, and none of them zero."""
+"""The small models that every pass is tried on, as model strings: other libraries', odd ones, and all of our own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from enginewright import catalog
 from tests.toolchain.sources import tiny_diffusers as tiny
 
 NETS = Path(__file__).parent / "nets.py"
@@ -116,6 +117,9 @@ STRINGS = {
     "recurrent": f"py:{NETS}:recurrent",
     "flux": f"py:{NETS}:flux",
 }
+
+STRINGS |= {name: f"{name}:tiny" for name in catalog.entries("models") if name != "dit"}
+"""With every model of our own."""
 
 NAMES = (*STRINGS, *FOLDERS)
 

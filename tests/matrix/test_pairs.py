@@ -87,7 +87,7 @@ def again(run: pipeline.Run) -> nn.Module:
     """The module that the plans give when they are read back."""
     module = share(run.model.module)
     for step, result, _ in run.results:
-        plan = Plan.from_json(result.plan.as_json(), result.plan.arrays)
+        plan = Plan.from_json(result.plan.as_json(), result.plan.arrays, by=step.declared)
         module = step.carry_out(module, plan, Context())
     return module.eval()
 

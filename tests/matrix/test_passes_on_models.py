@@ -1,4 +1,4 @@
-"""Every pass on nineteen small models: no traceback, no silent nothing, and engines equal to PyTorch at two sizes.
+"""Every pass on every small model: no traceback, no silent nothing, and engines equal to PyTorch at two sizes.
 
 Run with ``make test-all``; the default suite leaves it out.
 """

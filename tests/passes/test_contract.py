@@ -6,16 +6,17 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 import pytest
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 
 from enginewright import catalog, sources
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import WORDS, Context, Pass, Plan, cost, macs, without
+from enginewright.passes.contract import WORDS, Context, Decision, Pass, Plan, as_json, cost, macs, without
 from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.passes.networks import networks_of
 from enginewright.targets.pytorch_engine import flat
@@ -98,6 +99,38 @@ def call_after(step: Pass, plan: Plan, context: Context) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("name", catalog.entries("passes"))
+def test_every_pass_declares_what_it_decides_and_its_plans_keep_to_that(name: str, tmp_path: Path) -> None:
+    step = example_of(name)
+    assert step.decisions, "no kind of decision is declared"
+    for kind in step.decisions:
+        assert kind.__doc__
+        assert all(field.description for field in kind.model_fields.values()), kind.__name__
+        assert all(kind.arrays.values()), "each array says what it is"
+    module, context = model_and_context(type(step), tmp_path)
+    plan = step.planned(module, context)
+    assert all(isinstance(decision, step.decisions) for decision in plan.choice.values())
+
+    plan.write(tmp_path / "plan.json", by=step.declared)
+    again = Plan.read(tmp_path / "plan.json", step.declared)
+    assert (again.choice, again.skipped, again.digest()) == (dict(plan.choice), dict(plan.skipped), plan.digest())
+    assert {path: type(decision) for path, decision in again.choice.items()} == {
+        path: type(decision) for path, decision in plan.choice.items()
+    }
+
+    path, decision = next(iter(plan.choice.items()))
+    spoiled = replace(plan, choice={path: {**as_json(decision), "made_up": 1}})
+    with pytest.raises(ToolchainError, match=f"a decision of {name} has no setting 'made_up'") as caught:
+        step.declared.checked(replace(spoiled, arrays={}))
+    assert caught.value.where == f"choice.{path}.made_up".replace("..", ".")
+    if plan.arrays:
+        with pytest.raises(ToolchainError, match=r"the plan lacks the array '|the adapter's tensors are not those"):
+            step.carry_out(copy.deepcopy(module), replace(plan, arrays={}), Context())
+    strange = replace(plan, arrays={**plan.arrays, f"{path}.made_up": torch.ones(1)})
+    with pytest.raises(ToolchainError, match=rf"no decision of {name} declares the plan's array '.*made_up'"):
+        step.declared.checked(strange)
+
+
+@pytest.mark.parametrize("name", catalog.entries("passes"))
 def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp_path: Path) -> None:
     step = example_of(name)
     module, context = model_and_context(type(step), tmp_path)
@@ -114,7 +147,8 @@ def test_plan_changes_nothing_and_rewrite_does_what_the_plan_says(name: str, tmp
     json.loads(plan.as_json())
 
     one = last_of(step.rewrite(copy.deepcopy(module), plan))
-    two = last_of(step.rewrite(copy.deepcopy(module), Plan.from_json(plan.as_json(), plan.arrays)))
+    read = Plan.from_json(plan.as_json(), plan.arrays, by=step.declared)
+    two = last_of(step.rewrite(copy.deepcopy(module), read))
     call = context.calibration[0]
     after = call_after(step, plan, context)
     with torch.no_grad():
@@ -196,6 +230,57 @@ def test_a_pass_refuses_what_it_does_not_work_on(name: str, tmp_path: Path) -> N
     for other in kinds.values():
         with pytest.raises(ToolchainError, match=f"{name} works on {WORDS[step.works_on]}"):
             step.apply(other, Context(calibration=[{}]))
+
+
+class Undeclared(Pass):
+    """A pass of another package, written before passes declared decisions."""
+
+    def plan(self, model: torch.nn.Module, context: Context) -> Plan:
+        return Plan(choice={"first": {"by": 0.5}, "second": "drop"}, arrays={"anything": torch.ones(1)})
+
+    def rewrite(self, model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
+        for path, entry in plan.choice.items():
+            layer = model.get_submodule(path)
+            by = entry["by"] if isinstance(entry, dict) else 0.0
+            layer.bias = torch.nn.Parameter(layer.bias.detach() * by)
+        return model
+
+
+def test_a_pass_that_declares_nothing_works_as_it_did(tmp_path: Path) -> None:
+    model = torch.nn.Sequential()
+    model.add_module("first", torch.nn.Linear(2, 2))
+    model.add_module("second", torch.nn.Linear(2, 2))
+    step, again = Undeclared(), copy.deepcopy(model)
+    bias = model.first.bias.detach().clone()
+    result = step.apply(model, Context())
+    result.plan.write(tmp_path / "plan.json", by=step.declared)
+    read = Plan.read(tmp_path / "plan.json", step.declared)
+    assert read.digest() == result.plan.digest()
+    again = step.carry_out(again, read, Context())
+    for net in (result.model, again):
+        assert torch.equal(net.first.bias, bias * 0.5)
+        assert not net.second.bias.any()
+
+
+class Careless(Undeclared):
+    """A pass that does not keep to what it declares."""
+
+    class Halved(Decision):
+        """What a bias is multiplied by."""
+
+        by: float = Field(description="a factor")
+
+    decisions: ClassVar[tuple[type[Decision], ...]] = (Halved,)
+
+
+def test_a_plan_is_held_against_what_is_declared_before_it_is_carried_out() -> None:
+    model = torch.nn.Sequential()
+    model.add_module("first", torch.nn.Linear(2, 2))
+    bias = model.first.bias
+    with pytest.raises(ToolchainError, match="is 'drop'; it must be a table") as caught:
+        Careless().apply(model, Context())
+    assert caught.value.where == "choice.second"
+    assert model.first.bias is bias, "nothing was carried out"
 
 
 def test_cost_counts_by_hand() -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import Context, Plan
+from enginewright.passes.contract import Context, Decision, Declared, Plan
+from enginewright.passes.quantization.grouping import DividedNorm
+from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 
 
 def test_a_plan_comes_back_from_disk_with_its_arrays(tmp_path: Path) -> None:
@@ -59,3 +66,130 @@ def test_a_plan_says_its_schema_and_version_and_one_of_another_schema_is_refused
     assert f"enginewright run {tmp_path / 'out' / 'recipe.toml'} -o NEW" in str(caught.value.help)
     path.write_text(json.dumps({key: content[key] for key in ("choice", "skipped", "facts")}))
     assert Plan.read(path).digest() == plan.digest(), "of a version before schemas"
+
+
+class Cut(Decision):
+    """What is left of a layer."""
+
+    arrays: ClassVar[Mapping[str, str]] = {".weight": "its new weight"}
+
+    kept: tuple[int, ...]
+    of: int
+    factor: float | None = None
+
+
+class Gone(Decision):
+    """A layer that goes."""
+
+    whole: bool
+
+
+CUTS = Declared(name="cut", kinds=(Cut, Gone), version=1)
+
+
+def test_a_plan_is_typed_when_it_is_read_and_written_without_what_was_not_set(tmp_path: Path) -> None:
+    plan = Plan(
+        choice={"a": Cut(kept=(0, 2), of=3), "b": Gone(whole=True)},
+        skipped={"c": "it is small"},
+        arrays={"a.weight": torch.ones(2)},
+    )
+    plan.write(tmp_path / "p.json", by=CUTS)
+    content = json.loads((tmp_path / "p.json").read_text())
+    assert (content["pass"], content["decision_version"]) == ("cut", 1)
+    assert content["choice"] == {"a": {"kept": [0, 2], "of": 3}, "b": {"whole": True}}
+
+    back = Plan.read(tmp_path / "p.json", CUTS)
+    assert back.choice == plan.choice
+    assert [type(each) for each in back.choice.values()] == [Cut, Gone]
+    assert back.digest() == plan.digest() == Plan.read(tmp_path / "p.json").digest(), "typed or not"
+
+
+@pytest.mark.parametrize(
+    ("found", "message", "where"),
+    [
+        ({"kept": [1], "of": 2, "off": 3}, "a decision of cut has no setting 'off'", "choice.a.b.off"),
+        ({"kept": [1]}, "a decision of cut needs 'of'", "choice.a.b.of"),
+        ({"kept": [1], "of": "2"}, "of is '2'; it must be a whole number", "choice.a.b.of"),
+        ({"kept": [1], "of": True}, "of is True; it must be a whole number", "choice.a.b.of"),
+        ({"kept": [1, 1.5], "of": 2}, "kept.1 is 1.5; it must be a whole number", "choice.a.b.kept.1"),
+        ({"whole": 1}, "whole is 1; it must be true or false", "choice.a.b.whole"),
+        ([1, 2], "a decision of cut is \\[1, 2\\]; it must be a table", "choice.a.b"),
+    ],
+)
+def test_a_decision_that_is_not_as_declared_is_refused_by_path_and_field(
+    found: object, message: str, where: str, tmp_path: Path
+) -> None:
+    plan = Plan(choice={"a.b": found})
+    with pytest.raises(ToolchainError, match=message) as caught:
+        CUTS.checked(plan)
+    assert caught.value.where == where
+    path = tmp_path / "p.json"
+    plan.write(path)
+    with pytest.raises(ToolchainError, match=message) as caught:
+        Plan.read(path, CUTS)
+    assert caught.value.where == f"{path}: {where}"
+
+
+def test_a_number_that_no_json_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    Plan(choice={"a": Cut(kept=(), of=1, factor=0.5)}).write(path)
+    path.write_text(path.read_text().replace("0.5", "1e999"))
+    with pytest.raises(ToolchainError, match="factor is inf; it must be a finite number"):
+        Plan.read(path, CUTS)
+
+
+def test_an_array_that_no_decision_declares_is_refused() -> None:
+    cut = Cut(kept=(0,), of=1)
+    for name in ("a.bias", "b.weight", "b.kept", "weight"):
+        plan = Plan(choice={"a": cut, "b": Gone(whole=True)}, arrays={"a.weight": torch.ones(1), name: torch.ones(1)})
+        with pytest.raises(ToolchainError, match=f"no decision of cut declares the plan's array '{name}'"):
+            CUTS.checked(plan)
+    CUTS.checked(Plan(choice={"a": cut}, arrays={"a.weight": torch.ones(1)}))
+
+
+def test_an_array_that_is_needed_and_not_there_is_named() -> None:
+    """As of a plan whose reference was edited: the norm is divided by what no layer is multiplied by."""
+    net = nn.ModuleDict({"norm": nn.LayerNorm(4)})
+    plan = Plan(choice={"norm": DividedNorm(divided_by="a.smoth")}, arrays={"a.smoth": torch.full((4,), 2.0)})
+    step = QuantizeInt8()
+    step.declared.checked(plan)
+    divided = step.carry_out(copy.deepcopy(net), plan, Context())
+    assert torch.equal(divided.norm.weight, torch.full((4,), 0.5))
+    with pytest.raises(ToolchainError, match=r"the plan lacks the array 'a\.smooth', which a decision of it needs"):
+        step.carry_out(net, replace(plan, choice={"norm": DividedNorm(divided_by="a.smooth")}), Context())
+
+
+def test_without_a_declaration_a_decision_is_any_json() -> None:
+    plan = Plan(choice={"a": {"by": 0.5}, "b": [1]}, arrays={"x": torch.ones(1)})
+    assert Declared(name="theirs", kinds=(), version=1).checked(plan) is plan
+
+
+def test_decisions_of_another_version_or_pass_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "plans" / "01-cut.json"
+    path.parent.mkdir(parents=True)
+    plan = Plan(choice={"a": Gone(whole=True)})
+    plan.write(path, version="0.1.0", by=CUTS)
+    newer = Declared(name="cut", kinds=(Cut, Gone), version=2)
+    with pytest.raises(ToolchainError, match=r"of cut of version 1, written by version 0.1.0; this version") as caught:
+        Plan.read(path, newer)
+    assert f"enginewright run {tmp_path / 'out' / 'recipe.toml'} -o NEW" in str(caught.value.help)
+    with pytest.raises(ToolchainError, match="is one of 'cut', and fold is to carry it out"):
+        Plan.read(path, Declared(name="fold", kinds=(Cut, Gone), version=1))
+
+    content = json.loads(path.read_text())
+    del content["pass"], content["decision_version"]  # as before plans said them
+    path.write_text(json.dumps(content))
+    assert Plan.read(path, CUTS).choice == plan.choice
+    with pytest.raises(ToolchainError, match=r"version 1, written by version 0.1.0; this version reads 2"):
+        Plan.read(path, newer)
+
+
+def test_the_version_of_a_pass_grows_with_any_of_its_kinds() -> None:
+    class Older(QuantizeInt8):
+        decisions = (Cut, Gone)
+
+    class Newer(Older):
+        decisions = (Cut, type("Gone", (Gone,), {"version": 3}))
+
+    assert Older().declared.version == 1
+    assert Newer().declared.version == 3

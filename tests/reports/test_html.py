@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from enginewright.reports import html
+from enginewright.reports import html, markdown, summary, terminal
 from enginewright.reports.record import Report
 from tests.reports.example import HOSTILE_PATH, example_report
 
@@ -113,6 +113,22 @@ def test_doubt_about_a_time_stands_at_the_top_and_not_only_below(report: Report)
     assert "whether it is faster is open" in top
     assert "faster: 0.63" not in top
     assert "inconclusive" not in Page(head(report)).text
+
+
+@pytest.mark.parametrize("other", ["cuda:0", "cpu"])
+def test_where_engine_and_original_ran_stands_beside_every_ratio(report: Report, other: str) -> None:
+    there = report.model_copy(deep=True)
+    timed = there.targets[0].latency
+    assert timed is not None
+    timed.device, timed.original_device = "cuda:0", other
+    timed.unsafe = [] if other == "cuda:0" else ["the ratio compares devices as well"]
+    where = summary.devices(timed)
+    assert Page(head(there)).text.count(where) == (2 if other == "cuda:0" else 1)
+    assert where in Page(html.render(there)).text.partition("Time of one call")[2]
+    assert where in markdown.render(there).replace("\\", "")
+    assert any(where in block.text for block in terminal.blocks(there) if isinstance(block, terminal.Line))
+    assert ("between devices" in Page(html.render(there)).text) == (other == "cpu")
+    assert "cuda:0" not in html.render(report)
 
 
 def head(report: Report) -> str:

@@ -34,7 +34,11 @@ def quantized(tmp_path: Path) -> tuple[Path, Hints, np.ndarray]:
     result = QuantizeGraphInt8().apply(module, Context(calibration=[x]))
     (tmp_path / "artifact" / "engines" / "onnxruntime").mkdir(parents=True)
     save(graph_of(result.model), tmp_path / "artifact" / "model.onnx")
-    return tmp_path / "artifact", {name: LayerHint.of(choice) for name, choice in result.plan.choice.items()}, wanted
+    return (
+        tmp_path / "artifact",
+        {name: LayerHint.of(choice.as_json()) for name, choice in result.plan.choice.items()},
+        wanted,
+    )
 
 
 def build(root: Path, hints: Hints, form: str) -> tuple[Built, Path]:

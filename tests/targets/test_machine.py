@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from enginewright.targets import machine
@@ -44,3 +46,45 @@ def test_a_processor_is_told_from_another_of_its_name(monkeypatch: pytest.Monkey
         assert machine.cpu_id().startswith(f"family 25, model {model}, stepping 1, flags ")
         found.add(machine.cpu_id())
     assert len(found) == 3
+
+
+V1 = {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}
+POD = "kubepods/pod1"
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "cores"),
+    [
+        ({"cpu.max": "200000 100000\n"}, "0::/\n", 2.0),
+        ({"cpu.max": "150000 100000\n"}, "0::/\n", 1.5),
+        ({"cpu.max": "max 100000\n"}, "0::/\n", None),
+        ({"cpu.max": "what"}, "0::/\n", None),
+        (V1, "3:cpu,cpuacct:/\n0::/\n", 0.5),
+        ({**V1, "cpu/cpu.cfs_quota_us": "-1\n"}, "1:cpu:/\n", None),
+        ({**V1, "cpu/cpu.cfs_period_us": "0\n"}, "1:cpu:/\n", None),
+        ({}, "0::/\n", None),
+        ({"cpu.max": "200000 100000\n"}, None, 2.0),
+        (V1, None, 0.5),
+        ({f"{POD}/cpu.max": "300000 100000\n"}, f"0::/{POD}\n", 3.0),
+        ({f"{POD}/cpu.max": "max 100000\n", "kubepods/cpu.max": "100000 100000\n"}, f"0::/{POD}\n", 1.0),
+        ({f"{POD}/cpu.max": "100000 100000\n", "kubepods/cpu.max": "300000 100000\n"}, f"0::/{POD}\n", 1.0),
+        ({"other/cpu.max": "100000 100000\n"}, f"0::/{POD}\n", None),
+        ({"cpu.max": "200000 100000\n"}, "0::/../../outside\n", 2.0),
+        ({f"cpu/{POD}/{name.rpartition('/')[2]}": text for name, text in V1.items()}, f"4:cpu,cpuacct:/{POD}\n", 0.5),
+        ({name.replace("cpu/", "cpu,cpuacct/"): text for name, text in V1.items()}, "4:cpu,cpuacct:/\n", 0.5),
+        ({name.replace("cpu/", "cpuset/"): text for name, text in V1.items()}, "4:cpuset:/\n", None),
+        ({"unified/a/cpu.max": "400000 100000\n"}, "1:memory:/a\n0::/a\n", 4.0),
+        ({"cpu.max": "200000 100000\n"}, "no such form", 2.0),
+    ],
+)
+def test_the_quota_of_a_container_is_found_in_both_versions_of_control_groups(
+    files: dict[str, str], own: str | None, cores: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    assert machine.core_quota() == cores

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,15 @@ import torch
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError, UnavailableError
+from enginewright.ground.runner import clock_of, device_of, inputs_for, to_device_of
 from enginewright.passes.contract import Context
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.quantize_weights import QuantizeWeights
-from enginewright.targets import machine
-from enginewright.targets.contract import Graph, LayerHint, ShapeRange
+from enginewright.targets import machine, onnxruntime_engine
+from enginewright.targets.contract import Answer, Graph, LayerHint, ShapeRange
 from enginewright.targets.dynamic_int8 import reduce_range, to_float
 from enginewright.targets.onnx_export import export_onnx, save
-from enginewright.targets.onnxruntime_engine import OnnxRuntime, refuse_another
+from enginewright.targets.onnxruntime_engine import OnnxRuntime, SessionRunner, nodes_elsewhere, refuse_another
 from tests import graphs
 
 
@@ -391,3 +394,163 @@ def test_a_silent_fall_back_to_the_cpu_is_a_fault() -> None:
     refuse_another(Session(), "CPUExecutionProvider")
     with pytest.raises(UnavailableError, match="asked for CUDAExecutionProvider and took CPUExecutionProvider"):
         refuse_another(Session(), "CUDAExecutionProvider")
+
+
+def test_tensors_go_in_and_come_out_without_a_copy(
+    exported: tuple[Net, dict[str, np.ndarray], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, x, root = exported
+    path = root / "fp32" / "model.onnx"
+    runner = SessionRunner(OnnxRuntime().session(path, 1), path)
+    given = torch.from_numpy(x["x"])
+    bound: list[Any] = []
+    binding = runner.session.io_binding
+
+    def seen() -> Any:
+        bound.append(binding())
+        return bound[-1]
+
+    monkeypatch.setattr(runner.session, "io_binding", seen)
+    found = runner({"x": given, "gone": torch.zeros(1)})["y"]
+    assert bound[0]._bound_inputs["x"].data_ptr() == given.data_ptr()
+    assert bound[0].get_outputs()[0].data_ptr() == found.data_ptr()
+    np.testing.assert_array_equal(found.numpy(), runner(x)["y"])
+    assert isinstance(runner(x)["y"], np.ndarray)
+
+
+def test_what_it_gave_stays_after_the_next_call(exported: tuple[Net, dict[str, np.ndarray], Path]) -> None:
+    _, x, root = exported
+    path = root / "fp32" / "model.onnx"
+    runner = SessionRunner(OnnxRuntime().session(path, 1), path)
+    first = runner({"x": torch.from_numpy(x["x"])})["y"]
+    kept = first.clone()
+    runner({"x": torch.zeros(4, 64)})
+    assert torch.equal(first, kept)
+
+
+def test_a_call_with_tensors_of_a_wrong_size_says_which(exported: tuple[Net, dict[str, np.ndarray], Path]) -> None:
+    path = exported[2] / "fp32" / "model.onnx"
+    runner = SessionRunner(OnnxRuntime().session(path, 1), path)
+    with pytest.raises(ToolchainError, match=r"cannot run the graph at .*x \(4, 65\)"):
+        runner({"x": torch.zeros(4, 65)})
+
+
+class FakeBinding:
+    """Takes down in which order it is asked for what."""
+
+    def __init__(self, done: list[str]) -> None:
+        self.done = done
+
+    def bind_ortvalue_input(self, name: str, value: Any) -> None:
+        self.done.append(f"input {name}")
+
+    def bind_output(self, name: str, device: str, number: int) -> None:
+        self.done.append(f"output {name} on {device} {number}")
+
+    def get_outputs(self) -> list[torch.Tensor]:
+        return [torch.ones(1)]
+
+
+class FakeSession:
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name="x", shape=[1])]
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name="y", shape=[1])]
+
+    def io_binding(self) -> FakeBinding:
+        return FakeBinding(self.done)
+
+    def run_with_iobinding(self, binding: FakeBinding) -> None:
+        self.done.append("run")
+
+
+def test_on_cuda_outputs_stay_there_and_pytorch_has_written_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession()
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    monkeypatch.setattr(onnxruntime_engine, "written", lambda device: session.done.append(f"written on {device}"))
+    SessionRunner(session, Path("m"), device="cuda:0")({"x": torch.ones(1)})
+    assert session.done == ["input x", "output y on cuda 0", "written on cuda:0", "run"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_inputs_are_placed_where_pytorch_has_cuda_and_else_copied_by_the_session(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime_engine, "has_cuda", lambda: Answer(there))
+    runner = SessionRunner(FakeSession(), Path("m"), device="cuda:0")
+    assert device_of(runner) == "cuda:0"
+    assert (to_device_of(runner) is not None) == there
+    assert (clock_of(runner) is time.perf_counter) != there
+
+
+def test_nodes_that_fell_to_another_provider_are_counted(exported: tuple[Net, dict[str, np.ndarray], Path]) -> None:
+    """The real answer of a session on the CPU, held against CUDA: every node fell to the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(onnxruntime_engine.ASSIGNMENT, "1")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    path = exported[2] / "fp32" / "model.onnx"
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    assert nodes_elsewhere(session, "CPUExecutionProvider") == []
+    (note,) = nodes_elsewhere(session, "CUDAExecutionProvider")
+    assert note == (
+        "5 of 5 nodes do not run on CUDAExecutionProvider but on CPUExecutionProvider: 3 Gemm, 1 Relu, 1 Add"
+    )
+
+
+def test_a_runtime_that_cannot_say_where_nodes_run_is_said() -> None:
+    assert nodes_elsewhere(object(), "CUDAExecutionProvider") == [
+        "this ONNX Runtime cannot say whether every node runs on CUDAExecutionProvider"
+    ]
+
+
+def test_a_session_on_an_accelerator_is_asked_for_its_nodes_and_may_not_fall_back_later(
+    exported: tuple[Net, dict[str, np.ndarray], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that took the provider asked for, with options set, but ran one node elsewhere."""
+    made: list[Any] = []
+
+    class Session:
+        def __init__(self, path: Path, options: Any, *, providers: list[str], disabled_optimizers: list[str]) -> None:
+            self.options, self.providers, self.fallback = options, providers, True
+            made.append(self)
+
+        def get_providers(self) -> list[str]:
+            return [*self.providers, "CPUExecutionProvider"]
+
+        def disable_fallback(self) -> None:
+            self.fallback = False
+
+        def get_provider_graph_assignment_info(self) -> list[Any]:
+            def part(provider: str, *operators: str) -> Any:
+                return SimpleNamespace(
+                    ep_name=provider, get_nodes=lambda: [SimpleNamespace(op_type=each) for each in operators]
+                )
+
+            return [part("CUDAExecutionProvider", "Gemm", "Gemm"), part("CPUExecutionProvider", "Shape")]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    graph = Graph(path=exported[2] / "fp32" / "model.onnx", ranges={})
+    (tmp_path / "engines" / "cuda").mkdir(parents=True)
+    built = OnnxRuntime(provider="cuda").build(graph, tmp_path / "engines" / "cuda")
+    assert built.notes == ("1 of 3 nodes do not run on CUDAExecutionProvider but on CPUExecutionProvider: 1 Shape",)
+    assert made[0].options.get_session_config_entry(onnxruntime_engine.ASSIGNMENT) == "1"
+    assert made[0].fallback is False
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_tensors_stay_there_and_agree_with_the_host(
+    exported: tuple[Net, dict[str, np.ndarray], Path],
+) -> None:
+    target = OnnxRuntime(provider="cuda")
+    if why := target.availability().why_not("runnable"):
+        pytest.skip(why)
+    net, x, root = exported
+    runner = target.open(root / "fp32" / "model.onnx", 1)
+    found = runner(inputs_for(runner, x))["y"]
+    assert found.device.type == "cuda"
+    np.testing.assert_allclose(found.cpu().numpy(), runner(x)["y"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(runner(x)["y"], net(torch.from_numpy(x["x"])).detach(), rtol=1e-2, atol=1e-2)

@@ -15,6 +15,7 @@ import enginewright
 from enginewright import pipeline, sources
 from enginewright.added import Completing, completing, with_inputs
 from enginewright.ground.errors import ToolchainError
+from enginewright.ground.runner import clock_of, device_of, inputs_for, to_device_of
 from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.opened import open_subject
 from enginewright.passes.contract import Context, NewInput
@@ -26,6 +27,7 @@ from enginewright.sources.contract import Model
 from enginewright.sources.denoisers import DENOISERS
 from enginewright.targets.onnx_export import export_onnx
 from enginewright.validation.inputs import completed, draw
+from tests.devices import FakeDevice, FakeRunner
 from tests.toolchain.sources.tiny_diffusers import NETWORKS, shaken
 
 
@@ -160,3 +162,14 @@ def test_joint_attention_is_guided_in_an_engine(tmp_path: Path) -> None:
             wanted = result.model(**{key: torch.from_numpy(array) for key, array in call.items()}).numpy()
         (found,) = session.run(None, call)
         np.testing.assert_allclose(found, wanted, atol=5e-4)
+
+
+def test_a_call_is_completed_before_it_goes_to_the_device() -> None:
+    specs = (InputSpec(name="x", shape=(2,)), InputSpec(name="strength", shape=(2,), default=0.5))
+    gpu = FakeDevice()
+    runner = completing(FakeRunner(gpu, 1.0), specs)
+    assert (device_of(runner), clock_of(runner)) == ("cuda:0", gpu.clock)
+    given = inputs_for(runner, {"x": np.ones(2, np.float32)})
+    assert {name: there.array.tolist() for name, there in given.items()} == {"x": [1, 1], "strength": [0.5, 0.5]}
+    plain = completing(lambda inputs: inputs, specs)
+    assert (device_of(plain), to_device_of(plain)) == ("cpu", None)

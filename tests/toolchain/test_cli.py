@@ -62,7 +62,7 @@ def test_show_gives_the_fields_that_others_rely_on(enginewright: Cli) -> None:
 
 def test_doctor_gives_four_answers_for_every_target(enginewright: Cli) -> None:
     found = json.loads(enginewright("doctor", "--json").stdout)
-    names = {"onnxruntime", "python_program", "pytorch", "tensorrt", "tensorrt_rtx"}
+    names = {"aot_inductor", "onnxruntime", "python_program", "pytorch", "tensorrt", "tensorrt_rtx"}
     assert {t["name"] for t in found["targets"]} == names
     for target in found["targets"]:
         answers = [target[key] for key in ("installed", "importable", "buildable", "runnable")]

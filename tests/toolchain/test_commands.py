@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from enginewright import api, cli
 from enginewright import artifact as artifacts
-from enginewright import cli
 from enginewright.api import named_alike
 from enginewright.ground.errors import MISSED, WRONG_USE, ToolchainError
+from tests.reports.example import example_report
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -176,3 +177,26 @@ def test_a_model_that_draws_random_numbers_is_refused_with_its_layer_and_a_way_o
     assert "first seen in the output of layer last" in error
     assert "give it the noise as an input" in error
     assert not place.exists()
+
+
+def test_bench_says_where_each_ran_and_gives_the_original_of_each_device(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = example_report().targets[0].latency
+    assert timed is not None
+    there = {"device": "cuda:0", "original_device": "cuda:0", "original_median_s": 0.002}
+    between = {"device": "cuda:0", "unsafe": ["the ratio compares devices as well"]}
+    found = {"here": timed, "there": timed.model_copy(update=there), "between": timed.model_copy(update=between)}
+    monkeypatch.setattr(api, "bench", lambda *_, **__: api.Timing(threads=2, runners=found, not_measured={}))
+    lines = command(capsys, "bench", "out", "--rounds", 24)[1].splitlines()
+    assert lines[:2] == [
+        "original on cpu: median 10.54 ms, 2 threads, 24 samples of each",
+        "original on cuda:0: median 2.00 ms, 2 threads, 24 samples of each",
+    ]
+    said = {line.split()[0]: line for line in lines[3:6]}
+    assert "on" not in said["here"].split()
+    assert said["there"].endswith("(both on cuda:0, inputs on the device)")
+    assert said["between"].endswith("inconclusive (the engine on cuda:0, inputs on the device; the original on cpu)")
+    monkeypatch.setattr(api, "bench", lambda *_, **__: api.Timing(threads=2, runners={"here": timed}, not_measured={}))
+    first = command(capsys, "bench", "out", "--rounds", 24)[1].splitlines()[0]
+    assert first == "original: median 10.54 ms, 2 threads, 24 samples of each"

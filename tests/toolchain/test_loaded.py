@@ -223,3 +223,43 @@ def test_a_size_between_the_steps_of_a_dimension_is_refused_by_name() -> None:
     assert engine(torch.ones(2, 12)).shape == (2, 12)
     with pytest.raises(ToolchainError, match="height is 10; the model takes multiples of 4 from 4 to 16"):
         engine(torch.ones(2, 10))
+
+
+class There:
+    """An engine on a device that is not there: the meta device stands for it."""
+
+    device, clock = "meta", None
+
+    def __init__(self) -> None:
+        self.taken: dict[str, Any] = {}
+
+    def to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: torch.from_numpy(array).to("meta") for name, array in inputs.items()}
+
+    def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.taken = inputs
+        return {"y": 2 * inputs["x"]}
+
+
+def test_tensors_on_the_engines_device_stay_there_and_the_rest_joins_them() -> None:
+    batch = Dim(name="batch", low=1, typical=2, high=4)
+    specs = (
+        InputSpec(name="x", shape=(batch, 3)),
+        InputSpec(name="t", shape=(batch,)),
+        InputSpec(name="strength", shape=(batch,), default=0.5),
+    )
+    runner = There()
+    engine = Engine(runner, specs, ("y",), Interface(arguments=("x", "t"), returns="tensor"))
+    assert engine.device == torch.device("meta")
+    found = engine(torch.ones(2, 3, dtype=torch.float16, device="meta"), torch.tensor(7.0, device="meta"))
+    assert (found.device.type, found.shape) == ("meta", (2, 3))
+    assert {name: (value.device.type, value.dtype, tuple(value.shape)) for name, value in runner.taken.items()} == {
+        "x": ("meta", torch.float32, (2, 3)),
+        "t": ("meta", torch.float32, (2,)),
+        "strength": ("meta", torch.float32, (2,)),
+    }
+    with pytest.raises(ToolchainError, match=r"'x' has shape \(2, 4\); the engine takes \(batch = 2, 3\)"):
+        engine(torch.ones(2, 4, device="meta"), 7.0)
+    here = engine(np.ones((2, 3), np.float32), 7.0)
+    assert isinstance(here, np.ndarray)
+    assert all(isinstance(value, np.ndarray) for value in runner.taken.values())

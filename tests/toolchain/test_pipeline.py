@@ -278,6 +278,25 @@ def test_the_plan_on_disk_is_the_plan_in_the_report(artifact: Path) -> None:
     )
 
 
+def test_a_plan_that_was_edited_is_held_against_what_its_pass_declares(artifact: Path, tmp_path: Path) -> None:
+    """Before anything is carried out; the message names the file, the layer and the field."""
+    name = "plans/01-quantize_int8.json"
+    written = json.loads((artifact / name).read_text())
+    assert (written["pass"], written["decision_version"]) == ("quantize_int8", 1)
+    path = next(iter(written["choice"]))
+    run = Run(read(artifact / "recipe.toml"), QUIET)
+    (tmp_path / "plans").mkdir()
+    for change, message in (
+        ({"input_scal": 0.1}, "a decision of quantize_int8 has no setting 'input_scal'"),
+        ({"input_scale": "0.1"}, "input_scale is '0.1'; it must be a number"),
+    ):
+        choice = {**written["choice"], path: {**written["choice"][path], **change}}
+        (tmp_path / name).write_text(json.dumps({**written, "choice": choice}))
+        with pytest.raises(ToolchainError, match=message) as caught:
+            replay(run, tmp_path)
+        assert caught.value.where == f"{tmp_path / name}: choice.{path}.{next(iter(change))}"
+
+
 def test_sizes_to_time_at_are_checked_before_any_work(tmp_path: Path) -> None:
     recipe = make({"model": "dit:tiny", "validation": {"batch": {"batch": 99, "bach": 2}}})
     with pytest.raises(ToolchainError) as caught:

@@ -6,7 +6,6 @@ import pytest
 
 import enginewright
 from enginewright import catalog, pipeline
-from enginewright import recipe as recipes
 from enginewright.ground.errors import FaultsError, ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make, read, threads_here
@@ -81,28 +80,13 @@ def test_a_target_may_stand_twice_under_two_names(tmp_path: Path) -> None:
         make({**content, "targets": [{"target": "onnxruntime", "name": "../dynamic"}]})
 
 
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({"cpu.max": "200000 100000\n"}, 2.0),
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ({"cpu.max": "what"}, None),
-        ({}, None),
-    ],
-)
+@pytest.mark.parametrize(("quota", "threads"), [(None, 64), (0.5, 1), (1.5, 2), (2.0, 2), (99.0, 64)])
 def test_a_containers_quota_bounds_the_threads(
-    files: dict[str, str], cores: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quota: float | None, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert recipes.quota_of(tmp_path) == cores
-    monkeypatch.setattr(recipes, "CGROUPS", tmp_path)
+    monkeypatch.setattr("enginewright.targets.machine.core_quota", lambda: quota)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)), raising=False)
-    assert threads_here() == (64 if cores is None else max(1, int(cores + 0.5)))
+    assert threads_here() == threads
 
 
 def test_not_toml_and_not_there(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import enginewright
 from enginewright import artifact, pipeline, trust
 from enginewright.cli import main
 from enginewright.ground.errors import ToolchainError
-from enginewright.opened import open_subject
+from enginewright.opened import engines_of, open_subject, reopen
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.teachers import teacher_of
@@ -163,3 +163,52 @@ def test_classes_that_an_interface_names_are_modules_and_outputs(made: Path) -> 
     object.__setattr__(engine.interface, "original", "transformers:set_seed")
     with pytest.raises(AttributeError, match="refused"):
         _ = engine.config
+
+
+@pytest.fixture
+def compiled(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
+    """An artifact that says its first engine is a compiled package; what was loaded as one."""
+    out, loaded = tmp_path / "compiled", list[str]()
+    shutil.copytree(made, out)
+    shutil.copy(made.parent / "net.py", tmp_path)
+    head = (out / "recipe.toml").read_text().partition("[[targets]]")[0]
+    targets = [f'[[targets]]\ntarget = "{name}"\n' for name in ("aot_inductor", "onnxruntime")]
+    (out / "recipe.toml").write_text("\n".join([head, *targets]))
+    (out / "engines" / "aot_inductor").mkdir()
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "files": listed(out)}))
+
+    def load(target: object, folder: Path, **more: object) -> Callable[[dict[str, object]], dict[str, object]]:
+        loaded.append(folder.name)
+        return lambda inputs: {"output": torch.full((2, 4), 7.0).numpy()}
+
+    monkeypatch.setattr("enginewright.targets.aot_inductor_engine.AotInductor.load", load)
+    return out, loaded
+
+
+def test_native_code_of_an_artifact_is_loaded_only_where_it_is_trusted(compiled: tuple[Path, list[str]]) -> None:
+    out, loaded = compiled
+    for open_it in (
+        lambda: enginewright.load(out, "aot_inductor"),
+        lambda: open_subject(f"{out}#aot_inductor"),
+    ):
+        with pytest.raises(ToolchainError, match="aot_inductor is native code that the artifact brings") as caught:
+            open_it()
+        assert "--trust-code" in str(caught.value.help)
+        assert caught.value.exit_code == 2
+    assert loaded == []
+    assert enginewright.load(out, "aot_inductor", trust_code=True)(torch.zeros(2, 8))[0, 0] == 7
+    assert loaded == ["aot_inductor"]
+
+
+def test_an_engine_that_is_no_code_runs_beside_one_that_is_and_the_reason_is_told(
+    compiled: tuple[Path, list[str]],
+) -> None:
+    out, loaded = compiled
+    assert enginewright.load(out)(torch.zeros(2, 8)).shape == (2, 4)
+    run = reopen(out)
+    runners, absent = engines_of(run, out, "", 1)
+    assert "onnxruntime" in runners
+    assert "native code that the artifact brings" in absent["aot_inductor"]
+    assert "--trust-code" in absent["aot_inductor"]
+    assert loaded == []

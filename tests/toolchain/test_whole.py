@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import enginewright
-from enginewright import artifact, whole
+from enginewright import artifact, sources, whole
 from enginewright.ground.errors import ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make
@@ -168,6 +168,8 @@ def test_a_job_that_cannot_be_run_is_said_and_fails_no_gate_of_others(tmp_path: 
     told, pictures = whole.try_job(asking, [target], tmp_path / "out", [], Progress(quiet=True), trust_code=False)
     assert "DiTPipeline takes no 'colour'" in target.reason
     assert (told, pictures) == ([target.reason], [])
+    with pytest.raises(ToolchainError, match="draws classes and reads no texts"):
+        sources.job_of(f"diffusers:{folder}", prompts=("a door",), steps=1, arguments={})
 
 
 def test_a_gate_on_a_job_that_was_not_run_is_not_met() -> None:

@@ -6,6 +6,7 @@ import pytest
 from enginewright.ground.errors import ToolchainError
 from enginewright.validation import latency
 from enginewright.validation.latency import Samples, count_outliers, summarise, time_in_turns, time_interleaved
+from tests.devices import FakeDevice, FakeRunner
 
 INPUTS = {"x": np.ones(2, np.float32)}
 NAMES = ("original", "engine", "other")
@@ -248,3 +249,55 @@ def test_outliers_of_a_known_cloud():
     assert count_outliers(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == 0
     assert count_outliers(np.array([1.0, 2.0, 3.0, 4.0, 17.8])) == 0
     assert count_outliers(np.array([1.0, 2.0, 3.0, 4.0, 17.9])) == 1
+
+
+class TestDevices:
+    """A launch returns at once; the work behind it takes 2 s and 5 s."""
+
+    def test_a_time_is_that_of_the_work_and_not_of_its_launch(self):
+        device = FakeDevice()
+        runners = {"original": FakeRunner(device, 2.0), "engine": FakeRunner(device, 5.0)}
+        taken = time_interleaved(runners, INPUTS, warm_up=2, samples=7, seed=0)
+        assert taken == {"original": [2.0] * 7, "engine": [5.0] * 7}
+
+    def test_inputs_are_placed_once_and_every_call_finds_them_there(self):
+        device = FakeDevice()
+        runner = FakeRunner(device, 2.0)
+        time_interleaved({"engine": runner}, INPUTS, warm_up=2, samples=7, seed=0)
+        assert device.placed == 1
+        assert set(runner.taken) == {"device"}
+
+    def test_a_runner_that_cannot_take_inputs_there_takes_arrays_and_is_timed_by_its_clock_all_the_same(self):
+        device = FakeDevice()
+        runner = FakeRunner(device, 2.0)
+        runner.to_device = None
+        taken = time_interleaved({"engine": runner}, INPUTS, warm_up=1, samples=3, seed=0, settle_s=0)
+        assert taken == {"engine": [2.0] * 3}
+        assert set(runner.taken) == {"host"}
+
+    def test_settling_waits_for_the_device_and_fills_no_queue(self):
+        device = FakeDevice()
+        runner = FakeRunner(device, 0.01)
+        time_interleaved({"engine": runner}, INPUTS, warm_up=0, samples=3, seed=0, settle_s=0.095)
+        assert len(runner.taken) == 10 + 3
+
+    def test_warm_up_is_done_before_another_runner_starts(self):
+        device, other = FakeDevice(), FakeDevice("cuda:1")
+        queued = []
+        runner = FakeRunner(other, 1.0, lambda array: queued.append(device.queued) or array)
+        runners = {"first": FakeRunner(device, 1.0), "second": runner}
+        time_interleaved(runners, INPUTS, warm_up=3, samples=3, seed=0, settle_s=0)
+        assert set(queued) == {0.0}
+
+    def test_the_host_keeps_its_own_clock(self, monkeypatch):
+        device, now = FakeDevice(), [0.0]
+        monkeypatch.setattr("enginewright.validation.latency.time.perf_counter", lambda: now[0])
+
+        def slow(inputs):
+            now[0] += 3.0
+            return inputs
+
+        taken = time_interleaved(
+            {"host": slow, "device": FakeRunner(device, 2.0)}, INPUTS, warm_up=1, samples=6, seed=0
+        )
+        assert taken == {"host": [3.0] * 6, "device": [2.0] * 6}

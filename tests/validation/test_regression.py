@@ -260,6 +260,12 @@ class TestCheck:
         latency = compared(record)["onnxruntime/latency.ratio"]
         assert (latency.verdict, latency.reason) == ("not_comparable", "another number of threads: 2 then, 8 now")
 
+    def test_latency_on_another_device_is_not_compared(self, record):
+        record["targets"][0]["latency"] |= {"device": "cuda:0", "original_device": "cuda:0"}
+        latency = compared(record)["onnxruntime/latency.ratio"]
+        assert (latency.verdict, latency.reason) == ("not_comparable", "another device: cpu then, cuda:0 now")
+        assert compared(record, baseline_from(record))["onnxruntime/latency.ratio"].verdict == "same"
+
     def test_a_slower_ratio_whose_interval_reaches_what_is_allowed_is_no_failure(self, record):
         latency = record["targets"][0]["latency"]
         latency |= {"ratio": 1.5, "ratio_low": 0.83, "ratio_high": 1.9}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +10,7 @@ import numpy as np
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import Call, Program, Way
-
-Values = dict[str, Any]
-"""Arrays or tensors by name."""
+from enginewright.ground.runner import Values, clock_of
 
 Run = Callable[[Values], Values]
 """A network that is ready: named inputs -> named outputs."""
@@ -164,10 +161,29 @@ class Driver:
             takes, gives = self.program.networks[call.network].takes, self.program.given_by(call.network)
             given = dict(known) if takes is None else {name: known[name] for name in takes}
             outputs = dict(self.once(call, given) if call.once else self.networks[call.network](given))
-            kept |= {name: outputs.pop(output) for output, name in gives.items()}
+            kept |= {name: self.kept(name, outputs.pop(output), inputs) for output, name in gives.items()}
             known |= outputs
         self.memory.keep(kept)
         return outputs
+
+    def kept(self, name: str, given: Any, inputs: Values) -> Any:
+        """A state tensor after a call: what was given for it, or that written into what there was.
+
+        Raises:
+            ToolchainError: a sequence has become longer than the tensor.
+        """
+        state = next(state for state in self.program.states if state.name == name)
+        if not state.grows:
+            return given
+        whole, place = self.memory.states[name], int(inputs[self.program.start])
+        end = place + given.shape[state.grows]
+        if end > whole.shape[state.grows]:
+            raise ToolchainError(
+                f"the sequence would have {end} entries in {name!r}, which has room for {whole.shape[state.grows]}",
+                help=f"start another by a call with {self.program.start} = 0",
+            )
+        whole[(*[slice(None)] * state.grows, slice(place, end))] = given
+        return whole
 
     def once(self, call: Call, given: Values) -> Values:
         """What a network gives that runs only where its inputs are not what they were.
@@ -177,9 +193,11 @@ class Driver:
         before = self.memory.once.get(call.network)
         if before and all(self.kind.equal(before[0][name], given[name]) for name in call.once):
             return before[1]
-        began = time.perf_counter()
-        outputs = dict(self.networks[call.network](given))
-        self.memory.seconds.setdefault(call.network, []).append(time.perf_counter() - began)
+        network = self.networks[call.network]
+        clock = clock_of(network)
+        began = clock()
+        outputs = dict(network(given))
+        self.memory.seconds.setdefault(call.network, []).append(clock() - began)
         self.memory.once[call.network] = {name: self.kind.copy(given[name]) for name in call.once}, outputs
         return outputs
 

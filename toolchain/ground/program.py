@@ -96,6 +96,8 @@ class StateTensor:
         dtype: its type, numpy's name.
         first: every element, in the call that starts a sequence; of a program with ``start``.
         given_as: name of the output that gives it; empty: that of the input.
+        grows: axis, counted with the rows' own, along which the output holds new entries alone: they are written into
+            the tensor where ``start`` of the program says, and nothing of it is copied; 0: the output is all of it.
     """
 
     name: str
@@ -103,6 +105,7 @@ class StateTensor:
     dtype: str = "float32"
     first: float = 0.0
     given_as: str = ""
+    grows: int = 0
 
     @property
     def output(self) -> str:
@@ -310,6 +313,12 @@ def check(program: Program) -> None:
             raise ValueError("a state tensor whose first value is no number, or that is given as what is no text")
         if not isinstance(state.name, str) or not all(type(size) is int and 0 < size < 2**40 for size in state.shape):
             raise ValueError("a state tensor without name or shape")
+        if (
+            type(state.grows) is not int
+            or not 0 <= state.grows <= len(state.shape)
+            or (state.grows and not program.start)
+        ):
+            raise ValueError("a state tensor that grows along no axis, or in no sequence")
     check_inner(program)
     if not isinstance(program.start, str) or (program.start and program.table is not None):
         raise ValueError("steps both of a sequence and of a schedule")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,12 @@ def job(folder: Path, parts: Sequence[str], *, prompts: Sequence[str], steps: in
         what = ", ".join(needed) or "neither a prompt nor class labels"
         raise ToolchainError(f"{type(pipe).__name__} asks for {what}, which nothing here makes", where="job.arguments")
     key = "prompt" if "prompt" in known else "class_labels"
+    if prompts and key != "prompt":
+        raise ToolchainError(
+            f"{type(pipe).__name__} draws classes and reads no texts",
+            where="job.prompts",
+            help="arguments = { class_labels = [1] }",
+        )
     drawn: Sequence[Any] = (prompts or PROMPTS) if key == "prompt" else [[number] for number in CLASSES]
 
     def run(pipe: Any) -> Runner:
@@ -87,7 +92,6 @@ def job(folder: Path, parts: Sequence[str], *, prompts: Sequence[str], steps: in
     )
 
 
-@cache
 def loaded(folder: Path) -> Any:
     """The pipeline of a folder, on the CPU in float32 and with nothing that hides pictures; none of its code is run.
 

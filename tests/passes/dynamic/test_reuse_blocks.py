@@ -8,7 +8,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.signature import Dim, InputSpec, Signature
 from enginewright.models.diffusion.dit import Config, DiT
 from enginewright.passes.contract import Context, Plan, macs
-from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
+from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks, ReusedBlocks
 from enginewright.passes.networks import Networks, networks_of
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS, Subject, randomise
@@ -83,7 +83,7 @@ def test_a_run_is_that_of_all_blocks_with_the_contribution_replaced(name, parame
     subject, time = subject_of(name), TIMES[name]
     _, result = reusing(subject, time, **parameters)
     facts, ((path, entry),) = result.plan.facts, result.plan.choice.items()
-    reference = EveryBlock(subject.copy(), path, entry["blocks"], facts["table"])
+    reference = EveryBlock(subject.copy(), path, entry.blocks, facts["table"])
     found, wanted = (a_run(model, subject, time, facts["timesteps"]) for model in (result.model, reference))
     plain = a_run(subject.model, subject, time, facts["timesteps"])
     for step, (got, want, base) in enumerate(zip(found, wanted, plain, strict=True)):
@@ -95,13 +95,13 @@ def test_a_run_is_that_of_all_blocks_with_the_contribution_replaced(name, parame
 def test_steps_and_blocks_are_those_asked_for(deep):
     _, result = reusing(deep, interval=3, blocks=(1, 4))
     assert result.plan.facts["table"] == [0, 1, 1, 0, 1, 1]
-    assert result.plan.choice == {"blocks": {"blocks": [1, 2, 3, 4], "of": 6}}
+    assert result.plan.choice == {"blocks": ReusedBlocks(blocks=(1, 2, 3, 4), of=6)}
     assert reusing(deep, whole=(0, 1, 4))[1].plan.facts["table"] == [0, 0, 1, 1, 0, 1]
 
 
 def test_without_calibration_the_middle_is_left_out(deep):
     _, result = reusing(deep, calibrated=False, share=1 / 3)
-    assert result.plan.choice["blocks"]["blocks"] == [2, 3]
+    assert result.plan.choice["blocks"].blocks == (2, 3)
     assert result.plan.facts["chosen"] == "the middle"
 
 
@@ -113,7 +113,7 @@ def test_blocks_that_do_not_change_with_the_timestep_are_those_left_out(deep, st
             deep.model.blocks[number].attn.proj.weight.zero_()
             deep.model.blocks[number].mlp.fc2.weight.zero_()  # only its bias is left to add, the same at any timestep
     _, result = reusing(deep, share=1 / 3)
-    assert result.plan.choice["blocks"]["blocks"] == [still, still + 1]
+    assert result.plan.choice["blocks"].blocks == (still, still + 1)
     assert result.plan.facts["changes"][f"{still} to {still + 1}"] < 1e-5
     assert len(result.plan.facts["changes"]) == 5
 
@@ -187,7 +187,7 @@ def test_both_forms_export_run_and_build(deep, tmp_path):
 def test_a_block_that_must_stay_is_never_left_out():
     subject = SUBJECTS["diffusers_dit_sdpa"]()
     _, result = reusing(subject, "timestep", share=1.0)
-    assert result.plan.choice["transformer_blocks"]["blocks"] == [1]
+    assert result.plan.choice["transformer_blocks"].blocks == (1,)
     with pytest.raises(ToolchainError, match=r"block transformer_blocks\.0 must stay: the output layer reads"):
         reusing(subject, "timestep", blocks=(0, 1))
 
@@ -266,7 +266,7 @@ def test_a_call_to_look_at_and_finite_values_are_needed(deep):
 
 def test_a_plan_for_another_stack_is_refused(deep):
     step, result = reusing(deep)
-    plan = Plan(choice={"blocks": {"blocks": [1], "of": 7}}, facts=result.plan.facts)
+    plan = Plan(choice={"blocks": ReusedBlocks(blocks=(1,), of=7)}, facts=result.plan.facts)
     with pytest.raises(ToolchainError, match="the plan is for a stack of 7 blocks; this has 6"):
         step.rewrite(deep.copy(), plan)
 

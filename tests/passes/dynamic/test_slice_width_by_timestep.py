@@ -12,7 +12,7 @@ from enginewright.models.vision import fit
 from enginewright.passes.contract import Context
 from enginewright.passes.dynamic.buckets import masks_for, stretches
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks
-from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
+from enginewright.passes.dynamic.slice_width_by_timestep import SlicedLayer, SliceWidthByTimestep
 from enginewright.passes.networks import networks_of
 from enginewright.validation.inputs import draw
 from tests.engines import built, exported, in_onnxruntime
@@ -29,7 +29,7 @@ def sliced(subject, input="t", **parameters):
 
 def masked(step, subject, plan):
     """The form that saves nothing: one network with all units, silent where the masks say so."""
-    choice = {path: {"of": entry["of"], "kept": [list(range(entry["of"]))]} for path, entry in plan.choice.items()}
+    choice = {path: SlicedLayer(of=entry.of, kept=(tuple(range(entry.of)),)) for path, entry in plan.choice.items()}
     whole = replace(plan, choice=choice, facts={**plan.facts, "table": [0] * len(plan.facts["table"])})
     return step.rewrite(subject.copy(), whole)
 
@@ -75,8 +75,8 @@ def test_what_is_computed_keeps_to_the_share(dit):
     for path, entry in result.plan.choice.items():
         mask = result.plan.arrays[f"{path}.mask"].bool()
         assert mask.any(dim=1).all()
-        for number, kept in enumerate(entry["kept"]):
-            assert kept == mask[table == number].any(dim=0).nonzero().flatten().tolist()
+        for number, kept in enumerate(entry.kept):
+            assert list(kept) == mask[table == number].any(dim=0).nonzero().flatten().tolist()
     blocks = 2 * 2 * 16 * (12 * 32 * 32 + 2 * 16 * 32)  # rows, layers, tokens
     assert result.before.macs - result.after.macs == pytest.approx(
         blocks * (1 - result.plan.facts["share_computed"]), rel=1e-3

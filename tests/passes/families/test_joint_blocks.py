@@ -39,13 +39,13 @@ def test_a_removed_head_is_a_silent_head(joint, importance):
 
     result = step.apply(joint.copy(), Context(calibration=[joint.inputs]))
 
-    removed = {path: entry["removed"] for path, entry in result.plan.choice.items()}
+    removed = {path: entry.removed for path, entry in result.plan.choice.items()}
     after = joint.output(result.model)
     assert result.changed == joint.paths
     torch.testing.assert_close(after, joint.output(silenced(joint, removed)), atol=1e-5, rtol=0)
     assert (after - before).abs().max() > 1e-2
     again = PruneHeads(share=0.5).apply(result.model, Context())
-    assert [entry["of"] for entry in again.plan.choice.values()] == [2] * 4
+    assert [entry.of for entry in again.plan.choice.values()] == [2] * 4
     assert joint.output(again.model).isfinite().all()
 
 

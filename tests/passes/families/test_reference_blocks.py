@@ -1,9 +1,21 @@
+import copy
+
+import pytest
 import torch
 from torch import nn
 
-from enginewright.models.blocks.transformer import SelfAttention
-from enginewright.passes.families.reference_blocks import attention
-from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at
+from enginewright.models.blocks.llama import Attention, GatedMlp, Rotary
+from enginewright.models.blocks.transformer import Mlp, SelfAttention
+from enginewright.passes.families.reference_blocks import attention, stack
+from enginewright.passes.traits import (
+    BlockStack,
+    FeedForward,
+    FixedAttention,
+    FusedAttention,
+    HeadedAttention,
+    StreamBlock,
+    layer_at,
+)
 
 
 def test_counts_follow_the_heads_and_heads_can_go_twice(dit):
@@ -48,3 +60,60 @@ def test_projections_that_do_not_fit_the_heads_are_refused():
 
     assert isinstance(answer, FixedAttention)
     assert answer.reason == "its 3 heads of 2 do not fill its projections: {'qkv': 24}"
+
+
+def test_a_layer_of_the_same_names_that_declares_nothing_is_not_guessed_at():
+    class Alike(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.head_dim = 4, 2
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    assert attention(Alike()) is None
+    assert isinstance(attention(type("Declared", (Alike, FusedAttention), {})()), HeadedAttention)
+
+
+def test_heads_of_split_projections_go_and_the_others_say_what_they_said():
+    torch.manual_seed(0)
+    layer = Attention(8, 4).requires_grad_(False)
+    angles = Rotary(2, longest=5)(torch.arange(5)[None])
+    x = torch.randn(2, 5, 8)
+    quiet = copy.deepcopy(layer)
+    quiet.o_proj.weight[:, 2:4] = 0  # nothing reads head 1
+    wanted = quiet(x, angles)
+    assert (wanted - layer(x, angles)).abs().max() > 1e-3
+
+    layer_at(nn.ModuleDict({"attn": layer}), "attn", HeadedAttention).keep_heads([0, 2, 3])
+
+    assert layer.heads == 3
+    torch.testing.assert_close(layer(x, angles), wanted)
+
+
+def test_a_layer_that_is_left_out_whole_is_answered_for_by_one_tensor():
+    model = nn.ModuleDict({"attn": Attention(8, 4)})
+    layer_at(model, "attn", HeadedAttention).silence(model, "attn")
+    assert torch.equal(model["attn"](torch.randn(2, 5, 8), (), causal=True), torch.zeros(2, 5, 8))
+
+
+@pytest.mark.parametrize("make", [Mlp, GatedMlp])
+def test_hidden_units_of_declared_feed_forwards_go_and_the_others_say_what_they_said(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(make(6, 5)).requires_grad_(False)
+    quiet = copy.deepcopy(model)
+    layer_at(quiet, "0", FeedForward).output.weight[:, 2] = 0
+    x = torch.randn(3, 6)
+    wanted = quiet(x)
+    assert (wanted - model(x)).abs().max() > 1e-3
+
+    layer_at(model, "0", FeedForward).keep_hidden([0, 1, 3, 4])
+
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_blocks_that_declare_nothing_are_no_stack_of_ours():
+    undeclared = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    assert stack(undeclared) is None
+    assert stack(nn.ModuleList([])) is None
+    declared = nn.ModuleList([type("Ours", (nn.Linear, StreamBlock), {})(3, 3)])
+    assert stack(declared) == BlockStack(declared)
+    assert stack(nn.ModuleList([*declared, *undeclared])) is None

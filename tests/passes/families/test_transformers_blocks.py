@@ -3,13 +3,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, LlamaConfig, ViTConfig
+from transformers import BertConfig, GPT2Config, GPT2Model, LlamaConfig, ViTConfig
 from transformers.models.bert.modeling_bert import BertAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.vit.modeling_vit import ViTAttention
 
-from enginewright.passes.families.transformers_blocks import attention, attention_beside_output
-from enginewright.passes.traits import FixedAttention
+from enginewright.passes.families.transformers_blocks import attention, attention_beside_output, feed_forward, stack
+from enginewright.passes.traits import BlockStack, FixedAttention
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 SIZES = {"hidden_size": 32, "num_attention_heads": 4}
@@ -77,3 +77,27 @@ def test_a_position_bias_for_each_head_is_refused_by_name():
     answer = attention_beside_output(layer)
 
     assert answer == FixedAttention("its part 'relative_position_bias_table' may depend on the heads")
+
+
+@pytest.mark.parametrize("name", ["act", "activation_fn"])
+def test_two_layers_around_an_activation_are_a_feed_forward_and_without_one_they_are_none(name):
+    class TwoLayers(nn.Module):
+        """``VitDetMlp`` calls its activation ``act``, ``ViTMLP`` ``activation_fn``."""
+
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    layer = TwoLayers()
+    assert feed_forward(layer) is None
+    setattr(layer, name, nn.GELU())
+    found = feed_forward(layer)
+    assert found.hidden == 6
+    assert (found.inputs, found.output) == ((layer.fc1,), layer.fc2)
+
+
+def test_a_list_of_gpt2_blocks_is_a_stack_and_a_list_of_their_norms_is_none():
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=20)
+    blocks = GPT2Model(config).h
+    assert stack(blocks) == BlockStack(blocks)
+    assert stack(nn.ModuleList(block.ln_1 for block in blocks)) is None

@@ -267,7 +267,7 @@ def test_a_call_that_fails_leaves_nothing_behind():
 def test_a_plan_names_the_heads_in_the_order_of_the_input_and_is_replayed(model):
     step = PerturbHeads(heads={"*": (1, 3)})
     plan = step.plan(model.model, Context())
-    replayed = Plan.from_json(plan.as_json())
+    replayed = Plan.from_json(plan.as_json(), by=step.declared)
 
     assert plan.facts["heads"] == [f"{path}:{head}" for path in model.paths for head in (1, 3)]
     (new,) = step.new_inputs(replayed)

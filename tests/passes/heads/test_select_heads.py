@@ -9,7 +9,8 @@ from enginewright.models.blocks.transformer import SelfAttention
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.heads.perturb_heads import PerturbHeads
 from enginewright.passes.heads.select_heads import SelectHeads
-from enginewright.passes.heads.softpag import BlendedHeads
+from enginewright.passes.heads.softpag import BlendedHeads, PerturbedHeads
+from enginewright.passes.kernel.heads import KeptHeads
 from enginewright.passes.pruning.prune_heads import PruneHeads
 from enginewright.passes.traits import HeadedAttention, layers_of
 from tests.passes.conftest import reference_dit
@@ -81,7 +82,7 @@ def test_the_search_is_greedy_as_found_by_hand(mode):
     assert [len(entry["tried"]) for entry in plan.facts["rounds"]] == [6, 5, 4 if mode == "perturb" else 3]
     entry = plan.choice["b"]
     assert entry == (
-        {"heads": [1, 2], "of": 3, "first": 1} if mode == "perturb" else {"kept": [0], "removed": [1, 2], "of": 3}
+        PerturbedHeads(heads=(1, 2), of=3, first=1) if mode == "perturb" else KeptHeads(kept=(0,), removed=(1, 2), of=3)
     )
 
 
@@ -108,7 +109,7 @@ def test_the_result_is_perturb_heads_with_those_heads():
     subject = reference_dit()
     score = lambda net: -float(subject.output(net).norm())  # noqa: E731
     result = SelectHeads(score="mine", rounds=2, u=0.5, w=2).apply(subject.copy(), context(score))
-    heads = {path: tuple(entry["heads"]) for path, entry in result.plan.choice.items()}
+    heads = {path: entry.heads for path, entry in result.plan.choice.items()}
     same = PerturbHeads(heads=heads, guidance=True).apply(subject.copy(), Context()).model
     more = {"pag_u": torch.rand(2, 2), "pag_w": torch.rand(2)}
 

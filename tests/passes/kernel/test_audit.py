@@ -19,7 +19,7 @@ from enginewright.passes.pruning.approximate_by_accuracy import ApproximateByAcc
 from enginewright.passes.pruning.prune_heads import PruneHeads
 from enginewright.passes.pruning.prune_width import PruneWidth
 from enginewright.passes.tokens.prune_tokens import PruneTokens
-from enginewright.passes.tokens.skip_spatial_tokens import SkipSpatialTokens
+from enginewright.passes.tokens.skip_spatial_tokens import RunTokens, SkipSpatialTokens
 from tests.passes.conftest import bert, randomise, vit
 from tests.passes.joint import JOINT
 
@@ -176,9 +176,9 @@ def test_text_tokens_run_through_every_feed_forward(name):
     plan = SkipSpatialTokens(ratio=0.5).plan(subject.model, context)
     tokens = {"sd3": 16, "flux": 9}[name]
     assert len(plan.choice) == {"sd3": 3, "flux": 4}[name]
-    assert {entry["of"] for entry in plan.choice.values()} == {tokens}, "text is not counted"
+    assert {entry.of for entry in plan.choice.values()} == {tokens}, "text is not counted"
 
-    everything = {path: {"tokens": tokens, "of": tokens} for path in plan.choice}
+    everything = {path: RunTokens(tokens=tokens, of=tokens) for path in plan.choice}
     all_run = SkipSpatialTokens().rewrite(subject.copy(), type(plan)(choice=everything, arrays=plan.arrays))
     torch.testing.assert_close(subject.output(all_run), subject.output(subject.model), atol=1e-5, rtol=0)
     some_run = SkipSpatialTokens().rewrite(subject.copy(), plan)
@@ -199,7 +199,7 @@ def test_the_tokens_that_pass_by_keep_their_value_and_text_never_does():
         model.transformer_blocks[0].steps[0].block.get_submodule(path).register_forward_hook(note)
     model.single_transformer_blocks[0].steps[0].block.proj_mlp.register_forward_hook(note)
     subject.output(model)
-    image, text = plan.choice["transformer_blocks.0"]["tokens"], 5
+    image, text = plan.choice["transformer_blocks.0"].tokens, 5
     assert sorted(seen) == sorted([image, text, image + text])
 
 

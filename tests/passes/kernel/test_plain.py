@@ -71,7 +71,7 @@ def test_a_removed_head_of_gpt2_is_a_masked_one():
     plan = PruneHeads().plan(plain(copy.deepcopy(model)), context(inputs))
     masked = plain(copy.deepcopy(model))
     for path, entry in plan.choice.items():
-        for head in entry["removed"]:
+        for head in entry.removed:
             masked.get_submodule(path).c_proj.weight.data[:, head * 8 : head * 8 + 8] = 0
     result = PruneHeads().carry_out(copy.deepcopy(model), plan, Context())
     torch.testing.assert_close(logits(result, inputs), logits(masked, inputs), atol=1e-5, rtol=1e-5)
@@ -141,7 +141,7 @@ def test_a_changed_encoder_of_pytorch_can_be_called(step):
 def test_a_plan_that_is_read_again_gives_an_encoder_that_can_be_called():
     model, step = Encoder().eval(), QuantizeInt8(smallest=0)
     result = step.apply(copy.deepcopy(model), Context(calibration=[{"x": X}]))
-    plan = Plan.from_json(result.plan.as_json(), result.plan.arrays)
+    plan = Plan.from_json(result.plan.as_json(), result.plan.arrays, by=step.declared)
     with torch.no_grad():
         assert torch.equal(step.carry_out(copy.deepcopy(model), plan, Context())(X), result.model(X))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from enginewright.passes.kernel import scales
 from enginewright.passes.kernel.scales import scale_of, unusable
 from enginewright.passes.kernel.statistics import InputStatistics
 
@@ -57,3 +58,18 @@ def test_a_value_that_is_not_finite_is_seen_in_whatever_row(bad: float) -> None:
     assert "zero" in unusable(seen(torch.zeros(4, 4)))
     assert "no rows" in unusable(seen(torch.zeros(0, 4)))
     assert not unusable(seen(torch.ones(4, 4)))
+
+
+def test_a_large_layer_is_judged_by_some_of_its_outputs_and_a_small_one_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, 32, generator=generator), torch.randn(5000, 32, generator=generator)
+    x[0] *= 100  # one scale for all rows is too coarse
+    few = scales.arithmetic(x, weight)
+    monkeypatch.setattr(scales, "OUTPUTS", 10_000)
+    assert len(scales.some_outputs(weight)) == 5000
+    every = scales.arithmetic(x, weight)
+    assert (few["rows"], few["reduced_range"]) == (every["rows"], every["reduced_range"])
+    assert few["rows"]
+    assert few["saturating_share"] == pytest.approx(every["saturating_share"], rel=0.05)
+    monkeypatch.setattr(scales, "OUTPUTS", 2)
+    assert torch.equal(scales.some_outputs(weight), weight[[0, -1]])

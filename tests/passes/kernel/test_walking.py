@@ -74,7 +74,7 @@ def test_a_search_judges_the_right_cut(method):
     context = Context(calibration=[inputs], score_of=lambda _: lambda m: -moved(m, inputs, logits))
     step = PruneDepth(count=1, method=method)
     plan = step.plan(model, context)
-    (gone,) = plan.choice["model.layers"]["removed"]
+    (gone,) = plan.choice["model.layers"].removed
     wanted = rightly_cut(model, [i for i in range(4) if i != gone])
     with torch.no_grad():
         torch.testing.assert_close(step.rewrite(model, plan)(**inputs).logits, wanted(**inputs).logits)
@@ -89,7 +89,7 @@ def test_query_heads_that_share_a_key_are_removed_as_if_they_were_masked(name):
     result = PruneHeads(share=0.5).apply(copy.deepcopy(model), Context(calibration=[inputs]))
     assert len(result.changed) == 4
     for path in result.changed:
-        [group] = result.plan.choice[path]["removed"]
+        [group] = result.plan.choice[path].removed
         model.get_submodule(path).o_proj.weight.data[:, 16 * group : 16 * group + 16] = 0
     with torch.no_grad():
         torch.testing.assert_close(result.model(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)

@@ -86,7 +86,7 @@ def test_no_expert_leaves_the_pruned_layer(subject):
     plan = DenseToMoe(top_k=0).plan(subject.model, context(subject))
     pruned = subject.copy()
     for path, layer in list(layers_of(pruned, FeedForward)):
-        layer.keep_hidden(plan.choice[path]["shared"])
+        layer.keep_hidden(plan.choice[path].shared)
 
     for form in ("masked", "capacity", "nonzero"):
         torch.testing.assert_close(subject.output(converted(subject, plan, form)), subject.output(pruned))
@@ -148,7 +148,7 @@ def test_a_share_of_drops_buys_fewer_slots_and_is_reported(dit):
     some = DenseToMoe(drop=0.5).plan(dit.model, context(dit))
     roomy = DenseToMoe(headroom=2).plan(dit.model, context(dit))
     for path, entry in some.choice.items():
-        assert entry["capacity"] <= exact.choice[path]["capacity"] <= roomy.choice[path]["capacity"] == 16
+        assert entry.capacity <= exact.choice[path].capacity <= roomy.choice[path].capacity == 16
         assert 0 <= some.facts["layers"][path]["overflow"] <= 0.5
 
     loads = routers.Loads(tokens=40)
@@ -288,16 +288,16 @@ def test_strong_units_are_shared_and_the_others_dealt_in_turns(dit):
         model.blocks[0].mlp.fc2.weight[:, 40:72] *= 50
     for importance in ("taylor", "weight_norm"):
         plan = DenseToMoe(importance=importance).plan(model, context(dit))
-        assert plan.choice["blocks.0.mlp"]["shared"] == list(range(40, 72))
+        assert plan.choice["blocks.0.mlp"].shared == tuple(range(40, 72))
     by_chance = DenseToMoe(importance="random").plan(model, context(dit))
-    assert by_chance.choice["blocks.0.mlp"]["shared"] != list(range(40, 72))
+    assert by_chance.choice["blocks.0.mlp"].shared != tuple(range(40, 72))
 
 
 def test_a_fitted_router_finds_the_expert_that_answers(dit):
     """Units that only some tokens wake are told from the tokens; a random router does not find them."""
     model = dit.copy()
     step = DenseToMoe(experts=2, top_k=1, gate="one", importance="weight_norm", router="fitted", form="masked")
-    dealt = step.plan(model, context(dit)).choice["blocks.0.mlp"]["experts"]
+    dealt = [list(units) for units in step.plan(model, context(dit)).choice["blocks.0.mlp"].experts]
     direction = torch.randn(32)
     with torch.no_grad():
         mlp = model.blocks[0].mlp

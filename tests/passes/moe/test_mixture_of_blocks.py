@@ -8,7 +8,7 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.models.diffusion.dit import Config, DiT
 from enginewright.passes.contract import Context, Plan
-from enginewright.passes.moe.mixture_of_blocks import MixtureOfBlocks, smaller
+from enginewright.passes.moe.mixture_of_blocks import KeptBlocks, MixtureOfBlocks, smaller
 from enginewright.passes.networks import Networks, networks_of
 from enginewright.passes.traits import BlockStack, layer_at
 from tests.passes.conftest import randomise
@@ -54,7 +54,7 @@ def test_blocks_taken_out_are_blocks_passed_by_in_every_bucket(deep):
     context = Context(calibration=calls())
     for bucket in range(4):
         result = MixtureOfBlocks(bucket=bucket).apply(copy.deepcopy(deep), context)
-        kept = result.plan.choice["blocks"]["kept"]
+        kept = result.plan.choice["blocks"].kept
         assert result.changed == ("blocks",)
         assert len(result.model.blocks) == 3
         assert [block // 2 for block in kept] == [0, 1, 2]
@@ -70,9 +70,9 @@ def test_the_first_block_of_diffusers_dit_stays(subject):
     step = MixtureOfBlocks(buckets=1)
     plan = step.plan(subject.model, Context(calibration=[subject.inputs]))
     [(path, entry)] = plan.choice.items()
-    assert len(entry["kept"]) == 1
+    assert len(entry.kept) == 1
     if path == "transformer_blocks":
-        assert entry["kept"] == [0]
+        assert entry.kept == (0,)
     assert not torch.equal(subject.output(step.rewrite(subject.copy(), plan)), subject.output(subject.model))
 
 
@@ -92,7 +92,7 @@ def test_silent_blocks_go(deep):
             for parameter in deep.blocks[silent].adaLN_modulation[1].parameters():
                 parameter.zero_()
     result = MixtureOfBlocks().apply(copy.deepcopy(deep), Context(calibration=calls()))
-    assert result.plan.choice["blocks"] == {"kept": [1, 2, 5], "of": 6}
+    assert result.plan.choice["blocks"] == KeptBlocks(kept=(1, 2, 5), of=6)
     assert [row["agreement"]["blocks"] for row in result.plan.facts["buckets"]] == [1.0] * 4
     assert torch.equal(run(result.model, calls()[0]), run(deep, calls()[0]))
 
@@ -128,7 +128,7 @@ def test_each_range_of_timesteps_keeps_what_matters_there():
     assert (first["kept"], second["kept"]) == ({"blocks": [0]}, {"blocks": [1]})
     assert (first["samples"], second["samples"]) == (3, 4)
     assert (first["from"], first["to"], second["to"]) == (0, 500, 1000)
-    assert plan.choice["blocks"]["kept"] == [1]
+    assert plan.choice["blocks"].kept == (1,)
 
     together = MixtureOfBlocks(buckets=1).plan(Timed(), context).facts["buckets"][0]
     assert together["kept"] == {"blocks": [1]}
@@ -217,7 +217,7 @@ def test_every_timestep_runs_the_network_of_its_range():
     result = MixtureOfBlocks(buckets=2).apply(Timed(), Context(calibration=timed_calls()))
     assert isinstance(result.model, Networks)
     assert len(list(networks_of(result.model).values())) == 2
-    assert result.plan.choice["blocks"]["kept"] == [[0], [1]]
+    assert result.plan.choice["blocks"].kept == ((0,), (1,))
     # Each range keeps the block that speaks there, so what comes out is what both blocks give: at the borders too.
     times = torch.tensor([0.0, 499.9, 500, 999, 1000, 1500])
     x = torch.zeros(6, 3)
@@ -235,7 +235,7 @@ def test_in_every_range_the_whole_model_is_its_own_network(deep):
     context = Context(calibration=calls())
     step = MixtureOfBlocks()
     plan = step.plan(deep, context)
-    whole = step.rewrite(copy.deepcopy(deep), Plan.from_json(plan.as_json()))
+    whole = step.rewrite(copy.deepcopy(deep), Plan.from_json(plan.as_json(), by=step.declared))
     for bucket in range(4):
         inputs = {**calls(1)[0], "t": torch.full((2,), 250 * bucket + 3)}
         assert torch.equal(run(whole, inputs), run(smaller(deep, plan, bucket), inputs))

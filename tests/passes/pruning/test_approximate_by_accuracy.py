@@ -11,7 +11,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.pruning.approximate_by_accuracy import ApproximateByAccuracy
-from enginewright.passes.pruning.elements import carry_out, elements_of
+from enginewright.passes.pruning.elements import CutLayer, carry_out, elements_of
 from enginewright.passes.pruning.hard_attention import HardAttention
 from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at
 from tests.engines import built, exported, in_onnxruntime
@@ -36,12 +36,12 @@ def distance(subject, target):
 def mask(model, choice):
     """The same choice with zeros: columns of output projections, and their biases where all of a layer goes."""
     for path, entry in choice.items():
-        layer = layer_at(model, path, FeedForward if entry["kind"] == "ffn" else HeadedAttention)
-        each = 1 if entry["kind"] == "ffn" else layer.head_dim
-        gone = range(entry["of"]) if entry["whole"] else entry["removed"]
+        layer = layer_at(model, path, FeedForward if entry.kind == "ffn" else HeadedAttention)
+        each = 1 if entry.kind == "ffn" else layer.head_dim
+        gone = range(entry.of) if entry.whole else entry.removed
         with torch.no_grad():
             layer.output.weight[:, [part * each + i for part in gone for i in range(each)]] = 0
-            if entry["whole"]:
+            if entry.whole:
                 layer.output.bias.zero_()
     return model
 
@@ -54,11 +54,9 @@ def test_whatever_is_removed_is_masked(subject, seed):
     draw = random.Random(seed)
     choice = {}
     for element in elements_of(subject.model):
-        entry = element.entry()
-        entry["whole"] = draw.random() < 0.4
-        if not entry["whole"]:
-            entry["removed"] = sorted(draw.sample(range(element.of), draw.randrange(1, element.of)))
-        choice[element.path] = entry
+        whole = draw.random() < 0.4
+        removed = () if whole else sorted(draw.sample(range(element.of), draw.randrange(1, element.of)))
+        choice[element.path] = CutLayer(kind=element.kind, of=element.of, whole=whole, removed=tuple(removed))
 
     cut = carry_out(share(subject.model), choice)
 
@@ -76,8 +74,8 @@ def test_parameters_fall_by_the_integers_of_bert_base():
     ffn, attention = elements_of(model)
 
     def lost(element, **change):
-        entry = {**element.entry(), **change}
-        cut = carry_out(share(model), {element.path: entry})
+        what = CutLayer(kind=element.kind, of=element.of, **change)
+        cut = carry_out(share(model), {element.path: what})
         return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut.parameters())
 
     assert lost(attention, removed=[3]) == 196_800
@@ -103,8 +101,8 @@ def test_what_a_target_lacks_is_found_and_the_rest_stays(dit):
     target = mask(
         dit.copy(),
         {
-            "blocks.1.mlp": {"kind": "ffn", "of": 128, "whole": True, "removed": []},
-            "blocks.0.attn": {"kind": "attention", "of": 4, "whole": False, "removed": [1, 2]},
+            "blocks.1.mlp": CutLayer(kind="ffn", of=128, whole=True),
+            "blocks.0.attn": CutLayer(kind="attention", of=4, removed=(1, 2)),
         },
     )
     step = ApproximateByAccuracy(score="mine", gate=10, group=64)
@@ -112,7 +110,7 @@ def test_what_a_target_lacks_is_found_and_the_rest_stays(dit):
     result = step.apply(dit.copy(), scored(distance(dit, target)))
 
     assert missing(result.model) == ["blocks.1.mlp"]
-    assert result.plan.choice["blocks.0.attn"]["removed"] == [1, 2]
+    assert result.plan.choice["blocks.0.attn"].removed == (1, 2)
     torch.testing.assert_close(dit.output(result.model), dit.output(target), atol=1e-5, rtol=0)
     assert set(result.plan.skipped) == {"blocks.1.attn", "blocks.0.mlp"}
     trials = result.plan.facts["trials"]
@@ -181,14 +179,14 @@ def test_hard_attention_comes_first_and_falls_away_with_the_layer(dit):
         ("blocks.0.attn", "hard"),
         ("blocks.1.attn", "hard"),
     ]
-    assert plan.choice["blocks.1.attn"] == {"kind": "attention", "of": 4, "whole": False, "removed": [], "hard": 3}
-    assert plan.choice["blocks.0.attn"]["whole"]
-    assert plan.choice["blocks.0.attn"]["hard"] == 0
+    assert plan.choice["blocks.1.attn"] == CutLayer(kind="attention", of=4, hard=3)
+    assert plan.choice["blocks.0.attn"].whole
+    assert plan.choice["blocks.0.attn"].hard == 0
 
 
 def test_heads_and_hard_attention_go_together(subject):
     path = subject.paths[0]
-    entry = {"kind": "attention", "of": 4, "whole": False, "removed": [2], "hard": 1000}
+    entry = CutLayer(kind="attention", of=4, removed=(2,), hard=1000)
     cut = carry_out(share(subject.model), {path: entry})
     masked = mask(subject.copy(), {path: entry})
     torch.testing.assert_close(subject.output(cut), subject.output(masked), atol=1e-5, rtol=1e-5)
@@ -208,8 +206,8 @@ def test_a_layer_that_cannot_go_whole_is_tried_in_parts_and_keeps_the_last():
         ("0-0", "kept"),
     ]
     assert "shares a projection" in trials[0]["refused"]
-    assert plan.choice["block:ffn"]["removed"] == list(range(16))
-    assert plan.choice["block:attention"]["removed"] == [0]
+    assert plan.choice["block:ffn"].removed == tuple(range(16))
+    assert plan.choice["block:attention"].removed == (0,)
     cut = ApproximateByAccuracy(group=16).rewrite(model, plan)["block"]
     assert (cut.proj_mlp.out_features, cut.proj_out.in_features) == (16, 4 + 16)
 
@@ -223,7 +221,7 @@ def test_a_plan_is_repeatable_and_replayed_where_there_are_no_weights(dit):
     plan = step.plan(dit.model, context)
     assert plan.choice
     assert step.plan(dit.model, context).digest() == plan.digest()
-    empty = step.rewrite(dit.copy().to("meta"), Plan.from_json(plan.as_json()))
+    empty = step.rewrite(dit.copy().to("meta"), Plan.from_json(plan.as_json(), by=step.declared))
     real = step.rewrite(dit.copy(), plan)
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in real.state_dict().items()}
 
@@ -253,7 +251,7 @@ def test_what_a_user_can_mend_is_said(dit):
         ApproximateByAccuracy(losses="a.py:f").plan(dit.model, Context())
     with pytest.raises(ToolchainError, match="value is not finite: nan"):
         ApproximateByAccuracy().plan(dit.model, scored(lambda model: float("nan")))
-    entry = {"kind": "ffn", "of": 64, "whole": False, "removed": [1], "hard": 0}
+    entry = CutLayer(kind="ffn", of=64, removed=(1,))
     with pytest.raises(ToolchainError, match="for a layer of 64 parts; this one has 128"):
         ApproximateByAccuracy().rewrite(dit.copy(), Plan(choice={"blocks.0.mlp": entry}))
 
@@ -265,10 +263,13 @@ def test_what_a_user_can_mend_is_said(dit):
 def test_what_is_left_exports_runs_and_builds(name, tmp_path):
     subject = SUBJECTS[name]()
     last, first = subject.paths[1], subject.paths[0]
-    choice = {element.path: element.entry() for element in elements_of(subject.model)}
-    for path, entry in choice.items():
-        entry["whole"] = path == last or (entry["kind"] == "ffn" and ".0" in path)
-    choice[first] |= {"removed": [1], "hard": 3}
+    choice = {
+        each.path: CutLayer(
+            kind=each.kind, of=each.of, whole=each.path == last or (each.kind == "ffn" and ".0" in each.path)
+        )
+        for each in elements_of(subject.model)
+    }
+    choice[first] = choice[first].model_copy(update={"removed": (1,), "hard": 3})
     model = carry_out(share(subject.model), choice)
     count = 1 if subject.inputs.keys() & {"x", "hidden_states"} else 2
     path = exported(model, subject.inputs, tmp_path, [f"y{i}" for i in range(count)])

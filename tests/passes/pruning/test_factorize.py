@@ -31,8 +31,8 @@ def test_a_weight_of_low_rank_loses_nothing(method, rank):
     before = model(x)
     step = Factorize(method=method, rank=rank, fixed=5, energy=1 - 1e-10)
     result = step.apply(model, Context(calibration=[{"input": x}]))
-    assert result.plan.choice["0"]["rank"] == 5
-    assert result.plan.choice["0"]["kept_norm"] == pytest.approx(1)
+    assert result.plan.choice["0"].rank == 5
+    assert result.plan.choice["0"].kept_norm == pytest.approx(1)
     torch.testing.assert_close(model(x), before, atol=1e-5, rtol=0)
     assert result.after.parameter_count == 5 * (40 + 32) + 32
 
@@ -74,7 +74,7 @@ def test_the_output_is_nearer_when_inputs_are_known():
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_the_budget_is_kept(share):
     plan = Factorize(share=share).plan(low_rank(32), Context())
-    spent = plan.choice["0"]["rank"] * (40 + 32)
+    spent = plan.choice["0"].rank * (40 + 32)
     assert share * 40 * 32 - (40 + 32) < spent <= share * 40 * 32
 
 
@@ -83,7 +83,7 @@ def test_energy_by_hand():
     with torch.no_grad():
         model[0].weight.copy_(torch.diag(torch.tensor([3.0, 2.0, 1.0] + [0.0] * 29)))
     for energy, rank in ((0.6, 1), (0.7, 2), (0.95, 3)):  # squares 9, 4, 1 of 14
-        assert Factorize(rank="energy", energy=energy).plan(model, Context()).choice["0"]["rank"] == rank
+        assert Factorize(rank="energy", energy=energy).plan(model, Context()).choice["0"].rank == rank
 
 
 # What is left alone
@@ -122,7 +122,10 @@ def test_a_plan_is_replayed_from_its_arrays(dit, tmp_path):
     plan = step.plan(dit.model, context)
     assert step.plan(dit.model, context).digest() == plan.digest()
     plan.write(tmp_path / "plan.json")
-    one, two = step.rewrite(dit.copy(), plan), step.rewrite(dit.copy(), Plan.read(tmp_path / "plan.json"))
+    one, two = (
+        step.rewrite(dit.copy(), plan),
+        step.rewrite(dit.copy(), Plan.read(tmp_path / "plan.json", step.declared)),
+    )
     torch.testing.assert_close(one.state_dict(), two.state_dict(), atol=0, rtol=0)
     empty = step.rewrite(dit.copy().to("meta"), plan)
     assert all(parameter.is_meta for parameter in empty.parameters())

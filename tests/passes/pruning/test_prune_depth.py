@@ -10,7 +10,7 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.models.diffusion.dit import TINY, DiT
 from enginewright.passes.contract import Context, Plan
-from enginewright.passes.pruning.prune_depth import PruneDepth
+from enginewright.passes.pruning.prune_depth import PruneDepth, RemovedBlocks
 from enginewright.passes.traits import BlockStack, layers_of
 from tests.engines import built, exported, in_onnxruntime
 
@@ -53,7 +53,7 @@ def passed_by(subject, plan):
     """A copy of the model whose removed blocks hand on what they get."""
     model = subject.copy()
     for path, entry in plan.choice.items():
-        for i in entry["removed"]:
+        for i in entry.removed:
             block = model.get_submodule(f"{path}.{i}")
             block.forward = lambda *args, **kwargs: args[0] if args else kwargs["hidden_states"]
     return model
@@ -87,7 +87,7 @@ def test_blocks_that_do_nothing_go_and_the_output_stays(dit):
 
     result = PruneDepth(share=0.75).apply(model, Context(calibration=[dit.inputs]))
 
-    assert result.plan.choice["blocks"] == {"removed": [0, 2, 3], "of": 4}
+    assert result.plan.choice["blocks"] == RemovedBlocks(removed=(0, 2, 3), of=4)
     torch.testing.assert_close(dit.output(result.model), before, atol=1e-5, rtol=0)
 
 
@@ -110,7 +110,7 @@ def test_influence_by_hand():
     plan = PruneDepth(count=2).plan(Stack(*numbers), Context(calibration=CALLS))
     wanted = {f"blocks.{i}": 1 - (1 + n * n) ** -0.5 for i, n in enumerate(numbers)}
     assert plan.facts["influence"] == pytest.approx(wanted, rel=1e-4)
-    assert plan.choice == {"blocks": {"removed": [1, 3], "of": 4}}
+    assert plan.choice == {"blocks": RemovedBlocks(removed=(1, 3), of=4)}
 
 
 def test_greedy_removes_what_the_score_misses_least_and_logs_every_trial():
@@ -125,12 +125,12 @@ def test_greedy_removes_what_the_score_misses_least_and_logs_every_trial():
 
     plan = PruneDepth(count=2, method="greedy").plan(model, context)
 
-    assert plan.choice == {"blocks": {"removed": [0, 2], "of": 4}}
+    assert plan.choice == {"blocks": RemovedBlocks(removed=(0, 2), of=4)}
     first, second = plan.facts["rounds"]
     assert (first["removed"], second["removed"]) == ("blocks.0", "blocks.2")
     assert [len(first["scores"]), len(second["scores"])] == [4, 3]
     assert second["scores"]["blocks.2"] == pytest.approx(1)
-    assert PruneDepth(count=2, method="influence").plan(model, context).choice["blocks"]["removed"] == [1, 3]
+    assert PruneDepth(count=2, method="influence").plan(model, context).choice["blocks"].removed == (1, 3)
     assert len(model.blocks) == 4
 
 
@@ -169,12 +169,12 @@ def test_fixed_and_excluded_blocks_stay_with_reasons():
 
     diffusers = SUBJECTS["diffusers_dit_sdpa"]()
     plan = PruneDepth(count=2).plan(diffusers.model, Context(calibration=[diffusers.inputs]))
-    assert plan.choice == {"transformer_blocks": {"removed": [1], "of": 2}}
+    assert plan.choice == {"transformer_blocks": RemovedBlocks(removed=(1,), of=2)}
     assert plan.skipped == {"transformer_blocks.0": "the output layer reads its embedding of the timestep"}
 
     context = Context(calibration=CALLS)
     plan = PruneDepth(count=3, exclude=("blocks.1",)).plan(Stack(0.5, 0.1, 0.3), context)
-    assert plan.choice == {"blocks": {"removed": [0, 2], "of": 3}}
+    assert plan.choice == {"blocks": RemovedBlocks(removed=(0, 2), of=3)}
     assert plan.skipped == {"blocks.1": "excluded by 'blocks.1'"}
     plan = PruneDepth(count=3, exclude=("*",)).plan(Stack(0.5), context)
     assert plan.skipped == {"blocks.0": "excluded by '*'", "blocks": "each of its blocks stays"}
@@ -182,7 +182,7 @@ def test_fixed_and_excluded_blocks_stay_with_reasons():
 
 def test_one_block_always_stays():
     plan = PruneDepth(count=9).plan(Stack(0.5, 0.1, 0.3), Context(calibration=CALLS))
-    assert plan.choice == {"blocks": {"removed": [1, 2], "of": 3}}
+    assert plan.choice == {"blocks": RemovedBlocks(removed=(1, 2), of=3)}
 
 
 def test_a_stack_that_never_runs_is_left_alone():
@@ -197,7 +197,7 @@ def test_a_plan_is_replayed_where_there_are_no_weights(subject):
     step, context = PruneDepth(count=1), Context(calibration=[subject.inputs])
     plan = step.plan(subject.model, context)
     assert step.plan(subject.model, context).digest() == plan.digest()
-    empty = step.rewrite(subject.copy().to("meta"), Plan.from_json(plan.as_json()))
+    empty = step.rewrite(subject.copy().to("meta"), Plan.from_json(plan.as_json(), by=step.declared))
     real = step.rewrite(subject.copy(), plan)
     assert empty.state_dict().keys() == real.state_dict().keys() < subject.model.state_dict().keys()
 

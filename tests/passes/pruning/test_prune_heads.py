@@ -8,6 +8,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.models.blocks.transformer import SelfAttention
 from enginewright.models.voice.vevo import decoder
 from enginewright.passes.contract import Context, Plan, macs
+from enginewright.passes.kernel.heads import KeptHeads
 from enginewright.passes.pruning.prune_heads import PruneHeads
 from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
 
@@ -18,7 +19,7 @@ def masked(subject, plan):
     for path, entry in plan.choice.items():
         layer = layer_at(model, path, HeadedAttention)
         with torch.no_grad():
-            layer.output.weight.unflatten(1, (layer.heads, layer.head_dim))[:, entry["removed"]] = 0
+            layer.output.weight.unflatten(1, (layer.heads, layer.head_dim))[:, entry.removed] = 0
     return model
 
 
@@ -33,7 +34,7 @@ def scale_head(layer, head, *, values=1.0, columns=1.0):
 
 
 def removed(plan):
-    return {path: entry["removed"] for path, entry in plan.choice.items()}
+    return {path: list(entry.removed) for path, entry in plan.choice.items()}
 
 
 # Exactness
@@ -58,11 +59,11 @@ def test_a_pruned_model_can_be_pruned_again(subject):
 
     second = PruneHeads(share=0.34).apply(first.model, context)
 
-    assert [entry["of"] for entry in second.plan.choice.values()] == [3, 3]
+    assert [entry.of for entry in second.plan.choice.values()] == [3, 3]
     for path, entry in second.plan.choice.items():
         layer = layer_at(once, path, HeadedAttention)
         with torch.no_grad():
-            layer.output.weight.unflatten(1, (3, 8))[:, entry["removed"]] = 0
+            layer.output.weight.unflatten(1, (3, 8))[:, entry.removed] = 0
     torch.testing.assert_close(subject.output(second.model), subject.output(once), atol=1e-5, rtol=0)
 
 
@@ -108,7 +109,7 @@ def test_taylor_finds_a_silent_head_that_weight_norm_takes_for_the_strongest(dit
     by_norm = PruneHeads(importance="weight_norm").plan(model, Context())
     by_taylor = PruneHeads(importance="taylor").plan(model, Context(calibration=[dit.inputs]))
 
-    assert all(entry["removed"] == [1] for entry in by_taylor.choice.values())
+    assert all(entry.removed == (1,) for entry in by_taylor.choice.values())
     assert all(max(scores) == scores[1] for scores in by_norm.facts["scores"].values())
 
 
@@ -120,7 +121,7 @@ def test_weight_norm_drops_a_head_whose_loud_values_taylor_hears(dit):
     by_norm = PruneHeads(importance="weight_norm").plan(model, Context())
     by_taylor = PruneHeads(importance="taylor").plan(model, Context(calibration=[dit.inputs]))
 
-    assert all(entry["removed"] == [1] for entry in by_norm.choice.values())
+    assert all(entry.removed == (1,) for entry in by_norm.choice.values())
     assert all(max(scores) == scores[1] for scores in by_taylor.facts["scores"].values())
 
 
@@ -157,7 +158,7 @@ def test_equal_scores_are_broken_by_index():
 
     plan = PruneHeads(share=0.5).plan(layer, Context())
 
-    assert plan.choice[""] == {"kept": [2, 3], "removed": [0, 1], "of": 4}
+    assert plan.choice[""] == KeptHeads(kept=(2, 3), removed=(0, 1), of=4)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +167,9 @@ def test_equal_scores_are_broken_by_index():
 def test_a_share_is_rounded_to_heads_and_one_stays(share, heads, gone):
     plan = PruneHeads(share=share).plan(SelfAttention(12, heads), Context())
 
-    assert len(plan.choice[""]["removed"]) == gone
-    assert len(plan.choice[""]["kept"]) == heads - gone
-    assert plan.choice[""]["kept"] == sorted(plan.choice[""]["kept"])
+    assert len(plan.choice[""].removed) == gone
+    assert len(plan.choice[""].kept) == heads - gone
+    assert list(plan.choice[""].kept) == sorted(plan.choice[""].kept)
 
 
 def test_global_takes_the_weakest_wherever_they_are():
@@ -188,12 +189,12 @@ def test_global_takes_the_weakest_wherever_they_are():
 def test_global_leaves_each_layer_its_strongest_head():
     model = nn.Sequential(SelfAttention(8, 4), SelfAttention(8, 2))
     plan = PruneHeads(share=0.99, scope="global").plan(model, Context())
-    assert [len(entry["kept"]) for entry in plan.choice.values()] == [1, 1]
+    assert [len(entry.kept) for entry in plan.choice.values()] == [1, 1]
 
 
 def test_globally_removed_heads_are_masked_heads(subject):
     result = PruneHeads(share=0.5, scope="global").apply(subject.copy(), Context())
-    assert sum(len(entry["removed"]) for entry in result.plan.choice.values()) == 4
+    assert sum(len(entry.removed) for entry in result.plan.choice.values()) == 4
     wanted = subject.output(masked(subject, result.plan))
     torch.testing.assert_close(subject.output(result.model), wanted, atol=1e-5, rtol=0)
     assert PruneHeads(share=0, scope="global").plan(subject.model, Context()).choice == {}
@@ -209,7 +210,7 @@ def test_a_plan_is_repeatable_readable_and_replayed_without_data(subject, import
     plan = step.plan(subject.model, context)
     assert step.plan(subject.model, context).digest() == plan.digest()
 
-    replayed = Plan.from_json(plan.as_json())
+    replayed = Plan.from_json(plan.as_json(), by=step.declared)
     models = [step.rewrite(subject.copy(), each) for each in (plan, replayed)]
 
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), atol=0, rtol=0)

@@ -9,7 +9,7 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.models.blocks.transformer import Mlp
 from enginewright.passes.contract import Context, Plan
-from enginewright.passes.pruning.prune_width import PruneWidth
+from enginewright.passes.pruning.prune_width import PruneWidth, RemovedUnits
 from enginewright.passes.traits import FeedForward, layer_at, layers_of, trait_of
 from tests.engines import built, exported, in_onnxruntime
 
@@ -22,7 +22,7 @@ def masked(subject, plan):
     for path, entry in plan.choice.items():
         layer = layer_at(model, path, FeedForward)
         with torch.no_grad():
-            layer.output.weight[:, [layer.first_column + unit for unit in entry["removed"]]] = 0
+            layer.output.weight[:, [layer.first_column + unit for unit in entry.removed]] = 0
     return model
 
 
@@ -65,7 +65,7 @@ def test_silent_units_go_and_the_output_stays(dit, importance):
 
     result = PruneWidth(share=0.125, importance=importance).apply(model, Context(calibration=[dit.inputs]))
 
-    assert [entry["removed"] for entry in result.plan.choice.values()] == [list(range(16)), list(range(8, 24))]
+    assert [entry.removed for entry in result.plan.choice.values()] == [tuple(range(16)), tuple(range(8, 24))]
     torch.testing.assert_close(dit.output(result.model), before, atol=1e-5, rtol=0)
 
 
@@ -90,7 +90,7 @@ def test_units_beside_an_attention_go_alone():
 
     result = PruneWidth(share=0.5).apply(nn.ModuleDict({"block": block}), Context())
 
-    assert result.plan.choice == {"block": {"removed": list(range(16, 32)), "of": 32}}
+    assert result.plan.choice == {"block": RemovedUnits(removed=tuple(range(16, 32)), of=32)}
     torch.testing.assert_close(block(*inputs), before, atol=1e-4, rtol=0)
 
 
@@ -110,7 +110,7 @@ def test_scores_by_hand():
     for importance, score in wanted.items():
         plan = PruneWidth(share=0.5, importance=importance).plan(nn.Sequential(layer), with_name(context))
         ranked = score.argsort().tolist()
-        assert plan.choice["0"] == {"removed": sorted(ranked[:8]), "of": 16}
+        assert plan.choice["0"] == RemovedUnits(removed=tuple(sorted(ranked[:8])), of=16)
         limits = plan.facts["scores"]["0"]
         assert limits["strongest_removed"] == pytest.approx(score[ranked[7]].item(), rel=1e-5)
         assert limits["weakest_kept"] == pytest.approx(score[ranked[8]].item(), rel=1e-5)
@@ -139,7 +139,7 @@ def test_taylor_by_hand():
     plan = PruneWidth(share=0.5, importance="taylor").plan(layer, Context(calibration=[{"x": x}], seed=3))
 
     ranked = score.argsort().tolist()
-    assert plan.choice[""]["removed"] == sorted(ranked[:8])
+    assert plan.choice[""].removed == tuple(sorted(ranked[:8]))
     assert plan.facts["scores"][""]["strongest_removed"] == pytest.approx(score[ranked[7]].item(), rel=1e-4)
 
 
@@ -150,7 +150,7 @@ def test_both_projections_of_a_gated_layer_count():
     with torch.no_grad():
         layer.net[0].proj.weight[16 + 3] = 0  # the gate of unit 3 is shut
     plan = PruneWidth(share=0.0625, round_to=1).plan(nn.ModuleDict({"ff": layer}), Context())
-    assert plan.choice["ff"]["removed"] == [3]
+    assert plan.choice["ff"].removed == (3,)
 
 
 def test_random_units_are_drawn_from_the_seed():
@@ -168,7 +168,7 @@ def test_random_units_are_drawn_from_the_seed():
 )
 def test_what_stays_is_a_multiple(share, hidden, round_to, kept):
     plan = PruneWidth(share=share, round_to=round_to).plan(Mlp(4, hidden), Context())
-    assert hidden - len(plan.choice[""]["removed"]) == kept
+    assert hidden - len(plan.choice[""].removed) == kept
 
 
 def test_global_takes_the_weakest_wherever_they_are():
@@ -178,7 +178,7 @@ def test_global_takes_the_weakest_wherever_they_are():
 
     plan = PruneWidth(share=0.25, scope="global").plan(model, Context())
 
-    assert plan.choice == {"1": {"removed": list(range(16)), "of": 32}}
+    assert plan.choice == {"1": RemovedUnits(removed=tuple(range(16)), of=32)}
     assert plan.skipped == {"0": "its units are all stronger than those that a share of 0.25 takes elsewhere"}
     assert plan.facts["units"] == {"of": 64, "removed": 16}
 
@@ -189,8 +189,8 @@ def test_global_leaves_each_layer_its_floor():
 
     plan = PruneWidth(share=0.5, scope="global", floor=0.5).plan(model, Context())
 
-    assert [32 - len(entry["removed"]) for entry in plan.choice.values()] == [16, 16]
-    assert set(plan.choice["1"]["removed"]) < set(range(24))
+    assert [32 - len(entry.removed) for entry in plan.choice.values()] == [16, 16]
+    assert set(plan.choice["1"].removed) < set(range(24))
 
 
 def test_layers_of_another_size_are_made_comparable():
@@ -215,7 +215,7 @@ def test_a_plan_is_repeatable_and_replayed_without_data_or_weights(dit, importan
     plan = step.plan(dit.model, context)
     assert step.plan(dit.model, context).digest() == plan.digest()
 
-    replayed = step.rewrite(dit.copy(), Plan.from_json(plan.as_json()))
+    replayed = step.rewrite(dit.copy(), Plan.from_json(plan.as_json(), by=step.declared))
     empty = step.rewrite(dit.copy().to("meta"), plan)
 
     real = step.rewrite(dit.copy(), plan)

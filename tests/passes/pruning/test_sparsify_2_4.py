@@ -9,7 +9,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
-from enginewright.passes.pruning.sparsify_2_4 import Sparsify24, largest_two, sparsegpt
+from enginewright.passes.pruning.sparsify_2_4 import SparseWeight, Sparsify24, largest_two, sparsegpt
 from tests.engines import built, exported, in_onnxruntime
 
 
@@ -51,7 +51,7 @@ def test_weights_that_are_sparse_already_stay_as_they_are():
     for method in ("magnitude", "sparsegpt"):
         done = Sparsify24(method=method).apply(copy.deepcopy(model), Context(calibration=[{"input": x}]))
         torch.testing.assert_close(done.model[0].weight, before, atol=1e-6, rtol=0)
-        assert done.plan.choice["0"] == {"pattern": "2:4", "kept_norm": 1.0}
+        assert done.plan.choice["0"] == SparseWeight(pattern="2:4", kept_norm=1.0)
 
 
 def test_the_two_largest_of_four_by_hand():
@@ -138,7 +138,7 @@ def test_a_plan_is_repeatable_and_says_who_gains(dit, method):
     assert step.plan(dit.model, context).digest() == plan.digest()
     assert "none on a CPU" in plan.facts["gains"]
     one = step.rewrite(dit.copy(), plan)
-    two = step.rewrite(dit.copy(), Plan.from_json(plan.as_json(), plan.arrays))
+    two = step.rewrite(dit.copy(), Plan.from_json(plan.as_json(), plan.arrays, by=step.declared))
     torch.testing.assert_close(one.state_dict(), two.state_dict(), atol=0, rtol=0)
     result = step.apply(dit.copy(), context)
     assert result.before == result.after  # zeros are weights like any other
@@ -160,9 +160,9 @@ def test_what_a_user_can_mend_is_said(dit):
         Sparsify24().plan(broken, Context())
     with pytest.raises(ToolchainError, match="its inputs are not finite"):
         sparsegpt(torch.randn(4, 4), torch.full((4, 4), float("nan")), where="a")
-    plan = Plan(choice={"0": {}}, arrays={"0/weight": torch.zeros(8, 8)})
+    plan = Plan(choice={"0": SparseWeight(pattern="2:4", kept_norm=1.0)}, arrays={"0/weight": torch.zeros(8, 8)})
     with pytest.raises(ToolchainError, match=r"a weight \(8, 8\); this has \(4, 4\)"):
-        Sparsify24().rewrite(nn.Sequential(nn.Linear(4, 4)), plan)
+        Sparsify24(method="sparsegpt").rewrite(nn.Sequential(nn.Linear(4, 4)), plan)
 
 
 # What follows

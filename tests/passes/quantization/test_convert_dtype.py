@@ -161,7 +161,10 @@ def test_excluded_layers_stay(dit):
 def test_a_plan_is_carried_out_again_from_its_text(dit):
     step = ConvertDtype()
     plan = step.plan(dit.model, context_for(dit.inputs))
-    one, two = step.rewrite(dit.copy(), plan), step.rewrite(dit.copy(), Plan.from_json(plan.as_json()))
+    one, two = (
+        step.rewrite(dit.copy(), plan),
+        step.rewrite(dit.copy(), Plan.from_json(plan.as_json(), by=step.declared)),
+    )
     assert torch.equal(dit.output(one), dit.output(two))
 
 

@@ -72,8 +72,8 @@ def test_the_scale_is_the_largest_value_over_448_and_a_percentile_clips() -> Non
     net, x = nn.Sequential(nn.Linear(64, 64)), torch.rand(100, 64)
     x[0, 0] = 50
     context = Context(calibration=[{"input": x}])
-    assert QuantizeFp8().plan(net, context).choice["0"]["input_scale"] == pytest.approx(50 / 448, rel=1e-5)
-    clipped = QuantizeFp8(observer="percentile", percentile=99).plan(net, context).choice["0"]["input_scale"]
+    assert QuantizeFp8().plan(net, context).choice["0"].input_scale == pytest.approx(50 / 448, rel=1e-5)
+    clipped = QuantizeFp8(observer="percentile", percentile=99).plan(net, context).choice["0"].input_scale
     assert clipped < 1 / 448
 
 

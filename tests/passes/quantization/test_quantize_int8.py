@@ -54,7 +54,7 @@ def test_a_rewrite_from_the_written_plan_is_the_same_to_the_bit(net: Net) -> Non
     again = copy.deepcopy(net)
     done = QuantizeInt8()
     result = done.apply(net, CALLS)
-    read = Plan.from_json(result.plan.as_json())
+    read = Plan.from_json(result.plan.as_json(), by=done.declared)
     assert read.digest() == result.plan.digest()
     x = torch.arange(8)
     assert torch.equal(done.rewrite(again, read)(x), result.model(x))
@@ -87,7 +87,7 @@ def test_an_outlier_moves_the_maximum_but_not_the_percentile_or_least_squares(ne
         net.embed.weight.uniform_(-1, 1)
         net.embed.weight[0, 0] = 50
     scale = {
-        name: QuantizeInt8(observer=name, percentile=99).plan(net, CALLS).choice["one"]["input_scale"]
+        name: QuantizeInt8(observer=name, percentile=99).plan(net, CALLS).choice["one"].input_scale
         for name in ("max", "percentile", "mse")
     }
     assert scale["max"] == pytest.approx(50 / 127, rel=1e-4)

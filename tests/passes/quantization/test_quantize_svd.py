@@ -68,7 +68,7 @@ def test_more_directions_and_more_bits_cost_less_error() -> None:
 def test_a_branch_is_at_most_a_quarter_and_blocks_are_whole() -> None:
     net, x = layer_and_inputs()
     context = Context(calibration=[{"input": x}])
-    assert QuantizeSvd().plan(net, context).choice["0"]["rank"] == 16
+    assert QuantizeSvd().plan(net, context).choice["0"].rank == 16
     assert "no multiple of the block of 48" in QuantizeSvd(block=48).plan(net, context).skipped["0"]
 
 

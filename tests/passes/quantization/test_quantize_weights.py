@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -10,6 +11,7 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.quantization.blocks import BlockLinear
+from enginewright.passes.quantization.grouping import DividedNorm
 from enginewright.passes.quantization.quantize_weights import QuantizeWeights
 from tests.passes.conftest import SUBJECTS
 from tests.passes.quantization.formats import (
@@ -107,10 +109,18 @@ def test_awq_and_gptq_beat_rounding_on_the_inputs_that_they_saw(net: Net) -> Non
     assert error["gptq"] < error["rtn"]
 
 
+def test_codes_that_data_chose_are_never_replaced_by_rounding(net: Net) -> None:
+    step = QuantizeWeights(algorithm="gptq")
+    plan = step.plan(net, context())
+    without = replace(plan, arrays={name: array for name, array in plan.arrays.items() if not name.endswith(".codes")})
+    with pytest.raises(ToolchainError, match=r"the plan lacks the array 'a\.codes'"):
+        step.carry_out(net, without, context())
+
+
 def test_awq_folds_into_the_norm_and_nothing_else(net: Net) -> None:
     plan = QuantizeWeights(algorithm="awq").plan(net, context())
-    assert plan.choice["norm"] == {"divided_by": "a.smooth"}
-    assert plan.choice["a"]["smooth"]["folded"] is True
+    assert plan.choice["norm"] == DividedNorm(divided_by="a.smooth")
+    assert plan.choice["a"].smooth.folded is True
 
 
 @pytest.mark.parametrize(

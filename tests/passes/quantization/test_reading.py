@@ -35,7 +35,7 @@ def test_layers_that_read_the_models_input_are_together_each_time_it_is_read() -
         assert groups == [("a", "b"), ("c",)]
     one, other = (QuantizeInt8(smooth=0.5).plan(model, context) for _ in range(2))
     assert one.digest() == other.digest()
-    assert one.choice["a"]["smooth"]["by"] == one.choice["b"]["smooth"]["by"]
+    assert one.choice["a"].smooth.by == one.choice["b"].smooth.by
 
 
 def test_every_row_of_every_call_counts() -> None:
@@ -69,5 +69,5 @@ def test_scales_are_chosen_without_dropout() -> None:
     model = nn.Sequential(nn.Dropout(0.9), nn.Linear(32, 32)).train()
     x = torch.ones(64, 32)
     plan = QuantizeInt8().plan(model, Context(calibration=[{"input": x}]))
-    assert plan.choice["1"]["input_scale"] == pytest.approx(1 / 127, rel=1e-5)
+    assert plan.choice["1"].input_scale == pytest.approx(1 / 127, rel=1e-5)
     assert model.training

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.quantization.linear import QuantizedLinear
-from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
-from enginewright.passes.quantization.search_precision import SearchPrecision, made
+from enginewright.passes.quantization.quantize_int8 import Int8Layer, QuantizeInt8
+from enginewright.passes.quantization.search_precision import Search, SearchPrecision, made
 
 INT8 = {"pass": "quantize_int8", "smallest": 0}
 
@@ -51,7 +53,7 @@ def test_the_sensitive_layer_stays_and_the_others_go(chain):
     assert sensitivity["b"][0] > 5 * max(sensitivity["a"][0], sensitivity["c"][0])
     assert result.plan.facts["error"] <= 0.02
     assert result.plan.facts["uniform"][0]["error"] > 0.02
-    assert result.plan.choice["a"]["pass"] == "quantize_int8"
+    assert result.plan.choice["a"].pass_name == "quantize_int8"
 
 
 def test_a_budget_is_kept_and_spent_where_it_matters(chain):
@@ -85,8 +87,8 @@ def test_two_candidates_are_told_apart_and_replayed(chain):
     step = SearchPrecision(candidates=(coarse, INT8), max_error=0.02)
     plan = step.plan(model, context)
 
-    assert {path: entry["candidate"] for path, entry in plan.choice.items()} == {"a": 1, "c": 1}
-    again = step.rewrite(Chain().eval(), Plan.from_json(plan.as_json(), plan.arrays))
+    assert {path: entry.candidate for path, entry in plan.choice.items()} == {"a": 1, "c": 1}
+    again = step.rewrite(Chain().eval(), Plan.from_json(plan.as_json(), plan.arrays, by=step.declared))
     assert quantized(again) == {"a", "c"}
 
 
@@ -196,11 +198,111 @@ def test_the_error_that_was_measured_is_that_of_the_model_that_comes_out(name, b
     measured = result.plan.facts["error_in_pytorch"]
     assert measured > 1e-6
     assert error_of(result.model, original, context) == pytest.approx(measured, rel=1e-3)
-    if not any(entry.get("rows") for entry in result.plan.choice.values()):  # else engines compute more exactly
+    if not any(
+        getattr(entry.decision, "rows", False) for entry in result.plan.choice.values()
+    ):  # else engines compute more exactly
         assert result.plan.facts["error"] == pytest.approx(measured, rel=1e-3)
     assert result.plan.facts["uniform"][0]["error"] == pytest.approx(result.plan.facts["error"], rel=1e-3)
-    replayed = step.rewrite(copy.deepcopy(model), Plan.from_json(result.plan.as_json(), result.plan.arrays))
+    replayed = step.rewrite(
+        copy.deepcopy(model), Plan.from_json(result.plan.as_json(), result.plan.arrays, by=step.declared)
+    )
     assert error_of(replayed, original, context) == pytest.approx(measured, rel=1e-3)
+
+
+def bytes_of(layer: nn.Module) -> int:
+    """Bytes of a layer's tensors as a file has them: of 4-bit codes two in a byte."""
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    four = {f"{path}.weight".lstrip(".") for path, part in layer.named_modules() if vars(part).get("weight_bits") == 4}
+    return sum(t.numel() * t.element_size() // (2 if name in four else 1) for name, t in tensors)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_error_and_bytes_of_a_single_candidate_are_those_of_what_its_plan_ships(name, blocks):
+    """Not through the facts, which have six digits."""
+    model, context = blocks
+    step = SearchPrecision(candidates=(ALGORITHMS[name],), budget=1.0, calls=3)
+    search = Search([made(ALGORITHMS[name])], model, context, calls=3, unit="bytes")
+    everywhere = search.picked([1] * len(search.units))
+    assert {"blocks.0.a", "blocks.1.c"} <= everywhere.keys()
+    measured = search.distance(search.changed(everywhere))
+    costs = [search.options(unit, number)[1].cost for number, unit in enumerate(search.units)]
+
+    choice = {path: search.decision(path, candidate) for path, candidate in everywhere.items()}
+    plan = step.declared.checked(Plan(choice=choice, arrays=search.arrays(everywhere)))
+    read = Plan.from_json(plan.as_json(), plan.arrays, by=step.declared)
+    shipped = step.carry_out(copy.deepcopy(model), read, Context())
+
+    assert measured > 1e-6
+    assert error_of(shipped, model, context) == pytest.approx(measured, rel=1e-6)
+    for unit, cost in zip(search.units, costs, strict=True):
+        assert sum(bytes_of(shipped.get_submodule(path)) for path in unit) == cost
+        assert cost < sum(bytes_of(model.get_submodule(path)) for path in unit) or "norm" in unit[0]
+
+
+@pytest.mark.parametrize("name", ["smoothquant", "awq", "svd"])
+def test_a_layer_picked_alone_takes_the_array_along_that_bears_another_layers_name(name, blocks):
+    model, context = blocks
+    for block in model.blocks:
+        block.norm = nn.LayerNorm(64, elementwise_affine=False)  # nothing to fold into: layers are chosen one by one
+    step = SearchPrecision(candidates=(ALGORITHMS[name],), max_error=0.5, calls=3)
+    search = Search([made(ALGORITHMS[name])], model, context, calls=3, unit="bytes")
+    alone = {"blocks.0.b": 0}
+    assert ("blocks.0.b",) in search.units
+    arrays = search.arrays(alone)
+    assert "0/blocks.0.a.smooth" in arrays
+    assert all(array.startswith(("0/blocks.0.b.", "0/blocks.0.a.smooth")) for array in arrays)
+
+    plan = Plan(choice={"blocks.0.b": search.decision("blocks.0.b", 0)}, arrays=arrays)
+    read = Plan.from_json(plan.as_json(), plan.arrays, by=step.declared)
+    shipped = step.carry_out(copy.deepcopy(model), read, Context())
+    assert error_of(shipped, model, context) == pytest.approx(search.distance(search.changed(alone)), rel=1e-6)
+
+
+def test_what_a_candidate_decided_is_held_against_what_its_pass_declares(blocks):
+    model, context = blocks
+    step = SearchPrecision(candidates=(ALGORITHMS["smoothquant"], ALGORITHMS["gptq"]), budget=0.2)
+    plan = step.plan(model, context)
+    path, picked = next((p, each) for p, each in plan.choice.items() if each.pass_name == "quantize_weights")
+    written = json.loads(plan.as_json())["choice"][path]
+    assert step.declared.checked(plan).choice == plan.choice
+
+    def refused(**changes):
+        spoiled = Plan(choice={path: {**written, **changes}})
+        with pytest.raises(ToolchainError) as caught:
+            step.declared.checked(spoiled)
+        return caught.value.message, caught.value.where
+
+    inner = written["decision"]
+    where = f"choice.{path}"
+    assert refused(decision={**inner, "blocks": 8}) == (
+        "a decision of quantize_weights has no setting 'blocks'",
+        f"{where}.decision.blocks",
+    )
+    message, place = refused(decision={**inner, "precision": "int3"}, precision="int3")
+    assert message.startswith("a decision of quantize_weights: precision is 'int3'; it is one of int4, int8")
+    assert place == f"{where}.decision.precision"
+    message, place = refused(candidate=0)
+    assert "is of candidate 0, 'quantize_weights'; the candidates are quantize_int8, quantize_weights" in message
+    assert place == f"{where}.candidate"
+    assert refused(candidate=-1)[0].startswith("a decision of search_precision is of candidate -1")
+    message, place = refused(block=64)  # what targets read is not what is carried out
+    assert (message, place) == ("a decision of search_precision has no setting 'block'", f"{where}.block")
+    assert "decision is 3; it must be a table" in refused(decision=3)[0]
+
+    stray = {**plan.arrays, f"0/{path}.codes": plan.arrays[f"1/{path}.codes"]}
+    with pytest.raises(ToolchainError, match=r"no decision of search_precision declares the plan's array '0/"):
+        step.declared.checked(replace(plan, arrays=stray))
+    assert picked.decision.algorithm == "gptq"
+
+
+def test_a_candidate_with_decisions_of_a_new_version_makes_older_plans_unreadable(monkeypatch, tmp_path):
+    step = SearchPrecision(candidates=(INT8, ALGORITHMS["svd"]))
+    Plan(choice={}).write(tmp_path / "p.json", by=step.declared)
+    assert Plan.read(tmp_path / "p.json", step.declared).choice == {}
+    monkeypatch.setattr(Int8Layer, "version", 2)
+    assert step.declared.version == 2
+    with pytest.raises(ToolchainError, match="decisions of search_precision of version 1; this version reads 2"):
+        Plan.read(tmp_path / "p.json", step.declared)
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq", "svd", "smoothquant"])
@@ -237,7 +339,7 @@ def test_four_bits_cost_less_than_eight(blocks):
     assert eight["cost_share"] == pytest.approx(0.28, abs=0.02)
     assert four["cost_share"] < 0.65 * eight["cost_share"]
     tight = SearchPrecision(candidates=(INT8, ALGORITHMS["rounding"]), budget=0.2).apply(model, context)
-    assert {entry["pass"] for entry in tight.plan.choice.values()} >= {"quantize_weights"}
+    assert {entry.pass_name for entry in tight.plan.choice.values()} >= {"quantize_weights"}
     assert tight.after.bytes <= 0.21 * tight.before.bytes
 
 
@@ -246,5 +348,5 @@ def test_candidates_of_other_kinds_stand_side_by_side(blocks):
     original = copy.deepcopy(model)
     candidates = (ALGORITHMS["half precision"], ALGORITHMS["smoothquant"], ALGORITHMS["gptq"])
     result = SearchPrecision(candidates=candidates, budget=0.24, calls=3).apply(model, context)
-    assert len({entry["pass"] for entry in result.plan.choice.values()}) > 1
+    assert len({entry.pass_name for entry in result.plan.choice.values()}) > 1
     assert error_of(result.model, original, context) == pytest.approx(result.plan.facts["error_in_pytorch"], rel=1e-3)

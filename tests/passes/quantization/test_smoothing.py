@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from enginewright.models.vision.drsformer import ChannelNorm
 from enginewright.passes.contract import Context
+from enginewright.passes.quantization.grouping import DividedNorm, Smoothing
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 from enginewright.passes.quantization.smoothing import divided, factors, scales_with_weight
 from tests.passes.conftest import Subject
@@ -91,9 +93,9 @@ def test_smoothing_alone_changes_nothing_and_folds_only_where_that_is_exact(
     before = net(x).detach()
     result = QuantizeInt8(smooth=0.5).apply(net, Context(calibration=[{"x": x}]))
     assert ("norm" in result.changed) == folds
-    assert result.plan.choice["a"]["smooth"] == {"by": "a.smooth", "folded": folds}
-    assert result.plan.choice["b"]["smooth"] == result.plan.choice["a"]["smooth"], "a and b read the same"
-    assert result.plan.choice["c"]["smooth"] == {"by": "c.smooth", "folded": False}
+    assert result.plan.choice["a"].smooth == Smoothing(by="a.smooth", folded=folds)
+    assert result.plan.choice["b"].smooth == result.plan.choice["a"].smooth, "a and b read the same"
+    assert result.plan.choice["c"].smooth == Smoothing(by="c.smooth", folded=False)
     assert (result.model.a.inverse is None) == folds
     torch.testing.assert_close(exact(result.model)(x).detach(), before, rtol=1e-5, atol=1e-5)
 
@@ -115,7 +117,7 @@ def test_a_norm_read_by_an_excluded_layer_too_is_left_alone() -> None:
     net = Normed(nn.LayerNorm(64))
     plan = QuantizeInt8(smooth=0.5, exclude=("b",)).plan(net, Context(calibration=[{"x": outlying()}]))
     assert "norm" not in plan.choice
-    assert plan.choice["a"]["smooth"]["folded"] is False
+    assert plan.choice["a"].smooth.folded is False
 
 
 def test_a_norm_that_the_model_returns_is_left_alone() -> None:
@@ -139,6 +141,12 @@ def test_a_norm_that_adds_one_to_its_weight_is_not_taken_for_one_that_can_be_div
     assert not scales_with_weight(nn.GroupNorm(4, 64))
 
 
+def test_a_norm_that_takes_maps_alone_is_left_as_it_is() -> None:
+    norm = ChannelNorm(64)
+    assert norm(torch.randn(2, 64, 3, 3)).shape == (2, 64, 3, 3)
+    assert not scales_with_weight(norm)
+
+
 def test_dividing_a_norm_leaves_the_original_alone() -> None:
     norm = nn.LayerNorm(8)
     twin = divided(norm, torch.full((8,), 2.0))
@@ -152,7 +160,7 @@ def test_real_families_keep_their_output(subject: Subject, monkeypatch: pytest.M
     model = subject.copy()
     before = subject.output(model)
     result = QuantizeInt8(smooth=0.7, smallest=512).apply(model, Context(calibration=[subject.inputs]))
-    folded = [path for path, decision in result.plan.choice.items() if "divided_by" in decision]
+    folded = [path for path, decision in result.plan.choice.items() if isinstance(decision, DividedNorm)]
     assert folded == [
         path for path, _ in model.named_modules() if path.endswith(("layernorm_before", "layernorm_after"))
     ]

@@ -189,7 +189,7 @@ def test_the_input_has_a_weight_for_each_style_and_stays_through_copies(dit):
     step, plan = merged(dit)
     (new,) = step.new_inputs(plan)
     assert (new.name, new.shape, new.default) == ("style", (2,), 0.5)
-    model = copy.deepcopy(step.rewrite(dit.copy(), Plan.from_json(plan.as_json(), plan.arrays)))
+    model = copy.deepcopy(step.rewrite(dit.copy(), Plan.from_json(plan.as_json(), plan.arrays, by=step.declared)))
     torch.testing.assert_close(answer(dit, model, style=torch.full((2, 2), 0.5)), answer(dit, model))
 
 

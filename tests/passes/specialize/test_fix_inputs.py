@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan, without
-from enginewright.passes.specialize.fix_inputs import FixInputs
+from enginewright.passes.specialize.fix_inputs import FixInputs, WithoutInputs
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import Subject, bert, diffusers_dit, reference_dit
 
@@ -114,12 +114,12 @@ def test_a_vector_can_be_bound_and_what_is_no_constant_says_why():
 def test_an_input_that_decides_no_module_is_gone_all_the_same():
     result = outcome(bert("sdpa"), attention_mask=1)
     assert result.changed == ("",)
-    assert result.plan.choice[""] == {"without": ["attention_mask"]}
+    assert result.plan.choice[""] == WithoutInputs(without=("attention_mask",))
 
 
 def test_a_plan_comes_back_from_text():
     plan = outcome(reference_dit(), t=500.0).plan
-    again = Plan.from_json(plan.as_json(), plan.arrays)
+    again = Plan.from_json(plan.as_json(), plan.arrays, by=FixInputs().declared)
     assert json.loads(plan.as_json())["facts"]["bound"]["t"]["value"] == 500
     assert again.digest() == plan.digest()
 

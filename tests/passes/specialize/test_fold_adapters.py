@@ -13,6 +13,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.kernel import plain
 from enginewright.passes.specialize import fold_adapters
+from enginewright.passes.specialize.adapter_files import FoldedAdapter
 from enginewright.passes.specialize.fold_adapters import FoldAdapters
 
 PATHS = ("blocks.0.attn.qkv", "blocks.1.mlp.fc1", "x_embedder.proj")
@@ -78,7 +79,7 @@ def test_alpha_is_the_files_or_the_parameters_or_the_rank(dit, tmp_path, key, pa
     more = {} if key is None else {f"{PATHS[0]}.alpha": torch.tensor(key)}
     context = written(tmp_path, pairs, more=more, form="down_up")
     plan = FoldAdapters(file="lora.safetensors", alpha=parameter).plan(dit.model, context)
-    assert plan.choice == {PATHS[0]: {"rank": 3, "factor": factor}}
+    assert plan.choice == {PATHS[0]: FoldedAdapter(rank=3, factor=factor)}
 
 
 def test_what_is_intended_has_the_adapter_and_the_original_has_not(dit, tmp_path):
@@ -117,7 +118,7 @@ def test_alpha_is_what_pefts_configuration_says(dit, tmp_path, config, factor):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     context = written(tmp_path, factors(dit.model, PATHS[:1]))
     plan = FoldAdapters(file="lora.safetensors").plan(dit.model, context)
-    assert plan.choice[PATHS[0]]["factor"] == pytest.approx(factor)
+    assert plan.choice[PATHS[0]].factor == pytest.approx(factor)
 
 
 @pytest.mark.parametrize(

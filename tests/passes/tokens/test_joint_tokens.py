@@ -194,7 +194,7 @@ def test_equal_tokens_at_one_place_merge_without_a_trace_over_several_blocks():
     for weighs in (True, False):
         step = MergeTokens(r=8, proportional=weighs, exclude=("*.2",))
         result = step.apply(subject.copy(), Context(example=subject.inputs))
-        assert [entry["merge"] for entry in result.plan.choice.values()] == [8, 4] * 2
+        assert [entry.merge for entry in result.plan.choice.values()] == [8, 4] * 2
         outputs[weighs] = subject.output(result.model)
     torch.testing.assert_close(outputs[True], before, atol=2e-5, rtol=1e-5)
     assert (outputs[False] - before).abs().max() > 1e-2

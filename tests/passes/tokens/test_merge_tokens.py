@@ -5,7 +5,7 @@ import torch
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
-from enginewright.passes.tokens.merge_tokens import MergeTokens
+from enginewright.passes.tokens.merge_tokens import MergedTokens, MergeTokens
 from enginewright.passes.tokens.running import Step, TokenRun, Tokens
 from enginewright.passes.traits import TokenStack, layers_of
 from tests.passes.conftest import bert, vit
@@ -140,14 +140,14 @@ def test_a_schedule_falls_to_none():
     assert MergeTokens(r=3, schedule="linear").amounts(1) == [6]
     subject = vit("sdpa")
     plan = MergeTokens(r=2, schedule="linear").plan(subject.model, Context(example=subject.inputs))
-    assert plan.choice == {"layers.0": {"merge": 4}}
+    assert plan.choice == {"layers.0": MergedTokens(merge=4)}
     assert plan.skipped == {"layers.1": "r is 0 here"}
 
 
 def test_r_is_clipped_to_half_of_what_is_there():
     subject = vit("sdpa")
     result = MergeTokens(r=50).apply(subject.copy(), Context(example=subject.inputs))
-    assert result.plan.choice == {"layers.0": {"merge": 8}, "layers.1": {"merge": 4}}
+    assert result.plan.choice == {"layers.0": MergedTokens(merge=8), "layers.1": MergedTokens(merge=4)}
     assert result.plan.facts == {"tokens": {"layers": 17}}
     assert [s.shape[1] for s in sizes_along(result.model, subject.inputs)] == [9, 5]
 

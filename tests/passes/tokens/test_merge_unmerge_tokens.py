@@ -7,7 +7,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.tokens.matching import rows
 from enginewright.passes.tokens.merge_unmerge_tokens import MergeUnmergeTokens, ShrunkStep, number_merged
-from enginewright.passes.traits import TokenStack, layers_of
+from enginewright.passes.traits import PatchNetwork, TokenStack, layers_of
 from tests.passes.conftest import bert, vit
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
 
@@ -120,10 +120,10 @@ def test_what_is_no_square_picture_is_left_alone(dit):
     model = copy.deepcopy(dit.model)
     inputs = {"x": torch.randn(2, 15, 32), "c": torch.randn(2, 32)}
 
-    class Part(torch.nn.Module):
+    class Part(torch.nn.Module, PatchNetwork):
         def __init__(self):
             super().__init__()
-            self.x_embedder, self.blocks = torch.nn.Identity(), model.blocks
+            self.blocks = model.blocks
 
         def forward(self, x, c):
             for block in self.blocks:

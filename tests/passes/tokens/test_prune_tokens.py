@@ -9,11 +9,20 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.recovery.distill import Distill
-from enginewright.passes.tokens.dropping import PolicyStep, keep_maps, probabilities, received, whole
+from enginewright.passes.tokens.dropping import (
+    KeptCount,
+    KeptShare,
+    PolicyStep,
+    keep_maps,
+    probabilities,
+    received,
+    whole,
+)
 from enginewright.passes.tokens.fitting import fitted, watch
 from enginewright.passes.tokens.interpreter import Fit, Interpreter, interpreter
 from enginewright.passes.tokens.prune_tokens import PruneTokens
 from enginewright.passes.tokens.running import token_stacks
+from enginewright.passes.traits import PatchNetwork
 from tests.passes.conftest import SUBJECTS, bert, vit
 from tests.passes.tokens.engines import agrees, builds, exported, tripled
 
@@ -222,7 +231,7 @@ def test_counts_come_from_calibration_and_fall():
     found = []
     for quantile in (0.2, 1.0):
         plan = PruneTokens(method="policy", quantile=quantile).plan(subject.model, context)
-        found.append([plan.choice[f"layers.{i}"]["count"] for i in range(2)])
+        found.append([plan.choice[f"layers.{i}"].count for i in range(2)])
     assert all(second <= first for first, second in found)
     assert all(low <= high for low, high in zip(*found, strict=True))
     assert all(1 <= count <= 16 for counts in found for count in counts)
@@ -233,7 +242,7 @@ def test_a_plan_carries_the_interpreters_and_is_replayed_without_data(tmp_path):
     step = PruneTokens(method="policy", keep=0.5)
     plan = step.plan(subject.model, Context(calibration=[subject.inputs]))
     plan.write(tmp_path / "plan.json")
-    again = Plan.read(tmp_path / "plan.json")
+    again = Plan.read(tmp_path / "plan.json", step.declared)
     models = [step.rewrite(subject.copy(), each) for each in (plan, again)]
     assert torch.equal(*(subject.output(model) for model in models))
     names = {f"layers.{i}.interpreter.{part}" for i in (0, 1) for part in ("weight", "bias")}
@@ -285,12 +294,12 @@ def test_an_interpreter_is_small_and_its_scores_are_shares():
 @pytest.mark.parametrize(
     ("entry", "tokens", "up", "left"),
     [
-        ({"keep": 0.7}, 196, True, 138),
-        ({"keep": 0.83}, 196, False, 162),
-        ({"keep": 0.83}, 162, False, 134),
-        ({"keep": 0.1}, 3, False, 1),
-        ({"keep": 0.5}, 16, True, 8),
-        ({"count": 9}, 5, True, 5),
+        (KeptShare(keep=0.7), 196, True, 138),
+        (KeptShare(keep=0.83), 196, False, 162),
+        (KeptShare(keep=0.83), 162, False, 134),
+        (KeptShare(keep=0.1), 3, False, 1),
+        (KeptShare(keep=0.5), 16, True, 8),
+        (KeptCount(count=9), 5, True, 5),
     ],
 )
 def test_shares_are_whole_tokens(entry, tokens, up, left):
@@ -306,10 +315,9 @@ def test_keeping_fewer_costs_less(dit):
 
 
 def test_default_borders_stand_at_quarters_and_thirds():
-    class Blocks(nn.Module):
+    class Blocks(nn.Module, PatchNetwork):
         def __init__(self):
             super().__init__()
-            self.x_embedder = nn.Identity()
             self.blocks = nn.ModuleList(copy.deepcopy(SUBJECTS["reference_dit"]().model.blocks[0]) for _ in range(12))
 
         def forward(self, x, c):

@@ -5,7 +5,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context
 from enginewright.passes.dynamic.slice_width_by_timestep import SliceWidthByTimestep
 from enginewright.passes.tokens.running import TokenRun
-from enginewright.passes.tokens.skip_spatial_tokens import SkipSpatialTokens
+from enginewright.passes.tokens.skip_spatial_tokens import RunTokens, SkipSpatialTokens
 from enginewright.passes.tokens.skipping import SkipStep, put_back
 from enginewright.passes.traits import TokenStack, layers_of
 from tests.passes.conftest import SUBJECTS
@@ -56,7 +56,7 @@ def test_every_token_is_as_before_where_all_of_them_run(name):
     """The twin: routers in place, and nothing passed by."""
     subject = SUBJECTS[name]()
     step, result = skipping(subject)
-    choice = {path: {**entry, "tokens": entry["of"]} for path, entry in result.plan.choice.items()}
+    choice = {path: RunTokens(tokens=entry.of, of=entry.of) for path, entry in result.plan.choice.items()}
     model = step.rewrite(subject.copy(), type(result.plan)(choice=choice, arrays=result.plan.arrays))
     torch.testing.assert_close(subject.output(model), subject.output(subject.model), atol=1e-5, rtol=0)
 
@@ -73,7 +73,7 @@ def test_a_ratio_of_0_changes_nothing_and_says_so(name):
 
 def test_feed_forwards_cost_what_their_tokens_do(dit):
     _, result = skipping(dit, ratio=0.75)
-    assert result.plan.choice == {f"blocks.{i}": {"tokens": 4, "of": 16} for i in range(2)}
+    assert result.plan.choice == {f"blocks.{i}": RunTokens(tokens=4, of=16) for i in range(2)}
     saved = 2 * 2 * (12 * 2 * 4 * 32 * 32 - 16 * 32)  # layers, rows: tokens that pass by, less the router
     assert result.before.macs - result.after.macs == saved
 
@@ -141,7 +141,7 @@ def test_rows_are_put_back_where_they_were():
 def test_leading_tokens_always_run():
     subject = SUBJECTS["vit_sdpa"]()
     _, result = skipping(subject, ratio=0.9)
-    assert result.plan.choice["layers.0"] == {"tokens": 2, "of": 16}
+    assert result.plan.choice["layers.0"] == RunTokens(tokens=2, of=16)
     seen = []
     (run,) = (module for module in result.model.modules() if isinstance(module, TokenRun))
     run.steps[0].block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))

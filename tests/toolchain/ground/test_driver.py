@@ -9,6 +9,7 @@ from enginewright.ground.driver import Driver, Memory, Values
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way, by_timestep, in_turn, parted
 from enginewright.ground.signature import InputSpec
+from tests.devices import FakeDevice, FakeRunner
 
 REUSE = Program(
     networks={"whole": Network(gives=("kept",)), "short": Network()},
@@ -209,3 +210,43 @@ def test_a_sequence_that_nobody_started_is_not_gone_on_with() -> None:
     run(call_at(0, 1, 2))
     with pytest.raises(ToolchainError, match="of 1 rows, and the one before has 2"):
         run(call_at(1, 1))
+
+
+def test_what_is_done_once_is_timed_by_the_clock_of_its_device() -> None:
+    gpu = FakeDevice()
+    network = FakeRunner(gpu, 4.0)
+    program = Program(networks={"": Network()}, ways=(Way(calls=(Call(network="", once=("x",)),)),))
+    memory = Memory()
+    Driver(program=program, networks={"": network}, memory=memory)({"x": np.ones(2)})
+    assert memory.seconds == {"": [4.0]}
+
+
+def growing(seen: list[Values]) -> Driver:
+    """A network that gives new entries alone of what it keeps, which has room for five of two values each."""
+
+    def network(inputs: Values) -> Values:
+        seen.append({name: np.copy(value) for name, value in inputs.items()})
+        return {"y": inputs["x"], "new": inputs["x"][:, None]}
+
+    program = Program(
+        networks={"": Network(gives=("kept",))},
+        ways=(Way(calls=(Call(network=""),), reads=("kept",)),),
+        states=(StateTensor(name="kept", shape=(1, 5, 2), first=-1.0, given_as="new", grows=2),),
+        shared=("position",),
+        start="position",
+    )
+    return Driver(program=program, networks={"": network})
+
+
+def test_new_entries_are_written_where_the_call_stands_and_nothing_else_changes() -> None:
+    seen: list[Values] = []
+    run = growing(seen)
+    first, second = np.ones((1, 3, 2), np.float32), np.full((1, 1, 2), 7, np.float32)
+    run({"x": first, "position": np.asarray(0)})
+    run({"x": second, "position": np.asarray(3)})
+    run({"x": second, "position": np.asarray(4)})
+    assert [each["kept"][0, 0, :, 0].tolist() for each in seen] == [[-1] * 5, [1, 1, 1, -1, -1], [1, 1, 1, 7, -1]]
+    with pytest.raises(ToolchainError, match="would have 6 entries in 'kept', which has room for 5"):
+        run({"x": second, "position": np.asarray(5)})
+    run({"x": first, "position": np.asarray(0)})
+    assert seen[-1]["kept"].tolist() == np.full((1, 1, 5, 2), -1.0).tolist(), "another sequence starts anew"

@@ -68,6 +68,7 @@ FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "names that are none": lambda content: content["networks"]["short"].update(takes="xt"),
     "steps of two kinds": lambda content: content.update(start="position"),
     "a first value that is none": lambda content: content["states"][0].update(first="zero"),
+    "entries of no sequence": lambda content: content["states"][0].update(grows=1),
     "an inner value that none gives": lambda content: content.update(
         inner=[{"name": "kept", "shape": [1], "dtype": "float32"}]
     ),
@@ -112,7 +113,8 @@ def test_programs_written_before_networks_passed_values_on_are_read() -> None:
         del content[name]
     for network in content["networks"].values():
         del network["outputs"]
-    del content["states"][0]["first"], content["states"][0]["given_as"]
+    for name in ("first", "given_as", "grows"):
+        del content["states"][0][name]
     assert Program.from_json(content, where="here") == REUSE
 
 

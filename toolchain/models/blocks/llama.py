@@ -2,7 +2,7 @@
 
 Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2, which takes the norm from arXiv:1910.07467, the gated
 feed-forward from arXiv:2002.05202 and the rotary positions from arXiv:2104.09864. Attribute names are those of the
-Llama in transformers, so that checkpoints load and passes know the layers.
+Llama in transformers, so that checkpoints load.
 
 Shapes: B batch, L tokens, M slots of a cache, D width, H heads, E width of a head.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from enginewright.passes.traits import GatedFeedForward, SplitAttention
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines of every position: each (B or 1, 1, L, E)."""
@@ -55,21 +57,18 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Turn each feature pair (i, i + E/2) of x (B, H, L, E) by its position's angle."""
+    """Turn each feature pair (i, i + E/2) of x (B, H, L, E) by its position's angle; the result has the type of x."""
     cos, sin = angles
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head attention with rotary positions and no biases, whole or with a cache of keys and values.
-
-    The number of heads is read off the projections, so that heads can be removed.
-    """
+class Attention(nn.Module, SplitAttention):
+    """Multi-head attention with rotary positions and no biases, whole or with a cache of keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.head_dim = width // heads
+        self.heads, self.head_dim = heads, width // heads
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(width, heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, heads * self.head_dim, bias=False)
@@ -78,52 +77,44 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: Angles, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """x (B, L, D), mask (B, 1, 1 or L, L), true where a query sees a key -> (B, L, D)."""
         q, k, v = self.project(x, angles)
-        return self.join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        return self.join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
 
     def step(
-        self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor
+        self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend to a cache into which the keys and values of x are written first.
+        """Attend to a cache of earlier tokens and, causally, to x itself; the cache is read, and never copied.
 
         Args:
             x: (B, L, D).
             angles: of the positions of x.
-            keys: (B, H, M, E); it is not changed.
-            values: (B, H, M, E); it is not changed.
-            slots: (B or 1, L) where in the cache each token goes.
-            visible: (B or 1, 1, L, M), true where a token sees a slot.
+            keys: (B, H, M, E).
+            values: (B, H, M, E).
+            before: (B or 1, 1, 1, M), true for the slots of earlier tokens.
 
         Returns:
-            The output (B, L, D), and the keys and values (B, H, M, E) with those of x.
+            The output (B, L, D), and the keys and values of x (B, H, L, E).
         """
         q, k, v = self.project(x, angles)
-        keys, values = write(keys, k, slots), write(values, v, slots)
-        return self.join(F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)), keys, values
+        # A cache keeps its type where the layer has another.
+        earlier = (q @ keys.to(q.dtype).mT).masked_fill(~before, -torch.inf)  # (B, H, L, M)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        own = (q @ k.mT).masked_fill(later, -torch.inf)  # (B, H, L, L)
+        weights = (torch.cat([earlier, own], dim=-1) * self.head_dim**-0.5).softmax(dim=-1)
+        slots = keys.shape[2]
+        y = weights[..., :slots] @ values.to(q.dtype) + weights[..., slots:] @ v
+        return self.join_heads(y), k, v
 
     def project(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """X (B, L, D) -> queries and keys, turned by position, and values, each (B, H, L, E)."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.heads_of(x)
         return rotate(q, angles), rotate(k, angles), v
 
-    def join(self, y: Tensor) -> Tensor:
-        """Y (B, H, L, E) -> (B, L, D)."""
-        return self.o_proj(y.transpose(1, 2).flatten(2))
 
-
-def write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    """Cache (B, H, M, E) with new (B, H, L, E) at slots (B or 1, L) -> a new cache (B, H, M, E)."""
-    return cache.scatter(2, slots[:, None, :, None].expand(new.shape), new)
-
-
-class GatedMlp(nn.Module):
+class GatedMlp(nn.Module, GatedFeedForward):
     """SwiGLU without biases: a SiLU gate times a linear, then a linear back."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.intermediate_size = hidden
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)

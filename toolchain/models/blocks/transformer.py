@@ -10,10 +10,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enginewright.passes.traits import StreamBlock
+from enginewright.passes.traits import FusedAttention, PlainFeedForward, StreamBlock
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(nn.Module, FusedAttention):
     """Multi-head self-attention with one fused query-key-value projection.
 
     The number of heads and the width of a head are kept apart from the model's width, so that heads can be removed.
@@ -28,14 +28,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """X (B, N, D), mask broadcastable to (B, H, N, N), true where a token sees another -> (B, N, D)."""
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D/H)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, D/H)
-        return self.proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
+        q, k, v = self.heads_of(x)  # each (B, H, N, D/H)
+        return self.join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Module, PlainFeedForward):
     """Two linear layers with a GELU between them, by default approximated by tanh."""
 
     def __init__(self, width: int, hidden: int, *, approximate: Literal["tanh", "none"] = "tanh") -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.models.blocks.embedders import LabelEmbedder, TimestepEmbedder
 from enginewright.models.blocks.transformer import Mlp, SelfAttention
-from enginewright.passes.traits import StreamBlock
+from enginewright.passes.traits import ModulatedBlock, PatchNetwork
 from enginewright.sources.contract import Published
 from enginewright.validation.contract import SamplingTask
 
@@ -73,11 +73,11 @@ class PatchEmbed(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """X (B, N, D), shift and scale (B, D) -> (B, N, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """X (B, N, D), shift and scale (B, 1, D) -> (B, N, D)."""
+    return x * (1 + scale) + shift
 
 
-class Block(nn.Module, StreamBlock):
+class Block(nn.Module, ModulatedBlock):
     """Attention and MLP, each with shift, scale and gate from the condition (adaLN-zero)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
@@ -90,9 +90,13 @@ class Block(nn.Module, StreamBlock):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """X (B, N, D), c (B, D) -> (B, N, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c)  # each (B, 1, D)
+        x = x + gate_a * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """C (B, D) -> shift, scale and gate of each half, (B, 1, D)."""
+        return self.adaLN_modulation(c)[:, None].chunk(6, dim=2)
 
 
 class FinalLayer(nn.Module):
@@ -106,7 +110,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """X (B, N, D), c (B, D) -> (B, N, P*P*2C)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # each (B, D)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # each (B, 1, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -120,7 +124,7 @@ def position_table(width: int, side: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(1, side * side, width)
 
 
-class DiT(nn.Module):
+class DiT(nn.Module, PatchNetwork):
     """Predict noise (``digits``: velocity) and the next step's variance from an image, its timestep and class."""
 
     def __init__(self, config: Config) -> None:

@@ -28,6 +28,7 @@ from enginewright.ground.program import Network, in_turn
 from enginewright.ground.signature import Dim, InputSpec
 from enginewright.models.blocks.transformer import Mlp, bias_by_distance, start_small
 from enginewright.passes.networks import Networks
+from enginewright.passes.traits import FusedAttention
 from enginewright.sources.contract import Published
 
 
@@ -145,7 +146,7 @@ def regions_of_windows(window: int, shift: int) -> Tensor:
     return (rows + columns).flatten(2)  # (2, 2, V)
 
 
-class DoubleAttention(nn.Module):
+class DoubleAttention(nn.Module, FusedAttention):
     """Attention within windows: the first half of the heads has plain windows, the other half shifted ones.
 
     The windows of a map that is no larger than one are never shifted: all heads then attend to the whole map.

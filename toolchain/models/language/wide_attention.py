@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
 from enginewright.models.blocks.transformer import Mlp
-from enginewright.passes.traits import StreamBlock
+from enginewright.passes.traits import FusedAttention, StreamBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ TINY = Config(layers=1, heads=6, head_dim=8, width=16, hidden=32, heads_at_once=
 OUTPUTS = ("logits",)
 
 
-class WideAttention(nn.Module):
+class WideAttention(nn.Module, FusedAttention):
     """Self-attention with as many heads as wanted: their widths together may exceed the width of a token."""
 
     def __init__(self, config: Config) -> None:
@@ -79,11 +79,9 @@ class WideAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, N, D), bias (B, 1, 1, N), which is added to the scores of a key -> (B, N, D)."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)  # (3, B, H, N, d)
-        parts = []
-        for q, k, v in (some.unbind(0) for some in qkv.split(self.heads_at_once, dim=2)):
-            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))  # (B, heads_at_once, N, d)
-        return self.proj(torch.cat(parts, dim=1).transpose(1, 2).flatten(2))
+        some = (part.split(self.heads_at_once, dim=1) for part in self.heads_of(x))  # each (B, heads_at_once, N, d)
+        parts = [F.scaled_dot_product_attention(q, k, v, attn_mask=bias) for q, k, v in zip(*some, strict=True)]
+        return self.join_heads(torch.cat(parts, dim=1))
 
 
 class Layer(nn.Module, StreamBlock):

@@ -111,14 +111,14 @@ class Sentence(nn.Module):
 
     def __init__(self, config: Config, *, bias: bool) -> None:
         super().__init__()
-        self.patches = config.patches
-        self.norm1 = nn.LayerNorm(config.words * config.word_width)
-        self.proj = nn.Linear(config.words * config.word_width, config.width, bias=bias)
+        self.patches, self.length = config.patches, config.words * config.word_width
+        self.norm1 = nn.LayerNorm(self.length)
+        self.proj = nn.Linear(self.length, config.width, bias=bias)
         self.norm2 = nn.LayerNorm(config.width)
 
     def forward(self, words: Tensor) -> Tensor:
         """words (B*N, W, E) -> (B, N, D)."""
-        return self.norm2(self.proj(self.norm1(words.reshape(-1, self.patches, self.proj.in_features))))
+        return self.norm2(self.proj(self.norm1(words.reshape(-1, self.patches, self.length))))
 
 
 class TntBlock(nn.Module):

@@ -69,15 +69,25 @@ def test_no_token_sees_a_later_one_and_order_matters() -> None:
     assert (net(ids)[0, -1] - net(swapped)[0, -1]).abs().max() > 0.05
 
 
+Cache = tuple[Tensor, Tensor]
+
+
+def read(net: decoder.Decoder, ids: Tensor, cache: Cache, position: Tensor) -> tuple[Tensor, Cache]:
+    """One step, and the cache with what it gave."""
+    logits, *new = net.step(ids, *cache, position)
+    slots = (position.reshape(-1, 1) + torch.arange(ids.shape[1]))[:, None, None, :, None]
+    keys, values = (old.scatter(3, slots.expand(add.shape), add) for old, add in zip(cache, new, strict=True))
+    return logits, (keys, values)
+
+
 def test_token_by_token_gives_the_logits_of_the_whole() -> None:
     net = loud()
     ids = torch.randint(0, CONFIG.vocabulary, (2, 24), generator=torch.Generator().manual_seed(1))
     whole = net(ids)
-    keys, values = net.empty_cache(batch=2, length=32)
-    logits, keys, values = net.step(ids[:, :10], keys, values, torch.tensor(0))
+    logits, cache = read(net, ids[:, :10], net.empty_cache(batch=2, length=32), torch.tensor(0))
     found = [logits]
     for position in range(10, 24):
-        logits, keys, values = net.step(ids[:, position : position + 1], keys, values, torch.tensor(position))
+        logits, cache = read(net, ids[:, position : position + 1], cache, torch.tensor(position))
         found.append(logits)
     torch.testing.assert_close(torch.stack(found, dim=1), whole[:, 9:], rtol=1e-4, atol=1e-4)
 
@@ -92,11 +102,10 @@ def greedy_whole(net: decoder.Decoder, ids: Tensor, count: int) -> Tensor:
 
 def greedy_cached(net: decoder.Decoder, ids: Tensor, count: int) -> Tensor:
     """``count`` greedy tokens with the cache."""
-    keys, values = net.empty_cache(batch=len(ids), length=CONFIG.longest)
-    logits, keys, values = net.step(ids, keys, values, torch.tensor(0))
+    logits, cache = read(net, ids, net.empty_cache(batch=len(ids), length=CONFIG.longest), torch.tensor(0))
     found = [logits.argmax(-1, keepdim=True)]
     for position in range(ids.shape[1], ids.shape[1] + count - 1):
-        logits, keys, values = net.step(found[-1], keys, values, torch.tensor(position))
+        logits, cache = read(net, found[-1], cache, torch.tensor(position))
         found.append(logits.argmax(-1, keepdim=True))
     return torch.cat(found, dim=1)
 
@@ -112,10 +121,9 @@ def test_thirty_greedy_tokens_are_those_of_the_whole_form() -> None:
 def test_sequences_of_a_batch_may_stand_at_different_positions() -> None:
     net = loud()
     ids = torch.randint(0, CONFIG.vocabulary, (2, 15), generator=torch.Generator().manual_seed(3))
-    keys, values = net.empty_cache(batch=2, length=20)
-    _, keys, values = net.step(ids, keys, values, torch.tensor(0))  # the first is 9 long, and padded
+    _, cache = read(net, ids, net.empty_cache(batch=2, length=20), torch.tensor(0))  # the first is 9 long, and padded
     at = torch.tensor([8, 14])
-    logits, _, _ = net.step(ids.gather(1, at[:, None]), keys, values, at)
+    logits, _ = read(net, ids.gather(1, at[:, None]), cache, at)
     torch.testing.assert_close(logits[0], net(ids[:1, :9])[0, -1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1], net(ids[1:])[0, -1], rtol=1e-4, atol=1e-4)
 
@@ -128,12 +136,10 @@ def test_a_step_leaves_its_cache_alone_and_reads_nothing_beyond_the_position() -
     logits, new_keys, new_values = net.step(ids, keys, values, torch.tensor(5))
     assert torch.equal(keys, before[0])
     assert torch.equal(values, before[1])
-    changed = (new_keys != keys).any(-1).any(2).any(1).any(0)
-    assert changed.tolist() == [5 <= slot < 8 for slot in range(12)]
-    assert torch.equal((new_values != values).any(-1).any(2).any(1).any(0), changed)
+    assert new_keys.shape == new_values.shape == (1, CONFIG.depth, CONFIG.heads, 3, CONFIG.width // CONFIG.heads)
 
     beyond, within = keys.clone(), keys.clone()
-    beyond[..., 8:, :] += 5
+    beyond[..., 5:, :] += 5
     within[..., 4, :] += 5
     assert torch.equal(net.step(ids, beyond, values, torch.tensor(5))[0], logits)
     assert (net.step(ids, within, values, torch.tensor(5))[0] - logits).abs().max() > 0.01

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from enginewright.ground.signature import Arrays
 from enginewright.models.blocks.speech import excerpts
@@ -175,3 +177,17 @@ def test_a_time_that_engines_get_wrong_is_seen_in_what_is_drawn(net: flow.Flow) 
     assert MelDistance().measure(task, wanted, task.sample(runner, 1, 0)) < 1e-6
     late = task.sample(lambda inputs: runner({**inputs, "t": inputs["t"] + np.float32(0.1)}), 1, 0)
     assert MelDistance().measure(task, wanted, late) > 1e-2
+
+
+def test_a_layer_may_be_left_out_with_its_norms(net: flow.Flow) -> None:
+    class Away(nn.Module):
+        def forward(self, x: Tensor, *_: object) -> Tensor:
+            return x
+
+    call_of_both = call()
+    without, shorter = copy.deepcopy(net), copy.deepcopy(net)
+    without.layers[1] = Away()
+    del shorter.layers[1]
+    found = without(*call_of_both)
+    assert torch.equal(found, shorter(*call_of_both))
+    assert (found - net(*call_of_both)).abs().max() > 0.1

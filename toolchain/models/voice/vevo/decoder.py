@@ -26,6 +26,7 @@ from enginewright.ground.signature import Array, Arrays, Dim, InputSpec
 from enginewright.models.blocks.decoding import decoding_task, steps_of_sequence
 from enginewright.models.blocks.llama import Angles, Attention, GatedMlp, RMSNorm, Rotary
 from enginewright.passes.networks import Networks
+from enginewright.passes.traits import StreamBlock
 from enginewright.validation.contract import DecodingTask
 
 PROMPT = 8
@@ -95,7 +96,7 @@ JOB_NEEDS_TRAINING = False
 """Whether runs from prompts say nothing of random weights: engines must go on as the model does with any."""
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(nn.Module, StreamBlock):
     """Causal attention and a gated feed-forward, each after a norm and beside a residual."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -111,10 +112,10 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def step(
-        self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor
+        self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, D), keys and values (B, H, M, E) -> (B, L, D), and new keys and values (B, H, M, E)."""
-        y, keys, values = self.self_attn.step(self.input_layernorm(x), angles, keys, values, slots, visible)
+        """x (B, L, D), keys and values (B, H, M, E) -> (B, L, D), and the keys and values of x (B, H, L, E)."""
+        y, keys, values = self.self_attn.step(self.input_layernorm(x), angles, keys, values, before)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 
@@ -150,20 +151,22 @@ class Decoder(nn.Module):
 
         Args:
             ids: (B, L) int64; a whole prompt, or one token.
-            keys: (B, N, H, M, E); it is not changed.
-            values: (B, N, H, M, E); it is not changed.
-            position: where ids[:, 0] stands, int64, () for all sequences or (B,); position + L is at most M.
+            keys: (B, N, H, M, E) of earlier tokens.
+            values: (B, N, H, M, E).
+            position: where ids[:, 0] stands, int64, () for all sequences or (B,); at most M.
 
         Returns:
-            Logits (B, V) of what follows the last token, and the new keys and values, each (B, N, H, M, E).
+            Logits (B, V) of what follows the last token, and the keys and the values of these tokens, (B, N, H, L, E),
+            which a caller writes into the cache at their positions.
         """
         slots = position.reshape(-1, 1) + torch.arange(ids.shape[1], device=ids.device)  # (B or 1, L)
-        visible = torch.arange(keys.shape[3], device=ids.device) <= slots[:, None, :, None]  # (B or 1, 1, L, M)
+        places = torch.arange(keys.shape[3], device=ids.device)
+        before = places < position.reshape(-1, 1, 1, 1)  # (B or 1, 1, 1, M)
         angles = self.rotary(slots)
         h = self.embed_tokens(ids)  # (B, L, D)
         new_keys, new_values = [], []
         for layer, old_k, old_v in zip(self.layers, keys.unbind(1), values.unbind(1), strict=True):
-            h, k, v = layer.step(h, angles, old_k, old_v, slots, visible)  # type: ignore[operator]
+            h, k, v = layer.step(h, angles, old_k, old_v, before)  # type: ignore[operator]
             new_keys.append(k)
             new_values.append(v)
         return self.lm_head(self.norm(h[:, -1])), torch.stack(new_keys, dim=1), torch.stack(new_values, dim=1)
@@ -198,7 +201,9 @@ def build(config: Config) -> Networks:
     program = Program(
         networks={"": Network(gives=("keys", "values"))},
         ways=(Way(calls=(Call(network=""),), reads=("keys", "values")),),
-        states=tuple(StateTensor(name=name, shape=shape, given_as=f"new_{name}") for name in ("keys", "values")),
+        states=tuple(
+            StateTensor(name=name, shape=shape, given_as=f"new_{name}", grows=3) for name in ("keys", "values")
+        ),
         shared=("position",),
         start="position",
     )

@@ -106,8 +106,16 @@ class FlowLayer(nn.Module, StreamBlock):
         self.post_attention_layernorm = AdaptiveRMSNorm(width)
         self.mlp = GatedMlp(width, hidden)
 
-    def forward(self, x: Tensor, angles: Angles, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """x (B, T, D), mask (B, 1, 1, T), the weights of the two norms, each (B, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, angles: Angles, mask: Tensor, time: Tensor) -> Tensor:
+        """x (B, T, D), mask (B, 1, 1, T), the embedded time (B, D) -> (B, T, D)."""
+        return self.from_norms(x, angles, mask, *self.norm_weights(time))
+
+    def norm_weights(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded times (S, D) -> the weights of the two norms, each (S, D)."""
+        return self.input_layernorm.to_weight(time), self.post_attention_layernorm.to_weight(time)
+
+    def from_norms(self, x: Tensor, angles: Angles, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """``forward`` with the weights of the two norms, each (B, D), in the place of the time."""
         x = x + self.self_attn(self.input_layernorm(x, first), angles, mask=mask)
         return x + self.mlp(self.post_attention_layernorm(x, second))
 
@@ -141,22 +149,29 @@ class Flow(nn.Module):
         Returns:
             Velocity (B, T, C); where the mask is 0 it means nothing.
         """
-        return self.from_norms(x, self.norm_weights(t), codes, mask)
+        h, angles, visible = self.start(x, codes, mask)
+        time = self.diff_step_mlp(self.diff_step_embedding(t))  # (B, D)
+        for layer in self.layers:
+            h = layer(h, angles, visible, time)
+        return self.mel_out_mlp(self.norm(h, self.norm.to_weight(time)))
+
+    def start(self, x: Tensor, codes: Tensor, mask: Tensor) -> tuple[Tensor, Angles, Tensor]:
+        """What the layers read: frames (B, T, D), angles of their places, and which are visible (B, 1, 1, T)."""
+        angles = self.rotary(torch.arange(x.shape[1], device=x.device)[None])
+        return self.mel_mlp(x) + self.condition(codes), angles, mask[:, None, None, :] > 0.5
 
     def norm_weights(self, t: Tensor) -> Tensor:
         """T (S,) -> the weights (S, 2N+1, D) of all norms in order, the last one's last."""
         time = self.diff_step_mlp(self.diff_step_embedding(t))  # (S, D)
-        norms = [norm for layer in self.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        return torch.stack([norm.to_weight(time) for norm in (*norms, self.norm)], dim=1)  # type: ignore[operator, union-attr]
+        pairs = [weight for layer in self.layers for weight in layer.norm_weights(time)]  # type: ignore[operator]
+        return torch.stack([*pairs, self.norm.to_weight(time)], dim=1)
 
     def from_norms(self, x: Tensor, norms: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
         """``forward`` with the weights of all norms (B, 2N+1, D) in the place of the time."""
-        visible = mask[:, None, None, :] > 0.5  # (B, 1, 1, T)
-        angles = self.rotary(torch.arange(x.shape[1], device=x.device)[None])
+        h, angles, visible = self.start(x, codes, mask)
         *pairs, last = norms.unbind(1)  # each (B, D)
-        h = self.mel_mlp(x) + self.condition(codes)  # (B, T, D)
         for layer, first, second in zip(self.layers, pairs[0::2], pairs[1::2], strict=True):
-            h = layer(h, angles, visible, first, second)
+            h = layer.from_norms(h, angles, visible, first, second)  # type: ignore[operator]
         return self.mel_out_mlp(self.norm(h, last))
 
     def condition(self, codes: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""Passes on models of ours that are called in unusual ways: with a state, on groups of rows, for whole numbers alone.
+
+Each case is one that failed with a traceback; all pairs of a pass and a model run with the mark ``matrix``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from enginewright import catalog, sources
+from enginewright.calibration import tensors
+from enginewright.ground.errors import ToolchainError
+from enginewright.passes.contract import Context, macs
+from enginewright.passes.kernel.surgery import share
+from enginewright.sources.contract import Model
+from enginewright.targets.pytorch_engine import flat
+
+
+def context_of(model: Model) -> Context:
+    calls = tensors(model.batches(2, 3))
+    return Context(calibration=calls, example=calls[0], original=model.module)
+
+
+def settings(name: str, **more: Any) -> dict[str, Any]:
+    return {"steps": 1, "batch": 1, **more} if name == "distill" else more
+
+
+@pytest.mark.parametrize("model", ["vevo-decoder", "vevo-flow", "vevo-tokenizers"])
+def test_half_precision_meets_states_rotary_tables_and_whole_numbers(model: str) -> None:
+    loaded = sources.load(f"{model}:tiny")
+    context = context_of(loaded)
+    result = catalog.pass_class("convert_dtype")(dtype="float16").apply(share(loaded.module), context)
+    assert result.changed
+    with torch.no_grad():
+        for call in context.calibration:
+            assert all(each.isfinite().all() for each in flat(result.model(**call)) if each.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "more", "said"),
+    [
+        ("cut_after", "vevo-flow", {}, "cannot be called any more when it is cut: AttributeError"),
+        ("cut_after", "vevo-decoder", {}, "cannot be called any more when it is cut: ValueError"),
+        ("distill", "vevo-tokenizers", {}, "gives whole numbers alone"),
+        ("fix_inputs", "vevo-decoder", {"inputs": {"position": 0}}, "says where in its sequence a call goes on"),
+    ],
+)
+def test_what_cannot_be_done_is_said(name: str, model: str, more: dict[str, Any], said: str) -> None:
+    loaded = sources.load(f"{model}:tiny")
+    with pytest.raises(ToolchainError, match=said):
+        catalog.pass_class(name)(**settings(name, **more)).apply(share(loaded.module), context_of(loaded))
+
+
+@pytest.mark.parametrize("model", ["tnt", "fit"])
+def test_heads_that_run_on_groups_of_rows_have_no_strength_for_each(model: str) -> None:
+    loaded = sources.load(f"{model}:tiny")
+    context = context_of(loaded)
+    steered = catalog.pass_class("perturb_heads")()
+    result = steered.apply(share(loaded.module), context)
+    left = {path for path, reason in result.plan.skipped.items() if "a strength of its own" in reason}
+    assert left
+    assert all(path not in left for path in result.changed)
+    with torch.no_grad():
+        call = context.calibration[0]
+        for got, wanted in zip(flat(result.model(**call)), flat(loaded.module(**call)), strict=True):
+            torch.testing.assert_close(got, wanted)  # at strength 0, which the caller left out
+    baked = catalog.pass_class("perturb_heads")(u=0.5).plan(share(loaded.module), context)
+    assert left <= baked.choice.keys(), "one strength for all rows needs no rows"
+
+
+def test_heads_whose_keys_are_a_state_stay() -> None:
+    loaded = sources.load("vevo-decoder:tiny")
+    step = catalog.pass_class("select_heads")(mode="prune", score="fidelity", candidates=2)
+    with pytest.raises(ToolchainError, match="there are 0 to choose from"):
+        step.plan(share(loaded.module), context_of(loaded))
+
+
+@pytest.mark.parametrize("name", ["factorize", "quantize_svd"])
+def test_a_layer_in_the_place_of_another_need_not_know_its_width(name: str) -> None:
+    loaded = sources.load("tnt:tiny")
+    context = context_of(loaded)
+    result = catalog.pass_class(name)(smallest=0).apply(share(loaded.module), context)
+    assert result.changed
+    with torch.no_grad():
+        assert all(each.isfinite().all() for each in flat(result.model(**context.calibration[0])))
+
+
+def test_products_of_a_program_are_counted_where_shapes_depend_on_values() -> None:
+    loaded = sources.load("styleswin:tiny")
+    context = context_of(loaded)
+    routed = catalog.pass_class("dense_to_moe")(form="nonzero").apply(share(loaded.module), context)
+    assert routed.changed
+    assert context.example is not None
+    assert 0 < macs(routed.model, context.example) < macs(loaded.module, context.example)
