@@ -209,7 +209,7 @@ def merged_macs(of: str) -> float:
     for entry in result.plan.choice.values():
         receive = tokens // 2
         matching += (tokens - 1 - receive) * receive * config.hidden_size // config.num_attention_heads
-        tokens -= entry["merge"]
+        tokens -= entry.merge
     assert result.after.macs is not None
     return result.after.macs - matching
 
@@ -219,7 +219,7 @@ def tokens_left(of: str) -> float:
     size, r = of.split(", ")
     plan = MergeTokens(r=int(r), restore=False).plan(Classifier(size), contract.Context(example=PICTURE))
     ((_, tokens),) = plan.facts["tokens"].items()
-    return tokens - sum(entry["merge"] for entry in plan.choice.values())
+    return tokens - sum(entry.merge for entry in plan.choice.values())
 
 
 def removed(of: str) -> float:
@@ -227,9 +227,9 @@ def removed(of: str) -> float:
     network = made("BERT-base")
     kind = {"head": "attention", "group": "ffn"}.get(of, of)
     element = next(each for each in elements_of(network) if each.kind == kind)
-    change = {"whole": True} if kind == of else {"removed": element.parts(256)[0]}
+    change = {"whole": True} if kind == of else {"removed": tuple(element.parts(256)[0])}
     before = parameter_count(network)
-    return before - parameter_count(carry_out(network, {element.key: {**element.entry(), **change}}))
+    return before - parameter_count(carry_out(network, {element.key: element.untouched().model_copy(update=change)}))
 
 
 def active_parameters_of_blocks(of: str) -> float:
