@@ -37,7 +37,7 @@ from enginewright.opened import open_subject
 from enginewright.recipe import read as read_recipe
 from enginewright.reports import record, sheets, words
 from enginewright.reports.benchmarks import counts as counting
-from enginewright.reports.benchmarks import scores
+from enginewright.reports.benchmarks import page, scores
 from enginewright.reports.benchmarks.large_models import watched, write_sparse
 from enginewright.reports.sheets import Line, Row, Sheet, Verdict
 from enginewright.show import model_details
@@ -565,7 +565,7 @@ def main() -> None:
             f"the load is {os.getloadavg()[0]:.1f}: times would be of other programs too; wait until it is below 1"
         )
     for name in names:
-        sheets.write(measure(name, known[name], rows))
+        page.write(measure(name, known[name], rows))
 
 
 if __name__ == "__main__":

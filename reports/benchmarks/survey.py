@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from enginewright.reports import sheets
 from enginewright.reports.benchmarks.methods import Declared, Recorded, said
+from enginewright.reports.benchmarks.page import table
 from enginewright.reports.sheets import Row, Sheet
 
 DECLARATION = sheets.FOLDER.parent / "survey.toml"
@@ -97,7 +98,7 @@ def page(survey: Survey, found: Mapping[str, Sheet]) -> str:
             ]
             for technique in family.techniques
         ]
-        parts += [f"## {family.name}", sheets.table(head, rows)]
+        parts += [f"## {family.name}", table(head, rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 from enginewright import catalog
 from enginewright.ground.errors import ToolchainError
 from enginewright.reports import record, sheets
-from enginewright.reports.benchmarks import methods
+from enginewright.reports.benchmarks import methods, page
 from enginewright.reports.sheets import Line, Sheet
 from tests.conftest import ROOT
 
@@ -30,7 +30,7 @@ def sheet(*lines: Line) -> Sheet:
 
 def test_the_page_is_what_the_sheets_say() -> None:
     found = sheets.read_all()
-    assert (sheets.PAGE.read_text() if found else "") == (sheets.page(found) if found else "")
+    assert (page.PAGE.read_text() if found else "") == (page.page(found) if found else "")
 
 
 def test_a_sheet_has_every_row_and_is_of_what_is_declared() -> None:
@@ -80,7 +80,7 @@ def test_a_row_is_no_better_than_its_worst_line_and_none_may_be_absent() -> None
 
 
 def test_a_page_shows_every_line_with_its_command() -> None:
-    text = sheets.page([sheet(line(why="so it is"))])
+    text = page.page([sheet(line(why="so it is"))])
     assert "| counts | a / b | 1 | 1 | met | so it is | `x` |" in text
     assert "[toy](#toy)" in text
 
