@@ -98,9 +98,9 @@ def texts_asked(ask: Callable[[Callable[[str], str]], object]) -> list[str]:
 
 
 def scores_of(step: Pass) -> list[str]:
-    """What a step is judged by, where it says so."""
-    values = (getattr(step, name, None) for name in ("score", "losses"))
-    return [value for value in values if isinstance(value, str) and value]
+    """What a step is judged by, where it says so; a setting of another meaning may be called a score too."""
+    values = (getattr(step, name) for name in step.functions)
+    return [value for value in values if value]
 
 
 def missing(wanted: Wanted, recipe: Recipe) -> ToolchainError | None:
