@@ -197,6 +197,15 @@ class GatedFeedForward(DeclaredFeedForward):
     down_proj: nn.Linear
 
 
+class PlainBlock(StreamBlock):
+    """Declared by a block of two halves, each a residual: x = x + attn(norm1(x)), then x = x + mlp(norm2(x))."""
+
+    norm1: nn.Module
+    attn: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+
+
 class ModulatedBlock(StreamBlock, ABC):
     """Declared by a block of two halves, each with a shift, a scale and a gate from one condition c (B, D).
 
@@ -217,10 +226,13 @@ class ModulatedBlock(StreamBlock, ABC):
 class PatchNetwork:
     """Declared by a network that takes the patches of a square picture, row by row, through its ``blocks``.
 
-    They are called one after the other with one condition, and all patches that come out of the last are read.
+    They are called one after the other, with one condition where they are modulated. Of what comes out of the last,
+    all patches are read; where tokens lead them, such as a class token, those alone.
     """
 
     blocks: nn.ModuleList
+    leading: ClassVar[int] = 0
+    """Tokens before the patches."""
 
 
 @dataclass(frozen=True)

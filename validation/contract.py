@@ -74,6 +74,17 @@ class SamplingTask(Workload):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassifyingTask(Workload):
+    """A run that tells the classes of n inputs; results are the classes told and the true ones, (n, 2)."""
+
+    job = "classifying"
+
+    def drawn(self, results: Array) -> Array:
+        """The classes as they are."""
+        return results
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodingTask(Workload):
     """A run that continues n sequences by L tokens each, every one the likeliest; results are their ids, (n, L)."""
 
@@ -175,6 +186,16 @@ class SampleMetric(WorkloadMetric):
     @abstractmethod
     def measure(self, task: SamplingTask, original: Drawn, candidate: Drawn) -> float:
         """Raises ``ToolchainError`` with a reason when it cannot be measured on these samples."""
+
+
+class ClassMetric(WorkloadMetric):
+    """Compares classes that were told with the true ones."""
+
+    workload = ClassifyingTask
+
+    @abstractmethod
+    def measure(self, task: ClassifyingTask, original: Array, candidate: Array) -> float:
+        """Classes told and true ones (n, 2), of both."""
 
 
 class SequenceMetric(WorkloadMetric):

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from enginewright.passes.kernel.surgery import own_parts
-from enginewright.passes.traits import FusedAttention, ModulatedBlock, PatchNetwork, TokenBlock, TokenStack
+from enginewright.passes.traits import FusedAttention, ModulatedBlock, PatchNetwork, PlainBlock, TokenBlock, TokenStack
 
-PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
+
+class CallOfPlainBlock(TokenBlock):
+    """A ``PlainBlock`` called with tokens alone: nothing is masked."""
+
+    def __init__(self, block: nn.Module, *inputs: Any, **named: Any) -> None:
+        self.block = cast(Any, block)
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """Norm."""
+        return self.block.norm1(x)
+
+    def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the fused projection."""
+        return self.block.attn.heads_of(y)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """The output projection."""
+        return self.block.attn.proj(mixed)
+
+    def add_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        """Residual."""
+        return x + y
+
+    def feed_forward_input(self, x: Tensor) -> Tensor:
+        """Norm."""
+        return self.block.norm2(x)
+
+    def feed_forward(self, y: Tensor) -> Tensor:
+        """The MLP."""
+        return self.block.mlp(y)
+
+    def add_feed_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Residual."""
+        return x + y
 
 
 class CallOfModulatedBlock(TokenBlock):
@@ -49,17 +83,36 @@ class CallOfModulatedBlock(TokenBlock):
         return x + self.gate_m * y
 
 
+HALVES = {"norm1", "attn", "norm2", "mlp"}
+KINDS: Mapping[type, tuple[type[TokenBlock], set[str]]] = {
+    PlainBlock: (CallOfPlainBlock, HALVES),
+    ModulatedBlock: (CallOfModulatedBlock, HALVES | {"adaLN_modulation"}),
+}
+"""For each kind of declared block how a call of it is taken apart, and all that such a block may hold."""
+
+
 def stack(module: nn.Module) -> TokenStack | None:
-    """A declared network of declared blocks, none of which holds anything else or attends in another way."""
+    """A declared network of declared blocks of one kind, none of which holds anything else or attends otherwise."""
     if not isinstance(module, PatchNetwork) or not len(module.blocks):
         return None
+    kind = next((kind for kind in KINDS if all(isinstance(block, kind) for block in module.blocks)), None)
+    if kind is None:
+        return None
+    call, parts = KINDS[kind]
     for block in module.blocks:
-        if not isinstance(block, ModulatedBlock) or set(own_parts(block)) != PARTS:
+        attention = block.get_submodule("attn")
+        if set(own_parts(block)) != parts or not isinstance(attention, FusedAttention):
             return None
-        if not isinstance(block.attn, FusedAttention) or set(own_parts(block.attn)) != {"qkv", "proj"}:
+        if set(own_parts(attention)) != {"qkv", "proj"}:
             return None
     return TokenStack(
-        holder=module, name="blocks", path="blocks", block=CallOfModulatedBlock, square=True, reads_all=True
+        holder=module,
+        name="blocks",
+        path="blocks",
+        block=call,
+        leading=module.leading,
+        square=True,
+        reads_all=not module.leading,
     )
 
 

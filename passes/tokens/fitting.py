@@ -87,13 +87,10 @@ def watch(model: nn.Module, found: Found, borders: Sequence[int], context: Conte
     observe(twin, (), context, doing="watching attention")
 
 
-def fitted(
-    model: nn.Module, found: Found, borders: Sequence[int], context: Context, *, quantile: float | None
-) -> tuple[dict[str, Tensor], list[int] | None]:
-    """Weights and biases of an interpreter before each border, and, given a quantile, how many tokens each keeps.
+def fitted(model: nn.Module, found: Found, borders: Sequence[int], context: Context) -> dict[str, Tensor]:
+    """Weights and biases of an interpreter before each border.
 
-    A border's target is the attention over the blocks up to the next border. Counts are those of tokens that this
-    border and all before it score above 0.5, on the untouched model; the quantile is taken over pictures.
+    A border's target is the attention over the blocks up to the next border.
 
     Raises:
         ToolchainError: the calibration calls never reach the blocks.
@@ -111,8 +108,31 @@ def fitted(
         weight, bias = fit.solved()
         path = f"{found.block(border)}.interpreter"
         arrays |= {f"{path}.weight": weight, f"{path}.bias": bias}
-    if quantile is None:
-        return arrays, None
+    return arrays
+
+
+def counted(
+    model: nn.Module,
+    found: Found,
+    borders: Sequence[int],
+    context: Context,
+    arrays: Mapping[str, Tensor],
+    *,
+    quantile: float,
+) -> list[int]:
+    """How many tokens each border keeps: those that it and all before it score above 0.5, on the untouched model.
+
+    Args:
+        model: stays as it was.
+        found: the stack.
+        borders: block numbers.
+        context: has the calibration calls.
+        arrays: weights and biases of the interpreters.
+        quantile: of the counts of all pictures.
+
+    Raises:
+        ToolchainError: the calibration calls never reach the blocks.
+    """
     needed: list[list[Tensor]] = [[] for _ in borders]
     left: list[Tensor] = []
 
@@ -127,8 +147,10 @@ def fitted(
         return see
 
     watch(model, found, borders, context, [counting(number) for number in range(len(borders))])
+    if not all(needed):
+        raise ToolchainError("the calibration calls never reach these blocks", where=found.path)
     counts = [torch.quantile(torch.cat(each).float(), quantile, interpolation="higher") for each in needed]
-    return arrays, [max(int(count), 1) for count in counts]
+    return [max(int(count), 1) for count in counts]
 
 
 def over_mean(attention: Tensor, real: Tensor) -> Tensor:

@@ -12,17 +12,19 @@ rounding after two borders, with a fused token and without.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_TOKENS, Fact
+from enginewright.ground.reading import read_tensors
 from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.dropping import DropStep, Kept, KeptCount, KeptShare, PolicyStep, whole
-from enginewright.passes.tokens.fitting import fitted
+from enginewright.passes.tokens.fitting import counted, fitted
 from enginewright.passes.tokens.interpreter import interpreter
 from enginewright.passes.tokens.maps import token_maps
 from enginewright.passes.tokens.running import (
@@ -62,6 +64,11 @@ class PruneTokens(Pass):
         le=1,
         description="policy: keep as many as this share of the calibration inputs needs for all scores above 0.5",
     )
+    weights: str = Field(
+        "",
+        description="policy: safetensors file of trained interpreters, BLOCK.interpreter.weight (heads, width) and "
+        ".bias for each border; empty: they are fitted to the calibration inputs",
+    )
     score: Literal["auto", "class", "received"] = Field(
         "auto",
         description="attention of the class token, or the mean that a token receives; auto: class, if there is one",
@@ -71,13 +78,18 @@ class PruneTokens(Pass):
         True, description="give the model all tokens back at its end; false where it reads leading tokens only"
     )
 
+    def moved(self, path: Callable[[str], str], model: Callable[[str], str]) -> Self:
+        """This pass as a recipe in another folder names its files and models."""
+        del model
+        return self.model_copy(update={"weights": path(self.weights)}) if self.weights else self
+
     def plan(self, model: nn.Module, context: Context) -> Plan[Kept]:
-        """How many stay at each border; for ``policy`` also the interpreters' start, fitted to the calibration inputs.
+        """How many stay at each border; for ``policy`` also the interpreters: trained ones, or a start for them.
 
         The facts show which tokens of a few inputs stay (``maps``, passes/tokens/maps.py).
 
         Raises ``ToolchainError`` for borders that a stack does not have, counts that do not fit them, and parameters
-        that need another method or inputs that are not there.
+        that need another method or inputs that are not there; and for a file of interpreters that do not fit.
         """
         self.refuse(context)
         stacks, skipped = token_stacks(model, context)
@@ -95,10 +107,12 @@ class PruneTokens(Pass):
                 raise ToolchainError("score is 'class', and this model has no class token", where=found.path)
             entries = self.entries(found, skipped)
             if self.method == "policy" and entries:
-                learned, calibrated = fitted(model, found, list(entries), context, quantile=self.quantile)
+                borders = list(entries)
+                learned = self.trained(found, borders, context) or fitted(model, found, borders, context)
                 facts[found.path] = {"calibration_calls": len(context.calibration)}
-                for border, count in zip(entries, calibrated or (), strict=False):
-                    entries[border] = KeptCount(count=count)
+                if self.quantile is not None:
+                    counts = counted(model, found, borders, context, learned, quantile=self.quantile)
+                    entries |= {border: KeptCount(count=count) for border, count in zip(borders, counts, strict=True)}
                 arrays |= learned
             choice |= {found.block(border): kept for border, kept in entries.items()}
         plan = Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
@@ -109,14 +123,41 @@ class PruneTokens(Pass):
 
     def refuse(self, context: Context) -> None:
         """Parameters that do not go together."""
-        if self.method == "policy":
+        if self.method == "policy" and (not self.weights or self.quantile is not None):
             self.check_calibration(context, "method 'policy'", otherwise="take method = 'attention'")
+        if self.weights and self.method != "policy":
+            raise ToolchainError("weights are of interpreters, which method 'policy' has", help="leave weights out")
         if self.method == "policy" and self.fuse:
             raise ToolchainError("fuse weighs by attention; method 'policy' has none", help="leave fuse out")
         if self.quantile is not None and (self.method != "policy" or self.counts is not None):
             raise ToolchainError("quantile is for method 'policy' without counts", help="leave quantile out")
         if self.counts is not None and (self.borders is None or len(self.counts) != len(self.borders)):
             raise ToolchainError(f"counts {self.counts} need as many borders; borders is {self.borders}")
+
+    def trained(self, found: Found, borders: Sequence[int], context: Context) -> dict[str, Tensor]:
+        """The interpreters of the file, by their names in a plan; none without a file.
+
+        Raises:
+            ToolchainError: it has none for a border, or one of another form.
+        """
+        if not self.weights:
+            return {}
+        where = str(context.folder / self.weights)
+        known = read_tensors(context.folder / self.weights, what="the file of interpreters")
+        arrays: dict[str, Tensor] = {}
+        for border in borders:
+            path = f"{found.block(border)}.interpreter"
+            names = (f"{path}.weight", f"{path}.bias")
+            if missing := [name for name in names if name not in known]:
+                listed = ", ".join(sorted(known)[:8])
+                raise ToolchainError(f"there is no {missing[0]!r} in it", where=where, help=f"it has {listed}")
+            weight, bias = (known[name] for name in names)
+            width = found.width or weight.shape[-1]
+            if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+                shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+                raise ToolchainError(f"{path} has {shapes}; wanted (heads, {width}) and (heads,)", where=where)
+            arrays |= dict(zip(names, (weight, bias), strict=True))
+        return arrays
 
     def borders_of(self, found: Found) -> tuple[int, ...]:
         """Block numbers, ascending."""

@@ -30,11 +30,13 @@ class Found:
         path: of the list of blocks.
         stack: what a family says of it.
         tokens: how many reach it on the example call; None: not known.
+        width: of a token there; None: not known.
     """
 
     path: str
     stack: TokenStack
     tokens: int | None
+    width: int | None
 
     def block(self, number: int) -> str:
         """The path of one block."""
@@ -185,33 +187,36 @@ class TokenRun(nn.Module):
         return first.kind.leave(tokens.all() if self.restore else tokens.x, *inputs, **named)
 
 
-def count_tokens(model: nn.Module, stack: TokenStack, context: Context) -> int | None:
-    """How many tokens, text apart, reach the blocks on the example call, which is made; None without an example."""
+def arriving(model: nn.Module, stack: TokenStack, context: Context) -> tuple[int | None, int | None]:
+    """How many tokens, text apart, reach the blocks on the example call, which is made, and their width.
+
+    None without an example.
+    """
     example = context.example or next(iter(context.calibration), None)
     if example is None:
-        return None
-    seen: list[int] = []
+        return None, None
+    seen: list[tuple[int, int]] = []
 
     block = stack.blocks[0]
 
     def look(inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         x, inputs, named = stack.block.enter(*inputs, **named)
-        seen.append(x.shape[1] - stack.block(block, *inputs, **named).ahead)
+        seen.append((x.shape[1] - stack.block(block, *inputs, **named).ahead, x.shape[2]))
 
     with looking([Look(block, before=look)]):
         macs(model, example)  # on shapes alone where that is possible
-    return seen[0] if seen else None
+    return seen[0] if seen else (None, None)
 
 
 def token_stacks(model: nn.Module, context: Context) -> tuple[list[Found], dict[str, str]]:
     """The stacks of a model; or, where there is none, why it is left alone, by module path."""
     stacks = {path_of(owner, stack): stack for owner, stack in layers_of(model, TokenStack)}
     skipped = {path: reason for path, stack in stacks.items() if (reason := refuted(model, path, stack, context))}
-    found = [
-        Found(path=path, stack=stack, tokens=count_tokens(model, stack, context))
-        for path, stack in stacks.items()
-        if path not in skipped
-    ]
+    found = []
+    for path, stack in stacks.items():
+        if path not in skipped:
+            tokens, width = arriving(model, stack, context)
+            found.append(Found(path=path, stack=stack, tokens=tokens, width=width))
     none = f"no family knows how the blocks of a {type(model).__name__} run on fewer tokens"
     return found, skipped if stacks else {"": none}
 

@@ -65,6 +65,14 @@ def test_files_that_are_made_on_the_way_need_not_be_there(tmp_path: Path) -> Non
             pipeline.decide(make({"model": "dit:tiny", "steps": [step]}, folder=tmp_path), QUIET)
 
 
+def test_tokens_scores_are_no_score_of_the_model(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        pipeline.decide(make({"model": "dit:tiny", "steps": [{"pass": "prune_tokens"}]}, folder=tmp_path), QUIET)
+    step = {"pass": "prune_tokens", "method": "policy", "weights": "gone.safetensors"}
+    with pytest.raises(ToolchainError, match=r"no file 'gone\.safetensors'"):
+        pipeline.decide(make({"model": "dit:tiny", "steps": [step]}, folder=tmp_path), QUIET)
+
+
 def test_a_target_that_cannot_be_built_here_ends_in_3_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

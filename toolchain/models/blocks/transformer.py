@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enginewright.passes.traits import FusedAttention, PlainFeedForward, StreamBlock
+from enginewright.passes.traits import FusedAttention, PlainBlock, PlainFeedForward
 
 
 class SelfAttention(nn.Module, FusedAttention):
@@ -46,7 +46,7 @@ class Mlp(nn.Module, PlainFeedForward):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class Block(nn.Module, StreamBlock):
+class Block(nn.Module, PlainBlock):
     """Self-attention and an MLP with an exact GELU, each after a layer norm and beside a residual."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int, *, eps: float = 1e-5, qkv_bias: bool = True) -> None:
