@@ -7,9 +7,17 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from enginewright.passes.kernel.surgery import own_parts
-from enginewright.passes.traits import FusedAttention, ModulatedBlock, PatchNetwork, TokenBlock, TokenStack
+from enginewright.passes.traits import (
+    FusedAttention,
+    ModulatedBlock,
+    PatchNetwork,
+    SelectingBlock,
+    TokenBlock,
+    TokenStack,
+)
 
 PARTS = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
+ROUTER = "token_selection"
 
 
 class CallOfModulatedBlock(TokenBlock):
@@ -49,18 +57,34 @@ class CallOfModulatedBlock(TokenBlock):
         return x + self.gate_m * y
 
 
+class CallOfSelectingBlock(CallOfModulatedBlock):
+    """A ``SelectingBlock`` called with the condition c (B, D)."""
+
+    routed = True
+
+    def token_logits(self, x: Tensor) -> Tensor:
+        """Of the block's own."""
+        logits: Tensor = self.block.token_logits(x)
+        return logits
+
+    def add_feed_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The router's 1 or 0 for each token, gate and residual."""
+        return x + self.block.token_selection(x) * (self.gate_m * y)
+
+
 def stack(module: nn.Module) -> TokenStack | None:
     """A declared network of declared blocks, none of which holds anything else or attends in another way."""
     if not isinstance(module, PatchNetwork) or not len(module.blocks):
         return None
+    selecting = all(isinstance(block, SelectingBlock) for block in module.blocks)
+    parts = {*PARTS, ROUTER} if selecting else PARTS
     for block in module.blocks:
-        if not isinstance(block, ModulatedBlock) or set(own_parts(block)) != PARTS:
+        if not isinstance(block, ModulatedBlock) or set(own_parts(block)) != parts:
             return None
         if not isinstance(block.attn, FusedAttention) or set(own_parts(block.attn)) != {"qkv", "proj"}:
             return None
-    return TokenStack(
-        holder=module, name="blocks", path="blocks", block=CallOfModulatedBlock, square=True, reads_all=True
-    )
+    call = CallOfSelectingBlock if selecting else CallOfModulatedBlock
+    return TokenStack(holder=module, name="blocks", path="blocks", block=call, square=True, reads_all=True)
 
 
 RECOGNISERS = {TokenStack: (stack,)}
