@@ -78,13 +78,14 @@ class SkipSpatialTokens(Pass):
         choice: dict[str, RunTokens] = {}
         arrays: dict[str, Tensor] = {}
         facts: dict[str, Any] = {"calibration_calls": len(context.calibration)}
+        counts = counted(model, [found for found in stacks if found.stack.block.routed], context)
         for found in stacks:
             if found.stack.block.routed:
-                choice |= self.routed(found, counted(model, found, context), skipped, facts)
+                choice |= self.routed(found, counts, skipped, facts)
                 continue
             entries = self.entries(found, skipped)
-            counts = {number: entry.tokens for number, entry in entries.items()}
-            routers = fitted(model, found, counts, context) if counts else {}
+            wanted = {number: entry.tokens for number, entry in entries.items()}
+            routers = fitted(model, found, wanted, context) if wanted else {}
             for number, entry in entries.items():
                 path = found.block(number)
                 if number not in routers:
@@ -116,7 +117,7 @@ class SkipSpatialTokens(Pass):
         return chosen
 
     def routed(
-        self, found: Found, counts: Mapping[int, Tensor], skipped: dict[str, str], facts: dict[str, Any]
+        self, found: Found, counts: Mapping[str, Tensor], skipped: dict[str, str], facts: dict[str, Any]
     ) -> dict[str, RunTokens]:
         """For each block, by path, room for as many tokens as its own router lets run of the samples (B,) counted."""
         chosen = {}
@@ -124,10 +125,10 @@ class SkipSpatialTokens(Pass):
             path = found.block(number)
             if reason := excluded_by(path, self.exclude):
                 skipped[path] = reason
-            elif found.tokens is None or number not in counts:
+            elif found.tokens is None or path not in counts:
                 skipped[path] = "the calibration inputs never reach it"
             else:
-                content, needed = found.tokens - found.stack.leading, counts[number].double()
+                content, needed = found.tokens - found.stack.leading, counts[path].double()
                 count = max(int(torch.quantile(needed, self.quantile, interpolation="higher")), 1)
                 facts[path] = {
                     "tokens_let_run": six_digits(float(needed.mean())),

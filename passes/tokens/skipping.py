@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, m that are picked, D width, S samples (tokens of all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,20 +90,23 @@ class Count(Step):
         super().feed(tokens, call)
 
 
-def counted(model: nn.Module, found: Found, context: Context) -> dict[int, Tensor]:
-    """For each block of a stack whose blocks bring routers, on how many tokens it runs of each calibration sample.
+def counted(model: nn.Module, stacks: Sequence[Found], context: Context) -> dict[str, Tensor]:
+    """On how many tokens each block of stacks that bring routers runs, by path, for each calibration sample.
 
     A block that the inputs never reach has none.
     """
-    seen: list[list[Tensor]] = [[] for _ in found.stack.blocks]
+    seen: dict[str, list[Tensor]] = {}
     twin = share(model)
-    stack = stack_at(twin, found.path)
-    steps = [
-        Count(block, stack.block, own, leading=stack.leading) for block, own in zip(stack.blocks, seen, strict=True)
-    ]
-    stack.replace_blocks(TokenRun(steps, restore=False))
-    observe(twin, (), context, doing="counting the tokens that run")
-    return {number: torch.cat(own) for number, own in enumerate(seen) if own}
+    for found in stacks:
+        stack = stack_at(twin, found.path)
+        steps = [
+            Count(block, stack.block, seen.setdefault(found.block(number), []), leading=stack.leading)
+            for number, block in enumerate(stack.blocks)
+        ]
+        stack.replace_blocks(TokenRun(steps, restore=False))
+    if stacks:
+        observe(twin, (), context, doing="counting the tokens that run")
+    return {path: torch.cat(own) for path, own in seen.items() if own}
 
 
 See = Callable[[Tensor, Tensor], None]
