@@ -223,6 +223,34 @@ class ModulatedBlock(StreamBlock, ABC):
         """c (B, D) -> shift, scale and gate of the attention, then of the MLP, each (B, 1, D)."""
 
 
+class SelectingBlock(ModulatedBlock):
+    """Declared by a ``ModulatedBlock`` whose own router tells which tokens run the second half: 1 or 0 for each.
+
+    That half is x = x + token_selection(x) * gate * mlp(norm2(x) * (1 + scale) + shift).
+    """
+
+    token_selection: nn.Module
+
+    @abstractmethod
+    def token_logits(self, x: Tensor) -> Tensor:
+        """Tokens before the second half (B, N, D) -> (B, N), above 0 where it runs."""
+
+
+class RoutedWidth(ABC):
+    """Declared by a network whose routers tell, by the timestep alone, which heads and groups of hidden units run.
+
+    Shapes: T timesteps, U units of a layer (heads; groups of neighbouring hidden units).
+    """
+
+    @abstractmethod
+    def width_masks(self, t: Tensor) -> dict[str, Tensor]:
+        """Timesteps (T,) -> masks (T, U) of 0 and 1, by the layer's path in what ``whole_width`` gives."""
+
+    @abstractmethod
+    def whole_width(self) -> nn.Module:
+        """The network without these routers, called alike: all units of all layers run. It shares the weights."""
+
+
 class PatchNetwork:
     """Declared by a network that takes the patches of a square picture, row by row, through its ``blocks``.
 
@@ -301,6 +329,9 @@ class TokenBlock(ABC):
     """Children of the first block that the model itself reads too."""
     parallel: ClassVar[bool] = False
     """Whether both halves read the block's own input; then tokens can change after the second half only."""
+    routed: ClassVar[bool] = False
+    """Whether the block has a router of its own, and ``add_feed_forward`` leaves a token as it is where that router's
+    logit is not above 0."""
     ahead: int = 0
     """Tokens of another kind before the others in this call; they are never merged nor dropped."""
 
@@ -316,6 +347,10 @@ class TokenBlock(ABC):
     def leave(cls, x: Tensor, *inputs: Any, **named: Any) -> Any:
         """Tokens (B, N, D), and the same -> what a block gives."""
         return x
+
+    def token_logits(self, x: Tensor) -> Tensor:
+        """What the block's own router says of tokens (B, N, D) between the halves (B, N), where it is ``routed``."""
+        raise NotImplementedError(f"{type(self.block).__name__} has no router")  # type: ignore[attr-defined]
 
     def keep_positions(self, rows: Tensor) -> None:
         """From now on tokens are those of these rows of the start (B, n), where attention reads positions."""

@@ -6,7 +6,7 @@ each of these the weights are cut to what any of its timesteps needs; the exact 
 Departures: no trained routers; a unit's mask comes from its importance at that timestep on calibration inputs for the
 multiply-accumulates that it costs, against one bound for all timesteps and layers; ``share`` (lambda in the paper)
 bounds what the cut networks compute, masked units of a stretch included; a layer keeps its most important unit, not its
-first.
+first. A model that brings trained routers (DyDiT) is cut to the masks of these, and none of that is asked.
 
 Shapes: T timesteps, U units of a layer (heads; groups of neighbouring hidden units).
 """
@@ -27,7 +27,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, FLOAT_WEIGHTS, ONE_NETWORK, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Decision, Pass, Plan
-from enginewright.passes.dynamic.buckets import masks_for, stretches
+from enginewright.passes.dynamic.buckets import Bools, Floats, masks_for, stretches
 from enginewright.passes.dynamic.masking import columns_of, mask_units
 from enginewright.passes.kernel.audit import unproven
 from enginewright.passes.kernel.digits import six_digits
@@ -38,7 +38,7 @@ from enginewright.passes.kernel.schedule import calls_at, even, span_of, timeste
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import local, only_network, switched
-from enginewright.passes.traits import FeedForward, HeadedAttention, layer_at, layers_of, trait_of
+from enginewright.passes.traits import FeedForward, HeadedAttention, RoutedWidth, layer_at, layers_of, trait_of
 
 Layer = HeadedAttention | FeedForward
 
@@ -63,7 +63,10 @@ class SliceWidthByTimestep(Pass):
     looks_for: ClassVar[str] = "attention layers and feed-forwards that a family knows"
 
     share: float = Field(
-        default=0.5, gt=0, le=1, description="multiply-accumulates of heads and hidden units left, mean over a run"
+        default=0.5,
+        gt=0,
+        le=1,
+        description="multiply-accumulates of heads and hidden units left, mean over a run; no trained router is asked",
     )
     buckets: int = Field(default=3, ge=1, le=16, description="networks, each for a stretch of the schedule")
     timesteps: tuple[float, ...] = Field(
@@ -74,7 +77,11 @@ class SliceWidthByTimestep(Pass):
     input: str = Field(
         default="", description="the input that holds the timestep, one for each row; empty: the one of that role"
     )
-    groups: int = Field(default=8, ge=1, description="groups of neighbouring hidden units in each feed-forward")
+    groups: int = Field(
+        default=8,
+        ge=1,
+        description="groups of neighbouring hidden units in each feed-forward; trained routers have their own",
+    )
     importance: Literal["taylor", "activation"] = Field(
         default="taylor", description="first-order change of the output; or activation times weight, without gradients"
     )
@@ -82,10 +89,13 @@ class SliceWidthByTimestep(Pass):
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of layer paths left alone")
 
     def plan(self, model: nn.Module, context: Context) -> Plan[SlicedLayer]:
-        """Score every unit at every timestep, and choose masks, stretches and what each stretch keeps.
+        """Score every unit at every timestep, or ask trained routers; choose stretches, and what each of them keeps.
 
         Raises ``ToolchainError`` for an unknown input, one that is no timestep, an ``exclude`` that matches nothing.
         """
+        whole, place = only_network(model)
+        if isinstance(whole, RoutedWidth):
+            return self.of_routers(whole, place, context)
         layers = self.layers(model)
         check_patterns(self.exclude, layers, what="attention layer or feed-forward")
         skipped = {path: reason for path, layer in layers.items() if (reason := self.reason_to_skip(path, layer))}
@@ -99,18 +109,54 @@ class SliceWidthByTimestep(Pass):
         if not scores:
             return Plan(choice={}, skipped=skipped)
         masks, table, facts = self.decide(scores, costs)
+        return resolved.plan_of(masks, table, facts, skipped, context)
+
+    def of_routers(self, routed: RoutedWidth, place: str, context: Context) -> Plan[SlicedLayer]:
+        """The masks of a network's own routers, the stretches, and what each stretch keeps.
+
+        Layers that are excluded stay as wide as they are, and silent where the routers say so.
+        """
+        whole, resolved = routed.whole_width(), self.resolved(context)
+        with torch.no_grad(), evaluating(whole):
+            found = routed.width_masks(torch.tensor(resolved.timesteps))
+        masks = {path: mask.numpy() > 0 for path, mask in found.items()}
+        layers = {path: self.layer(whole, path) for path in masks}
+        paths = {path: f"{place}.{path}".strip(".") for path in masks}
+        check_patterns(self.exclude, paths.values(), what="attention layer or feed-forward")
+        linears = {path: layer.output for path, layer in layers.items()}
+        with torch.no_grad(), evaluating(whole), linear_calls(linears, at="output") as seen:
+            whole(**context.calibration[0])
+        tokens = {call.key: call.input[0].numel() // call.input.shape[-1] for call in seen}
+        widths = {path: mask.shape[1] for path, mask in masks.items()}
+        costs = [cost_of_unit(layers[path], units, tokens=tokens[path]) for path, units in widths.items()]
+        price = np.repeat(costs, list(widths.values()))
+        needed = np.concatenate(list(masks.values()), axis=1)
+        table, total = stretches(needed, price, self.buckets)
+        facts = {"importance": "trained routers", **shares(needed, price, total)}
+        return resolved.plan_of({paths[path]: mask for path, mask in masks.items()}, table, facts, {}, context)
+
+    def plan_of(
+        self,
+        masks: Mapping[str, Any],
+        table: list[int],
+        facts: dict[str, Any],
+        skipped: dict[str, str],
+        context: Context,
+    ) -> Plan[SlicedLayer]:
+        """What each stretch keeps of each layer, from masks (T, U) and the stretch of each timestep."""
         choice, arrays = dict[str, SlicedLayer](), dict[str, Tensor]()
         for path, mask in masks.items():
             if mask.all():
                 skipped[path] = "all of it is needed at every timestep"
                 continue
-            kept = [np.flatnonzero(mask[np.array(table) == k].any(axis=0)).tolist() for k in range(max(table) + 1)]
+            stays = np.full_like(mask, bool(excluded_by(path, self.exclude))) | mask
+            kept = [np.flatnonzero(stays[np.array(table) == k].any(axis=0)).tolist() for k in range(max(table) + 1)]
             choice[path] = SlicedLayer(of=mask.shape[1], kept=tuple(map(tuple, kept)))
             arrays[f"{path}.mask"] = torch.from_numpy(mask.astype(np.uint8))
-        shared = shared_inputs(context, context.calibration[0], like=resolved.input)
-        facts |= {
-            "input": resolved.input,
-            "timesteps": list(resolved.timesteps),
+        shared = shared_inputs(context, context.calibration[0], like=self.input)
+        facts = facts | {
+            "input": self.input,
+            "timesteps": list(self.timesteps),
             "table": table,
             "shared": list(shared),
         }
@@ -122,6 +168,8 @@ class SliceWidthByTimestep(Pass):
             return model
         times, numbers = plan.facts["timesteps"], torch.tensor(plan.facts["table"])
         whole, place = only_network(model)
+        if isinstance(whole, RoutedWidth):
+            whole = whole.whole_width()
         own_plan: Plan[SlicedLayer] = replace(plan, choice=local(plan.choice, place), arrays=local(plan.arrays, place))
         networks = {}
         for number in range(int(numbers.max()) + 1):
@@ -255,14 +303,18 @@ class SliceWidthByTimestep(Pass):
         layers = np.repeat(np.arange(len(scores)), widths)
         masks = masks_for(worth, price, layers, self.buckets, self.share)
         table, total = stretches(masks, price, self.buckets)
-        everything = len(worth) * price.sum()
-        facts = {
-            "importance": self.importance,
-            "share_computed": six_digits(total / everything),
-            "share_needed": six_digits((masks @ price).sum() / everything),
-        }
+        facts = {"importance": self.importance, **shares(masks, price, total)}
         split = np.split(masks, np.cumsum(widths)[:-1], axis=1)
         return dict(zip(scores, split, strict=True)), table, facts
+
+
+def shares(masks: Bools, price: Floats, computed: float) -> dict[str, float]:
+    """Of the cost of all units (U,) at all timesteps: what is computed, and what the masks (T, U) need."""
+    everything = len(masks) * price.sum()
+    return {
+        "share_computed": six_digits(computed / everything),
+        "share_needed": six_digits((masks @ price).sum() / everything),
+    }
 
 
 def silent(done: int, total: int, text: str) -> None:

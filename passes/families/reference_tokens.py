@@ -8,7 +8,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from enginewright.passes.kernel.surgery import own_parts
-from enginewright.passes.traits import FusedAttention, ModulatedBlock, PatchNetwork, PlainBlock, TokenBlock, TokenStack
+from enginewright.passes.traits import (
+    FusedAttention,
+    ModulatedBlock,
+    PatchNetwork,
+    PlainBlock,
+    SelectingBlock,
+    TokenBlock,
+    TokenStack,
+)
 
 
 class CallOfPlainBlock(TokenBlock):
@@ -83,12 +91,28 @@ class CallOfModulatedBlock(TokenBlock):
         return x + self.gate_m * y
 
 
+class CallOfSelectingBlock(CallOfModulatedBlock):
+    """A ``SelectingBlock`` called with the condition c (B, D)."""
+
+    routed = True
+
+    def token_logits(self, x: Tensor) -> Tensor:
+        """Of the block's own."""
+        logits: Tensor = self.block.token_logits(x)
+        return logits
+
+    def add_feed_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The router's 1 or 0 for each token, gate and residual."""
+        return x + self.block.token_selection(x) * (self.gate_m * y)
+
+
 HALVES = {"norm1", "attn", "norm2", "mlp"}
 KINDS: Mapping[type, tuple[type[TokenBlock], set[str]]] = {
     PlainBlock: (CallOfPlainBlock, HALVES),
+    SelectingBlock: (CallOfSelectingBlock, HALVES | {"adaLN_modulation", "token_selection"}),
     ModulatedBlock: (CallOfModulatedBlock, HALVES | {"adaLN_modulation"}),
 }
-"""For each kind of declared block how a call of it is taken apart, and all that such a block may hold."""
+"""For each kind of declared block, the narrower first, how a call of it is taken apart and all that it may hold."""
 
 
 def stack(module: nn.Module) -> TokenStack | None:

@@ -7,8 +7,12 @@ scores run, of each sample apart, where the paper takes all above 0.5; the route
 not trained: it is fitted to how far the MLP moves each calibration token, relative to the token. Its bias puts 0.5
 where the asked share is above it, and the facts say for how many samples more tokens were.
 
+Blocks that bring trained routers of their own (DyDiT's) keep these. Their feed-forwards run on as many tokens as the
+router ever let run on the calibration inputs, or on the ``quantile`` of that, and the router still shuts out those of
+them that it would: a sample gets what the paper's masks give it, unless it needs more tokens than there is room for.
+
 After ``slice_width_by_timestep``, the paper's other half, each of its networks gets routers of its own, fitted to the
-calibration inputs of its timesteps.
+calibration inputs of its timesteps, or counts of its own.
 
 Gathering and putting back are TopK and Gather alone, which every target builds; masks would save nothing.
 """
@@ -18,16 +22,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_TOKENS, STATELESS_CALLS, Fact
 from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.interpreter import interpreter
 from enginewright.passes.tokens.running import Found, Step, blocks_of, path_of, replace_stacks, token_stacks
-from enginewright.passes.tokens.skipping import SkipStep, fitted
+from enginewright.passes.tokens.skipping import SkipStep, counted, fitted
 from enginewright.passes.traits import TokenStack, layers_of
 
 
@@ -35,7 +41,7 @@ class RunTokens(Decision):
     """The tokens that a block's feed-forward runs on."""
 
     arrays: ClassVar[Mapping[str, str]] = {
-        ".router.weight": "of the layer that scores tokens",
+        ".router.weight": "of the layer that scores tokens, where the block has no router of its own",
         ".router.bias": "of that layer",
     }
 
@@ -53,6 +59,13 @@ class SkipSpatialTokens(Pass):
     decisions: ClassVar[tuple[type[Decision], ...]] = (RunTokens,)
 
     ratio: float = Field(0.5, ge=0, lt=1, description="share of the content tokens that pass a feed-forward by")
+    quantile: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the calibration samples whose tokens all run, in blocks that bring trained routers; the "
+        "ratio is not for these",
+    )
     exclude: tuple[str, ...] = Field((), description="glob patterns of block paths whose feed-forwards see all tokens")
 
     def plan(self, model: nn.Module, context: Context) -> Plan[RunTokens]:
@@ -65,10 +78,14 @@ class SkipSpatialTokens(Pass):
         choice: dict[str, RunTokens] = {}
         arrays: dict[str, Tensor] = {}
         facts: dict[str, Any] = {"calibration_calls": len(context.calibration)}
+        counts = counted(model, [found for found in stacks if found.stack.block.routed], context)
         for found in stacks:
+            if found.stack.block.routed:
+                choice |= self.routed(found, counts, skipped, facts)
+                continue
             entries = self.entries(found, skipped)
-            counts = {number: entry.tokens for number, entry in entries.items()}
-            routers = fitted(model, found, counts, context) if counts else {}
+            wanted = {number: entry.tokens for number, entry in entries.items()}
+            routers = fitted(model, found, wanted, context) if wanted else {}
             for number, entry in entries.items():
                 path = found.block(number)
                 if number not in routers:
@@ -99,6 +116,30 @@ class SkipSpatialTokens(Pass):
                 chosen[number] = RunTokens(tokens=count, of=content)
         return chosen
 
+    def routed(
+        self, found: Found, counts: Mapping[str, Tensor], skipped: dict[str, str], facts: dict[str, Any]
+    ) -> dict[str, RunTokens]:
+        """For each block, by path, room for as many tokens as its own router lets run of the samples (B,) counted."""
+        chosen = {}
+        for number in range(len(found.stack.blocks)):
+            path = found.block(number)
+            if reason := excluded_by(path, self.exclude):
+                skipped[path] = reason
+            elif found.tokens is None or path not in counts:
+                skipped[path] = "the calibration inputs never reach it"
+            else:
+                content, needed = found.tokens - found.stack.leading, counts[path].double()
+                count = max(int(torch.quantile(needed, self.quantile, interpolation="higher")), 1)
+                facts[path] = {
+                    "tokens_let_run": six_digits(float(needed.mean())),
+                    "samples_with_more_above_half": six_digits(float((needed > count).double().mean())),
+                }
+                if count < content:
+                    chosen[path] = RunTokens(tokens=count, of=content)
+                else:
+                    skipped[path] = f"its router lets all {content} tokens of a sample run"
+        return chosen
+
     def rewrite(self, model: nn.Module, plan: Plan[RunTokens]) -> nn.Module:
         """Put a run of all blocks in the place of each stack with a router.
 
@@ -113,8 +154,10 @@ class SkipSpatialTokens(Pass):
             run = plan.choice.get(path)
             if run is None:
                 return Step(block, stack.block)
-            weight, bias = (plan.array(f"{path}.router.{name}") for name in ("weight", "bias"))
-            router = interpreter(weight, bias, next(block.parameters()))
+            router = None
+            if not stack.block.routed:
+                weight, bias = (plan.array(f"{path}.router.{name}") for name in ("weight", "bias"))
+                router = interpreter(weight, bias, next(block.parameters()))
             return SkipStep(block, stack.block, router, count=run.tokens, of=run.of, leading=stack.leading)
 
         return replace_stacks(model, plan, step, restore=False)

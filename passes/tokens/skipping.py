@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, m that are picked, D width, S samples (tokens of all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,28 +27,30 @@ class SkipStep(Step):
     """One block whose feed-forward runs on ``count`` content tokens of each sample, and on the leading ones.
 
     While it trains, or ``learns``, what it gives passes a gate that is 1 and has the router's gradient
-    (straight-through).
+    (straight-through). A router of the block's own also shuts out those of the ``count`` that it lets not run, as
+    ``add_feed_forward`` does.
 
     Args:
         block: the block.
         kind: how a call of it is taken apart.
-        router: scores each token, with one head.
+        router: scores each token, with one head; None: the block's own does.
         count: how many run,
         of: of so many content tokens; of more or fewer as large a share does, counted as those that do not run.
         leading: tokens at the front that run anyway.
     """
 
     def __init__(
-        self, block: nn.Module, kind: type[TokenBlock], router: Interpreter, *, count: int, of: int, leading: int
+        self, block: nn.Module, kind: type[TokenBlock], router: Interpreter | None, *, count: int, of: int, leading: int
     ) -> None:
         super().__init__(block, kind)
-        self.router, self.count, self.of, self.leading = router.train(block.training), count, of, leading
+        self.router = None if router is None else router.train(block.training)
+        self.count, self.of, self.leading = count, of, leading
         self.learns = False
 
     def feed(self, tokens: Tokens, call: TokenBlock) -> None:
         """Gather, feed-forward, and the tokens that ran back in their places."""
         x = tokens.x
-        scores = self.router.products(x)[..., 0]  # (B, N)
+        scores = call.token_logits(x) if self.router is None else self.router.products(x)[..., 0]  # (B, N)
         content = x.shape[1] - call.ahead - self.leading
         count = content - content * (self.of - self.count) // self.of
         picked = best(scores, count, call.ahead + self.leading)
@@ -56,7 +58,7 @@ class SkipStep(Step):
         y = call.feed_forward(
             rows(call.feed_forward_input(x), picked) if call.parallel else call.feed_forward_input(run)
         )
-        if self.learns or self.training:
+        if self.router is not None and (self.learns or self.training):
             gate = rows(scores.sigmoid()[..., None], picked)
             y = y * (1 + (gate - gate.detach()))  # 1 to the last bit
         if call.parallel:  # the projection reads both halves, of every token
@@ -72,6 +74,39 @@ def put_back(x: Tensor, run: Tensor, picked: Tensor) -> Tensor:
     places = torch.arange(count, device=x.device)
     ran = (picked[..., None] == places).any(dim=1)  # (B, N)
     return rows(torch.cat([x, run], dim=1), torch.where(ran, ran.long().cumsum(1) - 1 + count, places))
+
+
+class Count(Step):
+    """One block that tells on how many content tokens of each sample its own router lets the feed-forward run."""
+
+    def __init__(self, block: nn.Module, kind: type[TokenBlock], seen: list[Tensor], *, leading: int) -> None:
+        super().__init__(block, kind)
+        self.seen, self.leading = seen, leading
+
+    def feed(self, tokens: Tokens, call: TokenBlock) -> None:
+        """Count, then the feed-forward."""
+        logits = call.token_logits(tokens.x)[:, call.ahead + self.leading :]
+        self.seen.append((logits > 0).sum(dim=1))
+        super().feed(tokens, call)
+
+
+def counted(model: nn.Module, stacks: Sequence[Found], context: Context) -> dict[str, Tensor]:
+    """On how many tokens each block of stacks that bring routers runs, by path, for each calibration sample.
+
+    A block that the inputs never reach has none.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    twin = share(model)
+    for found in stacks:
+        stack = stack_at(twin, found.path)
+        steps = [
+            Count(block, stack.block, seen.setdefault(found.block(number), []), leading=stack.leading)
+            for number, block in enumerate(stack.blocks)
+        ]
+        stack.replace_blocks(TokenRun(steps, restore=False))
+    if stacks:
+        observe(twin, (), context, doing="counting the tokens that run")
+    return {path: torch.cat(own) for path, own in seen.items() if own}
 
 
 See = Callable[[Tensor, Tensor], None]

@@ -53,7 +53,12 @@ def load(text: str, *, weights: Path | None = None, seed: int = 0) -> Model:
     else:
         with without_memory():
             net = module.build(config)
-        fill(net, stored.read(weights), where=weights)
+        tensors = stored.read(weights)
+        if weights == shipped:  # some lie in half precision, to be small
+            tensors = {
+                name: tensor.float() if tensor.dtype == torch.half else tensor for name, tensor in tensors.items()
+            }
+        fill(net, tensors, where=weights)
         said = "trained, shipped" if weights == shipped else f"from {weights.name}"
     net.eval()
     at_work = weights is not None or not getattr(module, "JOB_NEEDS_TRAINING", True)

@@ -160,13 +160,17 @@ class DiT(nn.Module, PatchNetwork):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, C, S, S), t (B,) in steps, y (B,) class or none -> (B, 2C, S, S), prediction and variance."""
-        batch, patch = x.shape[0], self.config.patch
-        side = self.config.side // patch
         h = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
             h = block(h, c)
-        h = self.final_layer(h, c).view(batch, side, side, patch, patch, -1)  # (B, S/P, S/P, P, P, 2C)
+        return self.picture(self.final_layer(h, c))
+
+    def picture(self, h: Tensor) -> Tensor:
+        """Patches (B, N, P*P*2C), row by row -> (B, 2C, S, S)."""
+        batch, patch = h.shape[0], self.config.patch
+        side = self.config.side // patch
+        h = h.view(batch, side, side, patch, patch, -1)  # (B, S/P, S/P, P, P, 2C)
         return h.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch, side * patch)
 
 
