@@ -48,4 +48,4 @@ def test_every_size_describes_itself(name: str) -> None:
 
 
 def test_shipped_weights_stay_small() -> None:
-    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 20e6
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 60e6
