@@ -70,7 +70,7 @@ def hide_tokens(model: nn.Module, plan: Plan) -> list[HideStep]:
     def step(stack: TokenStack, block: nn.Module, path: str) -> Step:
         if path not in plan.choice:
             return Step(block, stack.block)
-        weight, bias = (plan.arrays[f"{path}.interpreter.{name}"] for name in ("weight", "bias"))
+        weight, bias = (plan.array(f"{path}.interpreter.{name}") for name in ("weight", "bias"))
         judge = interpreter(weight, bias, next(block.parameters()))
         found.append(HideStep(block, stack.block, judge, leading=stack.leading))
         return found[-1]

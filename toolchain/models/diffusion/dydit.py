@@ -3,8 +3,8 @@
 Sources: Zhao et al. 2024, arXiv:2410.03456, sections 3.2 (timestep-wise dynamic width) and 3.3 (spatial-wise dynamic
 token); DyDiT++, arXiv:2504.06803. Checked against alibaba-damo-academy/DyDiT at commit 0ddc509: parameter names and
 counts, the order of operations, the costs of a block, and masks and outputs with the same weights (relative error 1e-5
-in float32). This is the masked form, which computes everything and
-multiplies by 0 what is off; ``slice_width_by_timestep`` and ``skip_spatial_tokens`` make the networks that save it.
+in float32). This is the masked form, which computes everything and multiplies by 0 what is off;
+``slice_width_by_timestep`` and ``skip_spatial_tokens`` make the networks that save it.
 ``digits`` is ours: ``dit:digits``, trained further with its routers (``toolchain/training/dydit_digits.py``).
 
 Shapes: B batch, N tokens, D width, H heads (and as many groups of neighbouring hidden units), T timesteps.
