@@ -122,7 +122,7 @@ def strange_in(out: Path) -> str:
         return ""
     try:
         content = read_json(out / MANIFEST, what=MANIFEST)
-        known = {MANIFEST, REPORT, *rendered(content), *content["files"]}
+        known = {MANIFEST, REPORT, *content["files"], *rendered(content)}
         assert isinstance(content["schema"], int)
     except (ToolchainError, AssertionError, KeyError, TypeError):
         return "exists and is no artifact of ours"

@@ -164,7 +164,7 @@ def test_lists_hold_sources_and_what_gates_want(capsys: Out) -> None:
     assert {"hf", "py", "onnx"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert cli.main(["list", "--json"]) == 0
     kinds = {entry["kind"] for entry in json.loads(capsys.readouterr().out)}
-    assert kinds == {"models", "sources", "passes", "targets", "metrics", "recipes"}
+    assert kinds == {"models", "pipelines", "methods", "sources", "passes", "targets", "metrics", "recipes"}
 
 
 @pytest.mark.parametrize("name", ["latency.ratio", "latency.ratio_high", "fidelity.cosine", "cosine", "hf"])

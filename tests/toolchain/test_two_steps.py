@@ -306,8 +306,17 @@ HOLDING_PATHS: dict[str, Steps] = {
     "select_heads": [step("select_heads", mode="prune", score="mine/score.py:score", log="mine/log.jsonl")],
     "fold_adapters": [step("fold_adapters", file="lora.safetensors", alpha=2.0)],
     "distill": [step("prune_heads", share=0.5), {**TRAIN, "checkpoint": "mine/kept", "data": "calibration"}],
+    "prune_tokens": [
+        step("prune_tokens", method="policy", borders=[1], counts=[8], weights="mine/interpreters.safetensors")
+    ],
     "merge_models": [step("merge_models", teachers=["a.safetensors", "b.safetensors"], steps=1, batch=1)],
 }
+
+
+def interpreters() -> dict[str, Tensor]:
+    """What ``prune_tokens`` fits, as another run may have trained it."""
+    recorded = done(step("prune_tokens", method="policy", borders=[1], counts=[8]))[0].results[0][1].plan.arrays
+    return {name: array + 0.1 for name, array in recorded.items()}
 
 
 @pytest.mark.parametrize("case", HOLDING_PATHS)
@@ -316,6 +325,7 @@ def test_a_recipe_written_elsewhere_does_the_same_again(
 ) -> None:
     (files / "mine").mkdir()
     (files / "mine" / "score.py").write_text(SCORED + LOSSES)
+    save_file(interpreters(), files / "mine" / "interpreters.safetensors")
     elsewhere = files / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
