@@ -10,21 +10,21 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from enginewright import __version__, artifact, environment, pipeline, preflight, samples, sources
+from enginewright import __version__, artifact, environment, origin, pipeline, preflight, samples, sources
 from enginewright.at_sizes import eager
-from enginewright.ground.errors import CANNOT, MISSED, ToolchainError
+from enginewright.ground.errors import ToolchainError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
 from enginewright.loaded import load
 from enginewright.measure import answers_of, judge_gates, outputs_of, time_all
 from enginewright.progress import Progress
-from enginewright.recipe import WHOLE, Job, Recipe, TargetStep, Validation, threads_here
+from enginewright.recipe import WHOLE, Job, Recipe, TargetStep, Validation, read, threads_here
 from enginewright.reports import deploying, record, rendering
 from enginewright.reports.pictures import png_grid
 from enginewright.sources.jobs import Job as Work
@@ -49,10 +49,10 @@ def export(
     preflight.check_files(recipe)
     lies = artifact.place_of(out)
     with artifact.staging(out, force=force) as folder:
-        done: dict[str, Exported] = {}
+        done: dict[str, record.Report] = {}
         for number, part in enumerate(parts):
             progress.line(f"{part}, {number + 1} of {len(parts)}")
-            found, code = pipeline.export(
+            done[part], _ = pipeline.export(
                 recipe.part(part),
                 folder / part,
                 force=False,
@@ -60,13 +60,12 @@ def export(
                 trust_code=trust_code,
                 lies=lies / part,
             )
-            done[part] = Exported(report=found, code=code)
             gc.collect()  # a part's weights go before the next one's come
         targets = [together(step, done) for step in recipe.targets]
         notes, pictures = try_job(recipe, targets, folder, parts, progress, trust_code=trust_code)
         report = report_of(recipe, done, targets, pictures, notes, time.perf_counter() - began)
         write(recipe, report, folder, lies)
-    return report, exit_code(report, [each.code for each in done.values()])
+    return report, pipeline.exit_code(report)
 
 
 def decide(recipe: Recipe, progress: Progress, *, trust_code: bool = False) -> list[pipeline.Decision]:
@@ -83,17 +82,9 @@ def decide(recipe: Recipe, progress: Progress, *, trust_code: bool = False) -> l
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What became of one part: its report and its exit code."""
-
-    report: record.Report
-    code: int
-
-
-def together(step: TargetStep, done: Mapping[str, Exported]) -> record.TargetRecord:
+def together(step: TargetStep, done: Mapping[str, record.Report]) -> record.TargetRecord:
     """One target of all parts: whether it is there, and what is to be copied."""
-    own = {part: target for part, each in done.items() for target in each.report.targets if target.name == step.name}
+    own = {part: target for part, each in done.items() for target in each.targets if target.name == step.name}
     lacking = [f"{part}: {target.reason}" for part, target in own.items() if target.reason and not target.built]
     idle = [f"{part}: {target.reason}" for part, target in own.items() if target.built and not target.runnable]
     built = all(target.built for target in own.values())
@@ -250,17 +241,23 @@ def pictures_of(results: Sequence[Arrays]) -> str | None:
 
 def report_of(
     recipe: Recipe,
-    done: Mapping[str, Exported],
+    done: Mapping[str, record.Report],
     targets: Sequence[record.TargetRecord],
     pictures: Sequence[record.Samples],
     notes: Sequence[str],
     seconds: float,
 ) -> record.Report:
     """One report of all parts and of what they do together."""
-    reports = {part: each.report for part, each in done.items()}
-    models = [report.model for report in reports.values()]
-    asked = [gate for gate in recipe.gates if gate.part == WHOLE]
-    gates = judge_gates(asked, targets)
+    models = [report.model for report in done.values()]
+    gates = judge_gates([gate for gate in recipe.gates if gate.part == WHOLE], targets)
+    gates += [
+        gate.model_copy(update={"target": f"{part}.{gate.target}"})
+        for part, report in done.items()
+        for gate in report.gates
+    ]
+    parts = [of_part(part, target) for part, report in done.items() for target in report.targets]
+    # A whole job that nobody asks for may be left out; one that was run and is faulty may not.
+    judged = [*(target for target in targets if target.faults), *parts]
     return record.Report(
         model=record.ModelRecord(
             name=sources.short_name(recipe.model),
@@ -270,34 +267,25 @@ def report_of(
             bytes=sum(model.bytes for model in models),
         ),
         parts=[
-            record.PartRecord(name=part, model=report.model, verdict=report.verdict) for part, report in reports.items()
+            record.PartRecord(name=part, model=report.model, verdict=report.verdict) for part, report in done.items()
         ],
-        verdict=verdict(
-            [pipeline.verdict(gates, []) if gates else None, *(r.verdict for r in reports.values() if r.gates)]
-        ),
-        steps=[step.model_copy(update={"part": part}) for part, report in reports.items() for step in report.steps],
-        targets=[*targets, *(of_part(part, each) for part, report in reports.items() for each in report.targets)],
-        gates=[
-            *gates,
-            *(
-                gate.model_copy(update={"target": f"{part}.{gate.target}"})
-                for part, report in reports.items()
-                for gate in report.gates
-            ),
-        ],
+        verdict=pipeline.verdict(gates, judged),
+        steps=[step.model_copy(update={"part": part}) for part, report in done.items() for step in report.steps],
+        targets=[*targets, *parts],
+        gates=gates,
         samples=[
             *pictures,
             *(
                 each.model_copy(update={"target": f"{part}.{each.target}"})
-                for part, report in reports.items()
+                for part, report in done.items()
                 for each in report.samples
             ),
         ],
-        validation=alike({part: report.validation for part, report in reports.items()}),
+        validation=alike({part: report.validation for part, report in done.items()}),
         environment=environment.describe(),
         versions=environment.versions(),
         seconds=round(seconds, 3),
-        notes=[*notes, *(f"{part}: {note}" for part, report in reports.items() for note in report.notes)],
+        notes=[*notes, *(f"{part}: {note}" for part, report in done.items() for note in report.notes)],
     )
 
 
@@ -324,23 +312,6 @@ def alike(each: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-SEVERITY: tuple[record.Verdict, ...] = ("missed", "not_measured", "inconclusive", "met")
-"""Of verdicts; the first that occurs is that of all together."""
-
-
-def verdict(found: Sequence[record.Verdict | None]) -> record.Verdict:
-    """The verdict of all parts and of the whole; nothing was measured where nothing was asked."""
-    return next((each for each in SEVERITY if each in found), "not_measured")
-
-
-def exit_code(report: record.Report, codes: Sequence[int]) -> int:
-    """The worst of the parts' codes, and of the gates on the whole job."""
-    asked = [gate.verdict for gate in report.gates if gate.target.startswith(f"{WHOLE}.")]
-    if MISSED in codes or "missed" in asked or any(target.faults for target in report.targets):
-        return MISSED
-    return max([*codes, *(CANNOT for each in asked if each != "met")])
-
-
 def write(recipe: Recipe, report: record.Report, folder: Path, lies: Path) -> None:
     """What stands beside the parts: recipe, README, report and manifest."""
     (folder / "recipe.toml").write_text(recipe.moved(lies).as_toml())
@@ -365,15 +336,12 @@ def load_pipeline(
     Raises:
         ToolchainError: it is no artifact of a pipeline, or is damaged, or an engine of it does not run here.
     """
-    from enginewright.recipe import read
-
     folder = Path(folder)
     if not artifact.read_manifest(folder).get("parts"):
         raise ToolchainError(f"{str(folder)!r} holds one network", help="load it with enginewright.load")
     recipe = read(folder / "recipe.toml")
     if source is not None:
-        model = sources.with_path(recipe.model, Path(), lambda _: str(Path(source).resolve()))
-        recipe = replace(recipe, head=recipe.head.model_copy(update={"model": model}))
+        recipe = origin.at_place(recipe, Path(source))
     settings = recipe.head.job or Job()
     job = sources.job_of(recipe.model, **settings.model_dump(exclude={"skip"}))
     return job.assemble(engines(job, folder, target, trust_code=trust_code))

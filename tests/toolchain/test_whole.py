@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import enginewright
-from enginewright import artifact, sources, whole
+from enginewright import artifact, pipeline, sources, whole
 from enginewright.ground.errors import ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make
@@ -181,7 +181,14 @@ def test_a_gate_on_a_job_that_was_not_run_is_not_met() -> None:
     recipe = make({"model": "dit:tiny", "targets": [{"target": "onnxruntime"}], "gates": GATES[:1]})
     report = whole.report_of(recipe, {}, [target], [], [], 0.0)
     assert report.verdict == "not_measured"
-    assert whole.exit_code(report, [0]) == 3
+    assert pipeline.exit_code(report) == 3
+
+
+def test_a_faulty_whole_job_is_missed_though_no_gate_asks() -> None:
+    able = dict.fromkeys(("installed", "importable", "buildable", "runnable", "built"), True)
+    target = record.TargetRecord(name="whole.onnxruntime", part="whole", parameters={}, faults=["not finite"], **able)
+    report = whole.report_of(make({"model": "dit:tiny"}), {}, [target], [], [], 0.0)
+    assert (report.verdict, pipeline.exit_code(report)) == ("missed", 1)
 
 
 def test_parts_are_planned_each_with_its_own_steps(pipeline_folder: Path) -> None:
