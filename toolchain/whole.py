@@ -172,16 +172,16 @@ def compare(
         began = time.perf_counter()
         wanted = answers_of(original, job.calls)
         seconds = (time.perf_counter() - began) / len(job.calls)
-        pictures = []
-        fit = {}
+        results: dict[str, list[Arrays]] = {}
         for target in targets:
             kept: list[Arrays] = []
             found = outputs_of(keeping(runners[target.name], kept), job.calls, wanted)
             for key, value in found.items():
                 setattr(target, key, value)
             if not target.faults:
-                fit[target.name] = runners[target.name]
-                pictures += shown(target.name, wanted, kept, job.rate)
+                results[target.name] = kept
+        fit = {name: runners[name] for name in results}
+        pictures = shown(wanted, results, job.rate)
     with progress.stage("time the whole job, in turns"):
         rounds = max(FEWEST, min(30, int(BUDGET_S / max(seconds, 1e-3) / (len(fit) + 1))))
         threads = threads_here()
@@ -201,33 +201,31 @@ def keeping(runner: Runner, kept: list[Arrays]) -> Runner:
     return run
 
 
-def shown(name: str, wanted: Sequence[Arrays], got: Sequence[Arrays], rate: int) -> list[record.Samples]:
-    """The original's results beside an engine's, to look at; none where they are neither pictures nor sounds.
+def shown(wanted: Sequence[Arrays], got: Mapping[str, Sequence[Arrays]], rate: int) -> list[record.Samples]:
+    """The original's results beside each target's, to look at; none where they are neither pictures nor sounds.
 
     Args:
-        name: of the target.
         wanted: results of the original: pictures (n, H, W, C) in [0, 1], films (n, F, H, W, C), of which the first
             frames are shown, or among others a ``wave`` (n, S).
-        got: those of the engines.
+        got: those of the engines, by the name of their target.
         rate: samples a second of a wave; 0: there is none.
     """
+    results = {"original": wanted, **got}
     if rate:
-        waves = {
-            key: np.concatenate([result["wave"] for result in results])
-            for key, results in (("original", wanted), (name, got))
-        }
-        sounds = SoundTask(sample=lambda runner, n, seed: waves[name], samples=len(waves[name]), rate=rate)
-        return samples.shown(sounds, waves, [name], len(waves[name]))
-    pair = [pictures_of(results) for results in (wanted, got)]
-    if None in pair:
-        return []
+        waves = {name: np.concatenate([result["wave"] for result in each]) for name, each in results.items()}
+        count = len(waves["original"])
+        sounds = SoundTask(sample=lambda runner, n, seed: waves["original"], samples=count, rate=rate)
+        return samples.shown(sounds, waves, list(got), count)
+    pictures = {name: found for name, each in results.items() if (found := pictures_of(each)) is not None}
     return [
         record.Samples(
             target=name,
-            original_png=str(pair[0]),
-            candidate_png=str(pair[1]),
+            original_png=pictures["original"],
+            candidate_png=pictures[name],
             caption="the whole job: the original's results and those of the engines, from the same noise",
         )
+        for name in got
+        if {"original", name} <= pictures.keys()
     ]
 
 

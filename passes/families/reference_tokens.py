@@ -97,7 +97,7 @@ class CallOfSelectingBlock(CallOfModulatedBlock):
     routed = True
 
     def token_logits(self, x: Tensor) -> Tensor:
-        """Of the block's own."""
+        """How much the block's own router wants each token to run."""
         logits: Tensor = self.block.token_logits(x)
         return logits
 

@@ -165,7 +165,7 @@ class MaskedExperts(MixtureOfExperts):
         self.experts = stacked(parts)
 
     def routed(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """B, N, D as above."""
+        """Tokens (B, N, D) -> what the experts make of them (B, N, D)."""
         size = self.router.out_features
         dense = gates.new_zeros(*gates.shape[:2], size).scatter(2, chosen, gates)  # (B, N, E)
         answers = self.experts(x.flatten(0, 1)[None])  # (E, B*N, D)

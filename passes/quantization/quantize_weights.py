@@ -92,7 +92,7 @@ class QuantizeWeights(Pass):
 
     @property
     def size(self) -> int:
-        """Inputs that share a scale."""
+        """How many inputs of a layer share one scale."""
         return self.block or FORMATS[self.weights].block or 32
 
     @property

@@ -465,7 +465,7 @@ def tensors(result: Any) -> list[Tensor]:
 
 
 def uniform(options: Options, option: int) -> list[int]:
-    """The same option for every unit."""
+    """A mix in which every unit has the same option."""
     return [option] * len(options)
 
 

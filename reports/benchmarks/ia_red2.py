@@ -39,7 +39,7 @@ def step_of_recipe() -> tuple[PruneTokens, Path]:
     return step, found.folder
 
 
-def told(model: nn.Module, pictures: Tensor) -> Tensor:
+def classes_read(model: nn.Module, pictures: Tensor) -> Tensor:
     """Classes (n,) of pictures (n, 1, 28, 28)."""
     with torch.no_grad():
         return torch.cat([model(part).argmax(dim=1) for part in pictures.split(250)])
@@ -51,7 +51,7 @@ def dynamic(net: nn.Module, plan: Plan, pictures: Tensor) -> tuple[Tensor, Tenso
     steps = hide_tokens(model, plan)
     classes, kept = [], []
     for part in pictures.split(250):
-        classes.append(told(model, part))
+        classes.append(classes_read(model, part))
         kept.append(torch.stack([step.kept for step in steps], dim=1))
     return torch.cat(classes), torch.cat(kept)
 
@@ -76,7 +76,7 @@ def measured() -> dict[str, Any]:
         return round(float((answers == classes).double().mean()), 4)
 
     whole = macs(net, {"image": pictures[:1]})
-    before = accuracy(told(net, pictures))
+    before = accuracy(classes_read(net, pictures))
     answers, kept = dynamic(net, plan, pictures)
     counts = kept.sum(dim=2)  # (n, borders)
     kinds, times = counts.unique(dim=0, return_counts=True)
@@ -103,7 +103,7 @@ def measured() -> dict[str, Any]:
             "kept_least": counts.amin(dim=0).tolist(),
             "kept_most": counts.amax(dim=0).tolist(),
         },
-        "static": form(accuracy(told(static, pictures)), fixed) | {"kept": list(step.counts or ())},
+        "static": form(accuracy(classes_read(static, pictures)), fixed) | {"kept": list(step.counts or ())},
         "maps": [
             {"class": int(classes[number]), "left": kept[number].sum(dim=0).unflatten(0, (7, 7)).tolist()}
             for number in range(SHOWN)

@@ -438,10 +438,10 @@ def held(claim: Claim, row: Row, name: str) -> Line:
         measured = f"{found.ratio:.2f} times as fast ({found.ratio_low:.2f} to {found.ratio_high:.2f})"
     if claim.score is not None:
         value = claim.score.found()
-        verdict, measured = claim.score.verdict(value), said(value)
+        verdict, measured = claim.score.verdict(value), number_said(value)
     if claim.recorded is not None:
         value = claim.recorded.found()
-        verdict, measured, command = claim.recorded.verdict(value), said(value), claim.recorded.command
+        verdict, measured, command = claim.recorded.verdict(value), number_said(value), claim.recorded.command
     return Line(
         row=row,
         what=claim.what,
@@ -453,7 +453,7 @@ def held(claim: Claim, row: Row, name: str) -> Line:
     )
 
 
-def said(value: float) -> str:
+def number_said(value: float) -> str:
     """A number for a reader: a count with all its digits, a share with four."""
     return f"{int(value):,}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
 

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 
 from enginewright.reports import sheets
-from enginewright.reports.benchmarks.methods import Declared, Recorded, said
+from enginewright.reports.benchmarks.methods import Declared, Recorded, number_said
 from enginewright.reports.benchmarks.page import table
 from enginewright.reports.sheets import Row, Sheet
 
@@ -120,7 +120,7 @@ def quoted(names: Iterable[str]) -> str:
 
 def recorded(figure: Figure) -> str:
     """One figure with what measures it again."""
-    return f"{said(figure.found())} {figure.what} (`{figure.command}`)"
+    return f"{number_said(figure.found())} {figure.what} (`{figure.command}`)"
 
 
 def of_method(name: str, found: Mapping[str, Sheet]) -> str:
