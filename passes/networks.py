@@ -188,7 +188,8 @@ def given_to(
     if not shapes_alone:
         return seen[0]
     return {
-        key: call[key] if key in call else torch.zeros((), dtype=t.dtype).expand(t.shape) for key, t in seen[0].items()
+        key: call[key] if key in call else torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+        for key, t in seen[0].items()
     }
 
 

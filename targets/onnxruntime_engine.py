@@ -58,6 +58,9 @@ ENGINE = "engine.json"
 ASSIGNMENT = "session.record_ep_graph_assignment_info"
 """Option of a session that lets it say which provider got which nodes; older versions do not know it."""
 
+RACE_ROUNDS, RACE_FEWEST, RACE_S = 12, 3, 20.0
+"""Rounds of a race, those run however long they take, and the seconds after which no other begins."""
+
 ALIKE = 0.1
 """Forms whose times differ by less than this share are taken for equally fast: a race of some calls tells no more."""
 
@@ -202,10 +205,13 @@ class OnnxRuntime(Target):
             "in floats from 8-bit weights in the dynamic form"
         ]
 
-    def race(self, sessions: Mapping[str, Any], graph: Graph, rounds: int = 12) -> dict[str, float]:
+    def race(self, sessions: Mapping[str, Any], graph: Graph) -> dict[str, float]:
         """Median seconds of each graph on an example, taken in turns, each after one untimed call."""
         taken: dict[str, list[float]] = {form: [] for form in sessions}
-        for _ in range(rounds):
+        began = time.perf_counter()
+        for done in range(RACE_ROUNDS):
+            if done >= RACE_FEWEST and time.perf_counter() - began > RACE_S:
+                break
             for form, session in sessions.items():
                 session.run(None, graph.examples[0])
                 start = time.perf_counter()

@@ -101,10 +101,12 @@ class Score(Bounded):
     Args:
         function: its name.
         of: what it is called with, such as a size.
+        timed: whether it is of times, so that nothing else may run beside it.
     """
 
     function: str
     of: str
+    timed: bool = False
 
     def found(self) -> float:
         """The number."""
@@ -546,7 +548,7 @@ def measure(name: str, method: Method, rows: Collection[str]) -> Sheet:
 def takes_times(method: Method, rows: Collection[str]) -> bool:
     """Whether times are among what is measured."""
     return ("gained" in rows and bool(method.recipes)) or (
-        "claim" in rows and any(claim.faster is not None for claim in method.claims)
+        "claim" in rows and any(claim.faster or (claim.score and claim.score.timed) for claim in method.claims)
     )
 
 

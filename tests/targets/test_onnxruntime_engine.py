@@ -254,6 +254,26 @@ def test_times_that_cannot_be_told_apart_leave_the_choice_to_the_error(
         assert errors[0] <= errors[1]
 
 
+@pytest.mark.parametrize(("call_s", "rounds"), [(0.001, 12), (1.0, 11), (60.0, 3)])
+def test_a_race_of_long_calls_has_fewer_rounds(
+    call_s: float, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    class Slow:
+        calls = 0
+
+        def run(self, *_: object) -> None:
+            self.calls += 1
+            clock[0] += call_s
+
+    monkeypatch.setattr("enginewright.targets.onnxruntime_engine.time.perf_counter", lambda: clock[0])
+    session = Slow()
+    graph = Graph(path=tmp_path, ranges={}, examples=[{}])
+    assert OnnxRuntime().race({"static": session}, graph) == {"static": pytest.approx(call_s)}
+    assert session.calls == 2 * rounds
+
+
 def test_a_file_that_is_quantized_already_is_left_as_it_is_unless_asked(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 64)
