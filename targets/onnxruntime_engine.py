@@ -64,15 +64,23 @@ RACE_ROUNDS, RACE_FEWEST, RACE_S = 12, 3, 20.0
 ALIKE = 0.1
 """Forms whose times differ by less than this share are taken for equally fast: a race of some calls tells no more."""
 
-FOUR_BITS_OPTION = "session.qdq_matmulnbits_accuracy_level"
+ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY = {"exact": "1", "fast": "4"}
-"""ONNX Runtime's number for the activations of products with 4-bit weights: fp32, or 8 bits inside the product."""
+"""ONNX Runtime's number for the activations of products with rounded weights: fp32, or 8 bits inside the product."""
 
-FOUR_BITS = {
-    "exact": "products with 4-bit weights take activations in fp32, as the plan says; weights_only=fast rounds them to "
-    "8 bits inside the product, which is faster and less exact",
-    "fast": "products with 4-bit weights round activations to 8 bits inside the product, which no plan says",
+FOLDING_OPTION = "session.disable_quant_qdq"
+"""With it constant folding takes in pairs too, so that weights are multiplied out once, when a graph is loaded."""
+
+FAST = "products with {bits}-bit weights round activations to 8 bits inside the product, which no plan says"
+WEIGHTS_ONLY = {
+    (4, "exact"): "products with 4-bit weights take activations in fp32, as the plan says; weights_only=fast rounds "
+    "them to 8 bits inside the product, which is faster and less exact",
+    (4, "fast"): FAST.format(bits=4),
+    (8, "exact"): "8-bit weights are multiplied out when the engine is loaded: its file is small, its memory and time "
+    "are those of fp32; weights_only=fast computes in 8 bits, faster and less exact",
+    (8, "fast"): FAST.format(bits=8),
 }
+"""What is said of a graph with weights of so many bits and activations in floats, by form."""
 
 EVERY_OPTIMIZER = "graph optimizer"
 FAILING_OPTIMIZERS = ("QDQSelectorActionTransformer", EVERY_OPTIMIZER)
@@ -101,7 +109,7 @@ class OnnxRuntime(Target):
     )
 
     weights_only: Literal["exact", "fast"] = Field(
-        "exact", description="products with 4-bit weights on a CPU: activations in fp32, or rounded to 8 bits, faster"
+        "exact", description="products with rounded weights on a CPU: activations in fp32, or rounded to 8 bits, faster"
     )
 
     def availability(self) -> Availability:
@@ -133,8 +141,8 @@ class OnnxRuntime(Target):
         if products and self.provider == "cpu":
             resolved = {"int8": "static"}
             notes.append("8-bit products as the file holds them: no step asked for another form")
-        if four_bit_products(model):
-            notes.append(FOUR_BITS[self.weights_only])
+        if bits := bits_of_weights(model):
+            notes.append(WEIGHTS_ONLY[bits, self.weights_only])
         reads = choose(graph.path, folder, links=graph.links)
         return Built(resolved=resolved, notes=tuple(notes), reads=reads, left_out=left_out)
 
@@ -226,11 +234,13 @@ class OnnxRuntime(Target):
     def opened(self, path: Path, threads: int) -> tuple[Any, str]:
         """An inference session, and which of its optimizers had to be left out because it fails on the graph."""
         runtime = require("onnxruntime", extra="cpu")
-        without = disabled_optimizers(check_onnx(path))
+        model = check_onnx(path)
+        without = disabled_optimizers(model)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        options.add_session_config_entry(FOUR_BITS_OPTION, ACCURACY[self.weights_only])
+        for option, value in options_for_weights(ir.from_proto(model), self.weights_only).items():
+            options.add_session_config_entry(option, value)
         if self.provider != "cpu":
             options.add_session_config_entry(ASSIGNMENT, "1")
         refusals: list[Exception] = []
@@ -359,13 +369,24 @@ class SessionRunner:
         return ""
 
 
-def four_bit_products(model: ir.Model) -> bool:
-    """Whether a graph holds weights of 4 bits that are multiplied."""
-    four = (ir.DataType.INT4, ir.DataType.UINT4)
-    return any(
-        node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].dtype in four
-        for node in model.graph
-    )
+def bits_of_weights(model: ir.Model) -> int:
+    """Bits of the whole numbers that weights are rounded to where nothing else is: 4, 8, or 0 for none such.
+
+    ONNX Runtime has a fast product in floats for 4 bits, so that those count where both are there.
+    """
+    kinds = {node.inputs[0].dtype for node in model.graph if node.op_type == "DequantizeLinear" and node.inputs[0]}
+    if kinds & {ir.DataType.INT4, ir.DataType.UINT4}:
+        return 4
+    rounds = any(node.op_type == "QuantizeLinear" for node in model.graph)
+    return 8 if not rounds and kinds & {ir.DataType.INT8, ir.DataType.UINT8} else 0
+
+
+def options_for_weights(model: ir.Model, form: str) -> dict[str, str]:
+    """Options of a session that compute products with rounded weights in a form; none where there are no such."""
+    bits = bits_of_weights(model)
+    if bits == 8 and form == "exact":
+        return {FOLDING_OPTION: "1"}
+    return {ACCURACY_OPTION: ACCURACY[form]} if bits else {}
 
 
 def unoptimized(path: Path, threads: int) -> SessionRunner:

@@ -19,13 +19,11 @@ from enginewright.targets.aot_inductor_engine import PACKAGE
 from enginewright.targets.contract import Target
 from enginewright.targets.onnx_files import external_files
 from enginewright.targets.onnxruntime_engine import (
-    ACCURACY,
     ENGINE,
     EVERY_OPTIMIZER,
-    FOUR_BITS_OPTION,
     PROVIDERS,
     disabled_optimizers,
-    four_bit_products,
+    options_for_weights,
 )
 from enginewright.targets.python_program_engine import PROGRAM
 from enginewright.targets.tensorrt_builder import ENGINE as PLAN
@@ -118,9 +116,8 @@ def one_engine(
 
 
 def options_for(target: Target, graph: Path) -> dict[str, str]:
-    """Options of a session without which ONNX Runtime would round more than what was measured."""
-    mode = getattr(target, "weights_only", "exact")
-    return {FOUR_BITS_OPTION: ACCURACY[mode]} if four_bit_products(load_graph(graph)) else {}
+    """Options of a session without which ONNX Runtime would round more than what was measured, or be slower."""
+    return options_for_weights(load_graph(graph), getattr(target, "weights_only", "exact"))
 
 
 def sizes(place: Path, folder: Path) -> dict[str, int]:

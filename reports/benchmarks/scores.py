@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from enginewright import sources
-from enginewright.models.blocks.transformer import Block
 from enginewright.models.blocks.sequences import TASKS
+from enginewright.models.blocks.transformer import Block
 from enginewright.models.vision import fit
 from enginewright.training.transformer_programs import accuracy
 
@@ -43,14 +43,16 @@ def _network(kind: str, tokens: int) -> tuple[nn.Module, torch.Tensor]:
     if kind == "plain":
         blocks = [Block(WIDTH, HEADS, 4, eps=1e-6) for _ in range(LAYERS)]
         return nn.Sequential(*blocks), torch.randn(1, tokens, WIDTH)
-    sizes = {"width": WIDTH, "latent_width": WIDTH, "heads": HEADS, "latent_heads": HEADS}
     config = fit.Config(
         network="encoder",
         stages=((LAYERS // 2, LAYERS // 2), (LAYERS // 2, LAYERS // 2)),
         groups=tokens // GROUP,
         tokens=GROUP,
         latents=16,
-        **sizes,
+        width=WIDTH,
+        latent_width=WIDTH,
+        heads=HEADS,
+        latent_heads=HEADS,
     )
     return fit.build(config), torch.randn(1, config.groups, GROUP, config.channels)
 
