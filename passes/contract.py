@@ -24,10 +24,11 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from enginewright.ground.driver import in_groups
 from enginewright.ground.errors import ToolchainError, invalid, raise_faults
 from enginewright.ground.facts import Fact
 from enginewright.ground.program import Hoisted
-from enginewright.ground.signature import Signature
+from enginewright.ground.signature import Signature, in_multiples
 from enginewright.passes.kernel.graph_module import GraphModule, is_parameter, weights_of
 from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.passes.kernel.plain import plain
@@ -122,6 +123,33 @@ def without(context: Context, names: Sequence[str]) -> Context:
         calls_in=lambda text: narrowed(calls_in(text)),
         signature=context.signature.without(names),
     )
+
+
+def in_rows(context: Context, together: int) -> Context:
+    """The same context for a model whose rows belong together, so many of them: each call has a multiple of those."""
+    if together == 1:
+        return context
+
+    def grouped(calls: Sequence[Inputs]) -> list[Inputs]:
+        return in_groups(calls, shared_by_calls(context.signature, calls), together, lambda parts: torch.cat([*parts]))
+
+    draw, calls_in = context.draw, context.calls_in
+    return replace(
+        context,
+        calibration=grouped(context.calibration),
+        example=context.example and grouped([context.example])[0],
+        draw=draw and (lambda count, seed: grouped(draw(count, seed))),
+        calls_in=lambda text: grouped(calls_in(text)),
+        signature=Signature(in_multiples(context.signature.inputs, together)),
+    )
+
+
+def shared_by_calls(signature: Signature, calls: Sequence[Inputs]) -> tuple[str, ...]:
+    """Inputs that all rows of a call share; where nobody declared any, those with other rows than the first has."""
+    if signature.inputs or not calls:
+        return signature.shared
+    rows = next(iter(calls[0].values())).shape[:1]
+    return tuple(name for name, value in calls[0].items() if value.shape[:1] != rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +276,10 @@ class Pass(BaseModel, ABC):
         """Inputs of the original that the rewritten model takes no more."""
         return ()
 
+    def rows_together(self, plan: Plan) -> int:
+        """How many rows of a call belong together after this pass: every call has a multiple of them."""
+        return 1
+
     def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """What is meant to be computed after this pass, in exact form, given what was meant before it.
 
@@ -263,8 +295,9 @@ class Pass(BaseModel, ABC):
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
         self.refuse_incomplete()
         model = plain(model)
-        before = cost(model, context.example)
         plan = self.with_reason(model, self.planned(model, context))
+        context = in_rows(context, self.rows_together(plan))
+        before = cost(model, context.example)
         model = self.carry_out(model, plan, context)
         example = without(context, self.removed_inputs(plan)).example
         return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))

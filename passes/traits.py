@@ -369,6 +369,18 @@ class TokenBlock(ABC):
     def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, head_dim)."""
 
+    def unturned_heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same before rotary positions turn queries and keys, as ``turned`` does."""
+        return self.heads(y)
+
+    def values(self, y: Tensor) -> Tensor:
+        """The values alone, where queries and keys are not needed (B, H, N, head_dim)."""
+        return self.unturned_heads(y)[2]
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Queries or keys (..., H, N, head_dim), each as its position turns it."""
+        return x
+
     @abstractmethod
     def output(self, mixed: Tensor) -> Tensor:
         """The heads' results (B, N, H*head_dim) -> (B, N, D)."""
@@ -425,11 +437,28 @@ class TokenStack:
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
+    def path_in(self, owner: str) -> str:
+        """The path of the list of blocks in a model whose module at ``owner`` answered."""
+        return f"{owner}.{self.path}".strip(".")
+
     def replace_blocks(self, run: nn.Module) -> None:
         """Put one module, called as a block is, in the place of all blocks. Spent afterwards: ask anew."""
         whole = nn.ModuleList([run])
         whole.training = self.blocks.training
         setattr(self.holder, self.name, whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryAxes:
+    """A module that turns positions along several axes into angles: feature pair j of an axis by p / theta^(2j/width).
+
+    Args:
+        theta: the slowest wave.
+        widths: features that each axis turns, one axis after the other; the last two are rows and columns.
+    """
+
+    theta: float
+    widths: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from enginewright.ground.driver import in_groups
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.runner import Clock, Runner, ToDevice, clock_of, device_of, to_device_of
-from enginewright.ground.signature import Arrays, InputSpec, rows_of
+from enginewright.ground.signature import Arrays, InputSpec, in_multiples, rows_of, shared_by_rows
 from enginewright.passes.contract import Context, NewInput, Pass, Plan
 from enginewright.sources.contract import Model
 from enginewright.validation.inputs import completed
@@ -32,6 +35,28 @@ def with_inputs(model: Model, new: Iterable[NewInput]) -> Model:
     return replace(model, inputs=tuple(specs))
 
 
+def in_rows(model: Model, together: int) -> Model:
+    """The model where so many rows of a call belong together: its sizes say so, and calls like its own keep to it.
+
+    Whole jobs are left out, because they draw each sample alone.
+    """
+    if together == 1:
+        return model
+    shared = shared_by_rows(model.inputs)
+
+    def grouped(calls: Sequence[Arrays]) -> list[Arrays]:
+        return in_groups(calls, shared, together, lambda parts: np.concatenate([*parts]))
+
+    make, own = model.realistic, model.example
+    return replace(
+        model,
+        inputs=in_multiples(model.inputs, together),
+        task=None,
+        realistic=make and (lambda count, seed: grouped(make(count, seed))),
+        example=None if own is None else grouped([own])[0],
+    )
+
+
 def intended_by(model: Model, step: Pass, plan: Plan, context: Context) -> Model:
     """What is intended after a step, given what was before: see ``Pass.intended``.
 
@@ -39,6 +64,7 @@ def intended_by(model: Model, step: Pass, plan: Plan, context: Context) -> Model
     """
     if step.intends:
         model = replace(model, module=step.intended(model.module, plan, context))
+    model = in_rows(model, step.rows_together(plan))
     gone = step.removed_inputs(plan)
     if not gone:
         return model

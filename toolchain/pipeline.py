@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from enginewright import (
     shipping,
     sources,
 )
-from enginewright.added import completing, with_inputs
+from enginewright.added import completing, in_rows, with_inputs
 from enginewright.ground.errors import (
     CANNOT,
     DONE,
@@ -111,6 +112,13 @@ class Run:
     def intended(self) -> Model:
         """What engines are compared with: the original, as the steps mean to change it."""
         return self.state.intended if self.state else self.model
+
+    @property
+    def untouched(self) -> Model | None:
+        """The original, called with as many rows as engines are; None where it is what they are compared with."""
+        if not self.state or not self.state.intents:
+            return None
+        return in_rows(self.model, math.lcm(*(step.rows_together(result.plan) for step, result, _ in self.results)))
 
     @property
     def exported(self) -> Model:
@@ -408,7 +416,7 @@ def validate(
         threads=run.threads,
         progress=run.progress,
         sized=run.sized,
-        untouched=run.model if run.state and run.state.intents else None,
+        untouched=run.untouched,
         half=half,
     )
     how: dict[str, Any] = {

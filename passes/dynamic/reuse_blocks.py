@@ -26,7 +26,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ALL_INPUTS, ONE_NETWORK, SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
+from enginewright.ground.facts import (
+    ALL_INPUTS,
+    INDEPENDENT_ROWS,
+    ONE_NETWORK,
+    SINGLE_ROWS,
+    STATELESS_CALLS,
+    UNBLENDED_ATTENTION,
+    Fact,
+)
 from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way
 from enginewright.ground.signature import Dim, Signature, rows_of
 from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan, macs
@@ -56,7 +64,7 @@ class ReuseBlocks(Pass):
     """Leave a range of blocks out at most steps, and reuse what they added at the last step that ran whole."""
 
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, SINGLE_ROWS, ALL_INPUTS, UNBLENDED_ATTENTION)
+    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, SINGLE_ROWS, ALL_INPUTS, UNBLENDED_ATTENTION, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, STATELESS_CALLS)
     decisions: ClassVar[tuple[type[Decision], ...]] = (ReusedBlocks,)
 

@@ -24,7 +24,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ALL_INPUTS, FLOAT_WEIGHTS, ONE_NETWORK, UNBLENDED_ATTENTION, Fact
+from enginewright.ground.facts import (
+    ALL_INPUTS,
+    FLOAT_WEIGHTS,
+    INDEPENDENT_ROWS,
+    ONE_NETWORK,
+    UNBLENDED_ATTENTION,
+    Fact,
+)
 from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.dynamic.buckets import Bools, Floats, masks_for, stretches
@@ -57,7 +64,13 @@ class SliceWidthByTimestep(Pass):
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, ONE_NETWORK, ALL_INPUTS, UNBLENDED_ATTENTION)
+    requires: ClassVar[tuple[Fact, ...]] = (
+        FLOAT_WEIGHTS,
+        ONE_NETWORK,
+        ALL_INPUTS,
+        UNBLENDED_ATTENTION,
+        INDEPENDENT_ROWS,
+    )
     destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (SlicedLayer,)
     looks_for: ClassVar[str] = "attention layers and feed-forwards that a family knows"

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ONE_NETWORK, Fact
+from enginewright.ground.facts import INDEPENDENT_ROWS, ONE_NETWORK, Fact
 from enginewright.ground.program import Table
 from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
@@ -53,7 +53,7 @@ class MixtureOfBlocks(Pass):
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
+    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (KeptBlocks,)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
+from enginewright.ground.facts import INDEPENDENT_ROWS, SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
 from enginewright.passes.contract import Context, Decision, Inputs, Json, NewInput, Pass, Plan
 from enginewright.passes.kernel.roles import input_of
 from enginewright.passes.kernel.rows import Repeating, shared_inputs, two_of_each
@@ -41,7 +41,7 @@ class MergeGuidance(Pass):
 
     intends: ClassVar[str] = "the original guided by two calls"
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, STATELESS_CALLS)
+    requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, STATELESS_CALLS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (GuidedRows,)
 

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.ground.facts import ALL_TOKENS, Fact
+from enginewright.ground.facts import ALL_TOKENS, INDEPENDENT_ROWS, Fact
 from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.matching import Form, clipped, match
@@ -67,7 +67,7 @@ class MergeTokens(Pass):
     """Merge r tokens in every block; shapes fall, and with them the work."""
 
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (MergedTokens,)
 

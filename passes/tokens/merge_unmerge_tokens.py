@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.ground.facts import ALL_TOKENS, Fact
+from enginewright.ground.facts import ALL_TOKENS, INDEPENDENT_ROWS, Fact
 from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.matching import Form, Matching, cell_corners, match, rows
@@ -94,7 +94,7 @@ class MergeUnmergeTokens(Pass):
     """Merge a share of the tokens before attention (or the whole block), and copy the results back after."""
 
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (ShrunkBlock,)
 

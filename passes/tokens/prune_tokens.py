@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ALL_TOKENS, Fact
+from enginewright.ground.facts import ALL_TOKENS, INDEPENDENT_ROWS, Fact
 from enginewright.ground.reading import read_tensors
 from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.surgery import share
@@ -42,7 +42,7 @@ class PruneTokens(Pass):
     """Keep the same number of tokens of every input; [CLS] and its like always stay."""
 
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (KeptShare, KeptCount)
 

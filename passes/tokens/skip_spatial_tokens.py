@@ -27,12 +27,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ALL_TOKENS, STATELESS_CALLS, Fact
+from enginewright.ground.facts import ALL_TOKENS, INDEPENDENT_ROWS, STATELESS_CALLS, Fact
 from enginewright.passes.contract import Context, Decision, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.interpreter import interpreter
-from enginewright.passes.tokens.running import Found, Step, blocks_of, path_of, replace_stacks, token_stacks
+from enginewright.passes.tokens.running import Found, Step, blocks_of, replace_stacks, token_stacks
 from enginewright.passes.tokens.skipping import SkipStep, counted, fitted
 from enginewright.passes.traits import TokenStack, layers_of
 
@@ -54,7 +54,7 @@ class SkipSpatialTokens(Pass):
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, STATELESS_CALLS)
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, STATELESS_CALLS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (RunTokens,)
 
@@ -145,7 +145,7 @@ class SkipSpatialTokens(Pass):
 
         Raises ``ToolchainError`` for a model that lacks a block of the plan.
         """
-        known = {f"{path_of(o, s)}.{i}" for o, s in layers_of(model, TokenStack) for i in range(len(s.blocks))}
+        known = {f"{s.path_in(o)}.{i}" for o, s in layers_of(model, TokenStack) for i in range(len(s.blocks))}
         for path in plan.choice:
             if path not in known:
                 raise ToolchainError(f"the plan is for another model: {path!r} is no block of this one")

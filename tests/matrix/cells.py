@@ -21,6 +21,12 @@ SCORE = "score.py:closeness"
 SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "approximate_by_accuracy": ({"score": SCORE, "tolerance": 0.05}, {"score": SCORE, "tolerance": 10.0}),
     "convert_dtype": ({}, {"dtype": "bfloat16"}),
+    "couple_streams": (
+        {},
+        {"mode": "blend", "share": 1.0},
+        {"mode": "channel_split", "streams": 4, "content": 0, "source": 2, "scores": 3, "keep": 9},
+        {"streams": 3, "adain": True, "gate": True, "key_scale": "input"},
+    ),
     "cut_after": ({}, {"layer": -1, "final_norm": "keep"}),
     "dense_to_moe": ({}, {"experts": 4, "top_k": 1}, {"form": "nonzero"}, {"form": "masked", "gate": "one"}),
     "distill": (

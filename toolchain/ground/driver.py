@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,29 @@ class Memory:
 def some_rows(call: Mapping[str, Any], rows: Any, shared: Collection[str]) -> Values:
     """The same call, of tensors or arrays, for these rows only; what all rows share stays whole."""
     return {name: value if name in shared else value[rows] for name, value in call.items()}
+
+
+def in_groups(
+    calls: Sequence[Mapping[str, Any]], shared: Collection[str], of: int, join: Callable[[Sequence[Any]], Any]
+) -> list[Values]:
+    """As many calls, each with a multiple of so many rows: those of calls that follow it are put behind its own.
+
+    Args:
+        calls: of tensors or arrays.
+        shared: inputs that all rows of a call share.
+        of: rows that belong together.
+        join: puts tensors or arrays behind one another.
+    """
+    found: list[Values] = []
+    for number, call in enumerate(calls):
+        rowed = {name: value.shape for name, value in call.items() if name not in shared}
+        rows = next(iter(rowed.values()))[0] if rowed else of
+        more = [calls[(number + i) % len(calls)] for i in range(of // math.gcd(rows, of))]
+        alike = all(other[name].shape == shape for other in more for name, shape in rowed.items())
+        parts = more if alike else [call] * len(more)
+        joined = {name: join([part[name] for part in parts]) for name in rowed} if len(parts) > 1 else {}
+        found.append({**call, **joined})
+    return found
 
 
 def some_input(program: Program, inputs: Values) -> Any:
