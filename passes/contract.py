@@ -28,7 +28,7 @@ from enginewright.ground.driver import in_groups
 from enginewright.ground.errors import ToolchainError, invalid, raise_faults
 from enginewright.ground.facts import Fact
 from enginewright.ground.program import Hoisted
-from enginewright.ground.signature import Signature, in_multiples
+from enginewright.ground.signature import Role, Signature, in_multiples
 from enginewright.passes.kernel.graph_module import GraphModule, is_parameter, weights_of
 from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.passes.kernel.plain import plain
@@ -174,19 +174,26 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class NewInput:
-    """An input that a rewritten model takes beside those of the original: a keyword, a row for each row of the batch.
+    """An input that a rewritten model takes beside those of the original, as a keyword.
 
     Args:
         name: of the argument.
-        shape: of one row.
+        shape: of one row, or of the whole where all rows share it.
         dtype: numpy's name of the element type.
-        default: every element, where a caller leaves the input out; what is compared with the original has this.
+        default: every element, where a caller leaves the input out.
+        role: what it is for; where nobody says, its name does.
+        shared: whether it has no row for each row of the batch.
+        range: of the values that engines are compared at; what the pass intends takes the input then. None: they are
+            compared at the default.
     """
 
     name: str
     shape: tuple[int, ...] = ()
     dtype: str = "float32"
     default: float = 0.0
+    role: Role = "unknown"
+    shared: bool = False
+    range: tuple[float, float] | None = None
 
 
 SCORE_HELP = (

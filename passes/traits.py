@@ -236,6 +236,30 @@ class SelectingBlock(ModulatedBlock):
         """Tokens before the second half (B, N, D) -> (B, N), above 0 where it runs."""
 
 
+class AdaptedLayer(ABC):
+    """Declared by a linear layer that holds low-rank products beside it.
+
+    Attributes:
+        base: the layer without them.
+        part: which of the network's adapters they belong to, such as ``content``.
+        branches: names of its products, where a gate mixes several; else empty.
+        mixed_by: why such a mix goes into no weight, in words.
+    """
+
+    base: nn.Linear
+    part: str
+    branches: ClassVar[tuple[str, ...]] = ()
+    mixed_by: ClassVar[str] = ""
+
+    @abstractmethod
+    def merged(self, branch: str = "") -> nn.Linear:
+        """The linear layer that computes the same; of a mix, the same as with this branch alone."""
+
+    def held_at(self, branch: str) -> nn.Module:
+        """The layer with one branch in the place of its mix, unmerged. Raises ``NotImplementedError`` where none is."""
+        raise NotImplementedError(f"{type(self).__name__} has no branch {branch!r}")
+
+
 class RoutedWidth(ABC):
     """Declared by a network whose routers tell, by the timestep alone, which heads and groups of hidden units run.
 

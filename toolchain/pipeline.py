@@ -124,7 +124,7 @@ class Run:
     def exported(self) -> Model:
         """The same with the inputs that steps added, as engines are called."""
         new = [each for step, result, _ in self.results for each in step.new_inputs(result.plan)]
-        return with_inputs(self.intended, new)
+        return with_inputs(self.intended, [each for each in new if each.range is None])  # it takes the others itself
 
     @property
     def threads(self) -> int:

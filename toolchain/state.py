@@ -58,6 +58,7 @@ class State:
             context=replace(
                 context,
                 original=intended.module,
+                signature=Signature(intended.inputs),
                 score_of=lambda text: scoring.score_of(text, intended, recipe, context.calibration),
                 teacher_of=called_alike,
             ),

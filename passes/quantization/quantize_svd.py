@@ -128,6 +128,7 @@ class BranchedLinear(nn.Module):
 
     def __init__(self, down: Tensor, up: Tensor, residual: nn.Module, inverse: Tensor | None) -> None:
         super().__init__()
+        self.in_features, self.out_features = down.shape[1], up.shape[0]
         self.down = nn.Parameter(down, requires_grad=False)
         self.up = nn.Parameter(up, requires_grad=False)
         self.residual = residual

@@ -7,6 +7,7 @@ no weight takes memory. What a method adds, removes or leaves idle is counted on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.ground.errors import require
+from enginewright.models.adapters import splitflux
 from enginewright.models.diffusion import dit
 from enginewright.passes import contract
 from enginewright.passes.attention.couple_streams import CoupleStreams
@@ -155,6 +157,15 @@ def parameter_count(network: nn.Module) -> int:
 def parameters(of: str) -> float:
     """Parameters of a network."""
     return parameter_count(made(of))
+
+
+def splitflux_adapters(of: str) -> float:
+    """Parameters of SplitFlux's adapters (``dev``), or of the plain ones that it compares itself with."""
+    config = splitflux.PUBLISHED["dev"]
+    if of != "dev":  # rank 64 beside every single block
+        config = replace(config, content=range(0), boundary=range(0), style=range(config.single), residual_rank=0)
+    with torch.device("meta"):
+        return sum(map(parameter_count, splitflux.products(splitflux.build(config))))
 
 
 def heads(of: str) -> float:

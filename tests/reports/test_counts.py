@@ -35,6 +35,11 @@ def test_parameters_are_counted_on_the_meta_device(of: str, parameters: int) -> 
     assert counts.parameters(of) == parameters
 
 
+@pytest.mark.parametrize(("of", "parameters"), [("dev", 43_646_976), ("LoRA-Flux", 44_826_624)])
+def test_adapters_of_splitflux_are_counted(of: str, parameters: int) -> None:
+    assert counts.splitflux_adapters(of) == parameters
+
+
 def test_a_style_adds_a_row_to_the_table_and_nothing_else() -> None:
     base = counts.parameters("SD1.5")
     with torch.device("meta"):

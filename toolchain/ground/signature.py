@@ -13,7 +13,17 @@ import numpy.typing as npt
 from enginewright.ground.errors import ToolchainError
 
 Role = Literal[
-    "sample", "timestep", "condition", "guidance", "mask", "positions", "noise", "state", "strength", "unknown"
+    "sample",
+    "timestep",
+    "condition",
+    "guidance",
+    "mask",
+    "positions",
+    "noise",
+    "state",
+    "strength",
+    "adapter",
+    "unknown",
 ]
 """What an input is for: what passes ask for, whatever its name."""
 
@@ -105,7 +115,8 @@ class InputSpec:
         low: smallest value; ``None`` means a standard normal for floats, and both values, mixed, for booleans.
         high: for integers one past the largest value, for floats the largest.
         guessed: whether nobody said which values it takes, so that the range is a guess.
-        default: every element, where a caller leaves the input out; it is never drawn. None: it must be given.
+        default: every element, where a caller leaves the input out. None: it must be given.
+        drawn: whether values are drawn in spite of a default, because equal elements would show nothing.
         corners: the last axis holds boxes, as (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1.
         role: what it is for; where nobody says, its name does.
     """
@@ -118,6 +129,7 @@ class InputSpec:
     default: float | None = None
     guessed: bool = False
     corners: bool = False
+    drawn: bool = False
     role: Role = "unknown"
 
     def __post_init__(self) -> None:

@@ -62,6 +62,7 @@ NOT_AFTER = {
     **dict.fromkeys(("merge_tokens", "merge_unmerge_tokens", "prune_tokens"), (*SHORTENS, "couple_streams")),
     **dict.fromkeys(("prune_depth", "prune_heads"), QUANTIZES),
     **dict.fromkeys(("prune_width", "approximate_by_accuracy", "sparsify_2_4"), (*QUANTIZES, "sparsify_2_4")),
+    "adapters_as_inputs": ("mixture_of_blocks", "slice_width_by_timestep", "reuse_blocks"),
     "convert_dtype": (*QUANTIZES, "convert_dtype"),
     "couple_streams": (
         *(*SHORTENS, "couple_streams"),
