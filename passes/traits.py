@@ -123,6 +123,8 @@ class DeclaredAttention:
     """Names of the projections that write queries, keys and values; head h owns E rows of each, or of each third."""
     reader: ClassVar[str]
     """Name of the projection that reads the heads' results."""
+    each_head: ClassVar[tuple[str, ...]] = ()
+    """Names of parts that treat every head alike, such as a norm of its queries: they stay whole when heads go."""
     heads: int
     head_dim: int
 

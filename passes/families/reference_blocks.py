@@ -37,7 +37,8 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
             head_dim=module.head_dim,
             counts={"heads": 1},
             gives="tensor",
-        )
+        ),
+        whole=module.each_head,
     )
 
 

@@ -6,6 +6,7 @@ no weight takes memory. What a method adds, removes or leaves idle is counted on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import require
 from enginewright.models.adapters import splitflux
-from enginewright.models.diffusion import dit
+from enginewright.models.diffusion import dit, li_dit
 from enginewright.passes import contract
 from enginewright.passes.attention.couple_streams import CoupleStreams
 from enginewright.passes.attention.coupling import CoupledBlock
@@ -27,13 +28,12 @@ from enginewright.passes.recovery.styles import add_styles, time_embeddings
 from enginewright.passes.tokens.merge_tokens import MergeTokens
 from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layers_of
 
-SD3_MEDIUM = {
-    "sample_size": 128,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 192,
+IC_LORA = {
+    "all": r"(single_)?transformer_blocks\..*",
+    "attention": r"(single_)?transformer_blocks\..*\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)",
 }
+"""Paths of the linear layers of Flux that In-Context LoRA may adapt; its files do not say which of the two."""
+IC_LORA_RANK = 16
 VIT = {
     "Ti": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
     "S": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
@@ -111,6 +111,17 @@ def with_styles(network: nn.Module, styles: int) -> nn.Module:
     return add_styles(network, time_embeddings(network), styles)
 
 
+def sd3(depth: int, **changed: Any) -> nn.Module:
+    """Stable Diffusion 3's denoiser of a depth, which sets its width (64 times as much) and its heads."""
+    sizes = {"num_layers": depth, "num_attention_heads": depth, "caption_projection_dim": 64 * depth}
+    return diffusers().SD3Transformer2DModel(**{"sample_size": 128, "pos_embed_max_size": 192, **sizes, **changed})
+
+
+def sd35_medium() -> nn.Module:
+    """Stable Diffusion 3.5 medium's, whose first 13 blocks have a second attention, over the image alone."""
+    return sd3(24, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), pos_embed_max_size=384)
+
+
 def unet() -> nn.Module:
     """The U-Net of Stable Diffusion 1.5."""
     return diffusers().UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
@@ -118,7 +129,15 @@ def unet() -> nn.Module:
 
 NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "FLUX.1-dev": flux,
-    "SD3-medium": lambda: diffusers().SD3Transformer2DModel(**SD3_MEDIUM),
+    "SD3-medium": lambda: sd3(24),
+    "SD3, d=15": lambda: sd3(15),
+    "SD3, d=18": lambda: sd3(18),
+    "SD3, d=21": lambda: sd3(21),
+    "SD3, d=30": lambda: sd3(30),
+    "SD3.5-medium": sd35_medium,
+    "SD3.5-large": lambda: sd3(38, qk_norm="rms_norm"),
+    "LI-DiT-1B": lambda: li_dit.DiT(li_dit.PUBLISHED["1B"]),
+    "LI-DiT-10B": lambda: li_dit.DiT(li_dit.PUBLISHED["10B"]),
     "SD1.5": unet,
     "SD2.1-base": lambda: diffusers().UNet2DConditionModel(**SD21),
     "SDXL": lambda: diffusers().UNet2DConditionModel(**SDXL),
@@ -166,6 +185,38 @@ def splitflux_adapters(of: str) -> float:
         config = replace(config, content=range(0), boundary=range(0), style=range(config.single), residual_rank=0)
     with torch.device("meta"):
         return sum(map(parameter_count, splitflux.products(splitflux.build(config))))
+
+
+def block_matrices(of: str) -> float:
+    """Elements of the matrices in a network's ``blocks``: no biases, no norms."""
+    blocks = made(of).get_submodule("blocks")
+    return sum(parameter.numel() for parameter in blocks.parameters() if parameter.dim() == 2)
+
+
+def modulation_parameters(of: str) -> float:
+    """Parameters of Stable Diffusion 3's denoiser that see the timestep and the pooled text alone."""
+    paths = re.compile(r"time_text_embed|.*norm\w*\.linear")
+    return sum(parameter_count(module) for path, module in made(of).named_modules() if paths.fullmatch(path))
+
+
+def adapter_parameters(of: str) -> float:
+    """Parameters of In-Context LoRA's adapters of FLUX.1-dev: of ``all`` linears of its blocks, or ``attention``'s."""
+    adapted = linears("FLUX.1-dev", IC_LORA[of])
+    return sum(IC_LORA_RANK * (layer.in_features + layer.out_features) for layer in adapted)
+
+
+def adapted_layers(of: str) -> float:
+    """How many layers that are."""
+    return len(linears("FLUX.1-dev", IC_LORA[of]))
+
+
+def linears(of: str, path: str) -> list[nn.Linear]:
+    """The linear layers of a network whose whole path a pattern describes."""
+    return [
+        module
+        for name, module in made(of).named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(path, name)
+    ]
 
 
 def heads(of: str) -> float:
@@ -231,6 +282,21 @@ PICTURE = {"pixel_values": torch.empty(1, 3, 224, 224, device="meta")}
 def macs(of: str) -> float:
     """Multiply-accumulates of a vision transformer (``S``) for one picture; of products, convolutions and attention."""
     return contract.macs(Classifier(of), PICTURE)
+
+
+def teraflops(of: str) -> float:
+    """10^12 floating-point operations, two for each product and sum, of one call of a denoiser of Stable Diffusion 3.
+
+    Args:
+        of: the network, the side of its latent, and how many text tokens it reads: ``SD3-medium, 32, 154``.
+    """
+    name, side, text = of.rsplit(", ", 2)
+    call = {"hidden_states": (16, int(side), int(side)), "encoder_hidden_states": (int(text), 4096)}
+    shapes = {**call, "pooled_projections": (2048,), "timestep": ()}
+    with torch.device("meta"):
+        found = contract.macs_of_shapes(made(name), {each: torch.zeros(1, *shape) for each, shape in shapes.items()})
+    assert found is not None
+    return 2 * found / 1e12
 
 
 def merged_macs(of: str) -> float:

@@ -20,6 +20,12 @@ pytest.importorskip("transformers")
     {
         "FLUX.1-dev": 11_901_408_320,
         "SD3-medium": 2_028_328_000,
+        "SD3, d=15": 496_066_624,
+        "SD3, d=18": 856_159_552,
+        "SD3, d=21": 1_358_950_720,
+        "SD3, d=30": 3_962_392_384,
+        "SD3.5-medium": 2_243_171_520,
+        "SD3.5-large": 8_056_627_520,
         "SD1.5": 859_520_964,
         "SD1.5, 8 styles": 862_810_564,
         "SiT-XL/2": 675_111_184,
@@ -45,6 +51,28 @@ def test_a_style_adds_a_row_to_the_table_and_nothing_else() -> None:
     with torch.device("meta"):
         one, two = (counts.parameter_count(counts.with_styles(counts.unet(), n)) - base for n in (1, 2))
     assert (one, two - one) == (2 * (1280 * 1280 + 1280) + 1280, 1280)
+
+
+@pytest.mark.parametrize(
+    ("of", "found"),
+    {"SD3-medium, 32, 154": 0.579, "SD3, d=15, 32, 154": 0.145, "SD3-medium, 128, 333": 8.904}.items(),
+)
+def test_operations_of_sd3_are_those_of_torch(of: str, found: float) -> None:
+    assert counts.teraflops(of) == pytest.approx(found, abs=5e-4)
+
+
+def test_a_third_of_sd3_sees_the_timestep_and_the_pooled_text_alone() -> None:
+    width, depth = 1536, 24
+    last = 6 * (width + 1) * width + 2 * (width + 1) * width  # no feed-forward of its text
+    embedders = (256 + 1 + 2048 + 1 + 2 * (width + 1)) * width
+    wanted = (depth - 1) * 12 * (width + 1) * width + last + 2 * (width + 1) * width + embedders
+    assert counts.modulation_parameters("SD3-medium") == wanted
+    assert wanted / counts.parameters("SD3-medium") == pytest.approx(0.337, abs=5e-4)
+
+
+@pytest.mark.parametrize(("of", "layers", "parameters"), [("all", 494, 85_917_696), ("attention", 266, 26_148_864)])
+def test_adapters_of_in_context_lora(of: str, layers: int, parameters: int) -> None:
+    assert (counts.adapted_layers(of), counts.adapter_parameters(of)) == (layers, parameters)
 
 
 def test_heads_to_choose_from() -> None:
