@@ -7,7 +7,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
-from enginewright.passes.moe import routers
+from enginewright.passes.moe import clusters, routers
 from enginewright.passes.moe.dense_to_moe import DenseToMoe
 from enginewright.passes.moe.experts import CapacityExperts, MixtureOfExperts, NonzeroExperts
 from enginewright.passes.traits import FeedForward, layers_of
@@ -293,6 +293,41 @@ def test_strong_units_are_shared_and_the_others_dealt_in_turns(dit):
     assert by_chance.choice["blocks.0.mlp"].shared != tuple(range(40, 72))
 
 
+def test_units_that_answer_the_same_tokens_are_put_together_and_experts_are_of_one_size():
+    """Three kinds of unit, each awake on tokens of its own kind; five of the first kind, where four fit."""
+    kind = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 2])
+    rows = torch.arange(30).remainder(3)
+    sizes = (rows[:, None] == kind).float() * (1 + 0.1 * torch.rand(30, 12)) + 0.01 * torch.rand(30, 12)
+    found = clusters.clusters_of(sizes, 3)
+    assert sorted(unit for own in found for unit in own) == list(range(12))
+    assert [len(own) for own in found] == [4, 4, 4]
+    alike = [kind[own].bincount(minlength=3).max() for own in found]
+    assert sorted(alike) == [3, 4, 4]  # the fifth of the first kind goes where there is room
+    silent = torch.zeros(30, 12)
+    assert sorted(unit for own in clusters.clusters_of(silent, 3) for unit in own) == list(range(12))
+
+
+def test_clustered_experts_answer_more_like_the_dense_layer_than_those_dealt_in_turns(dit):
+    """Units of two directions: tokens of one direction need one expert where their units are together."""
+    model = dit.copy()
+    direction = torch.randn(32)
+    sign = torch.ones(128).index_fill(0, torch.randperm(128)[:64], -1)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.weight.copy_(sign[:, None] * direction + 0.05 * torch.randn(128, 32))
+            block.mlp.fc1.bias.zero_()
+    held = dit.output(model)
+    step = {"shared": 0.01, "experts": 2, "top_k": 1, "gate": "one", "form": "masked", "importance": "weight_norm"}
+    made = {
+        grouping: DenseToMoe(grouping=grouping, router="fitted", **step).apply(copy.deepcopy(model), context(dit))
+        for grouping in ("turns", "clustered")
+    }
+    dealt = made["clustered"].plan.choice["blocks.0.mlp"].experts
+    assert [len({float(sign[unit]) for unit in own}) for own in dealt] == [1, 1]
+    errors = {grouping: (dit.output(result.model) - held).norm() for grouping, result in made.items()}
+    assert errors["clustered"] < 0.5 * errors["turns"]
+
+
 def test_a_fitted_router_finds_the_expert_that_answers(dit):
     """Units that only some tokens wake are told from the tokens; a random router does not find them."""
     model = dit.copy()
@@ -345,8 +380,8 @@ def test_a_layer_that_never_runs_is_left_alone(dit):
     model = dit.copy()
     model.spare = copy.deepcopy(model.blocks[0])
     for importance in ("taylor", "weight_norm", "random"):
-        for router in ("balanced", "random"):
-            plan = DenseToMoe(importance=importance, router=router).plan(model, context(dit))
+        for router, grouping in (("balanced", "turns"), ("random", "clustered")):
+            plan = DenseToMoe(importance=importance, router=router, grouping=grouping).plan(model, context(dit))
             assert list(plan.choice) == ["blocks.0.mlp", "blocks.1.mlp"]
             assert plan.skipped == {"spare.mlp": "the calibration inputs never reach it"}
 
