@@ -67,7 +67,8 @@ def test_the_wheel_holds_weights_recipes_templates_and_no_tests(wheel: Path) -> 
     apart = ("reports/benchmarks/", "reports/results/", "reports/baselines/", "training/")
     assert not any(name.startswith(tuple(f"enginewright/{each}" for each in apart)) for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"enginewright"}, "one name, and no other"
-    shipped = {path.name for path in (ROOT / "toolchain" / "models" / "weights").glob("*.safetensors")}
+    folders = (ROOT / "toolchain" / "models" / "weights", ROOT / "toolchain" / "recipes")
+    shipped = {path.name for folder in folders for path in folder.glob("*.safetensors")}
     assert {name.rpartition("/")[2] for name in names if name.endswith(".safetensors")} == shipped
 
 

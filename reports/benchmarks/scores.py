@@ -13,6 +13,8 @@ from enginewright import sources
 from enginewright.models.blocks.sequences import TASKS
 from enginewright.models.blocks.transformer import Block
 from enginewright.models.vision import fit
+from enginewright.passes.contract import Context
+from enginewright.passes.quantization.quantize_weights import QuantizeWeights
 from enginewright.targets.pytorch_engine import EagerRunner
 from enginewright.training.transformer_programs import accuracy
 from enginewright.validation.contract import ClassifyingTask
@@ -22,6 +24,7 @@ SEQUENCES, SEED = 5_000, 77
 SHORT, LONG, GROUP = 1_024, 16_384, 256
 """Tokens of the shorter and of the longer input, and of a group of FIT's."""
 WIDTH, HEADS, LAYERS, CALLS = 192, 3, 4, 5
+ADAPTER_RANK = 16
 
 
 def labels_right(size: str) -> float:
@@ -84,3 +87,36 @@ def _seconds(network: nn.Module, x: torch.Tensor) -> float:
             network.eval()(x)
             taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])
+
+
+def lost_of_adapter(of: str) -> float:
+    """The error of 8-bit weights with an adapter in them, by the size of what the adapter adds.
+
+    Args:
+        of: the layer's width, and how large what is added is beside the weights: ``3072, 0.02``. All are random.
+    """
+    errors = _errors_in_eight_bits(of)
+    return math.sqrt(errors["folded"] / errors["added"])
+
+
+def adapters_share_of_error(of: str) -> float:
+    """The share of that error's square which 8 bits of the weights without the adapter have not; ``of`` is alike."""
+    errors = _errors_in_eight_bits(of)
+    return 1 - errors["base"] / errors["folded"]
+
+
+def _errors_in_eight_bits(of: str) -> dict[str, float]:
+    """Squares of what 8 bits change of weights, as they are and with an adapter in them, and of what it adds."""
+    width, strength = int(of.split(", ")[0]), float(of.split(", ")[1])
+    torch.manual_seed(SEED)
+    base = torch.randn(width, width)
+    product = torch.randn(width, ADAPTER_RANK) @ torch.randn(ADAPTER_RANK, width)
+    added = strength * product * (base.norm() / product.norm())
+    squares = {"added": float(added.square().sum())}
+    for name, weight in (("base", base), ("folded", base + added)):
+        layer = nn.Linear(width, width, bias=False)
+        layer.weight = nn.Parameter(weight)
+        stored = QuantizeWeights(weights="int8").apply(nn.Sequential(layer), Context()).model
+        with torch.no_grad():
+            squares[name] = float((stored(torch.eye(width)).T - weight).square().sum())
+    return squares
