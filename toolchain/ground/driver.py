@@ -177,13 +177,13 @@ class Driver:
         return place if all(name in self.memory.states for name in way.reads) else way.otherwise
 
     def follow(self, way: Way, inputs: Values) -> Values:
-        """Go one way."""
+        """Go one way. An input that the call leaves out is left out for the networks too: they may do without."""
         known = {**inputs, **{name: self.memory.states[name] for name in way.reads}}
         kept: Values = {}
         outputs: Values = {}
         for call in way.calls:
             takes, gives = self.program.networks[call.network].takes, self.program.given_by(call.network)
-            given = dict(known) if takes is None else {name: known[name] for name in takes}
+            given = dict(known) if takes is None else {name: known[name] for name in takes if name in known}
             outputs = dict(self.once(call, given) if call.once else self.networks[call.network](given))
             kept |= {name: self.kept(name, outputs.pop(output), inputs) for output, name in gives.items()}
             known |= outputs

@@ -1,4 +1,4 @@
-"""Small networks of diffusers with random weights, for recipes that need a Flux or a U-Net."""
+"""Small networks of diffusers with random weights, for recipes that need a Flux, an SD3 or a U-Net; and an adapter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from enginewright import ModelSpec
 ROWS, SIDE, TEXT = 6, 4, 5
 """Of an example call; sides of the image in tokens; tokens of text."""
 
+RANK = 2
+"""Of the adapter."""
+
+
+def positions() -> tuple[Tensor, Tensor]:
+    """Where Flux's tokens of image (T, 3) and of text (N, 3) stand."""
+    places = torch.arange(SIDE * SIDE)
+    return torch.stack([torch.zeros(SIDE * SIDE), places // SIDE, places % SIDE], dim=1), torch.zeros(TEXT, 3)
+
 
 class FluxOfOneSize(nn.Module):
     """A Flux whose positions are those of one picture: constants, so that no table is computed in float64."""
@@ -19,10 +28,9 @@ class FluxOfOneSize(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        places = torch.arange(SIDE * SIDE)
-        ids = torch.stack([torch.zeros(SIDE * SIDE), places // SIDE, places % SIDE], dim=1)
-        self.register_buffer("img_ids", ids)
-        self.register_buffer("txt_ids", torch.zeros(TEXT, 3))
+        image, text = positions()
+        self.register_buffer("img_ids", image)
+        self.register_buffer("txt_ids", text)
 
     def forward(
         self,
@@ -55,31 +63,93 @@ def shaken(network: Any) -> nn.Module:
     return made
 
 
-def flux() -> ModelSpec:
-    """Two double blocks and two single ones, on 16 tokens of image and 5 of text."""
+def flux_network() -> nn.Module:
+    """Two double blocks and two single ones."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
-    inner = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
+    return shaken(
+        FluxTransformer2DModel(
+            in_channels=4,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            pooled_projection_dim=10,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
     )
-    inputs = {
+
+
+def flux_call() -> dict[str, Tensor]:
+    """A call of it, on 16 tokens of image and 5 of text, without their positions."""
+    return {
         "hidden_states": torch.randn(ROWS, SIDE * SIDE, 4),
         "encoder_hidden_states": torch.randn(ROWS, TEXT, 12),
         "pooled_projections": torch.randn(ROWS, 10),
         "timestep": torch.full((ROWS,), 0.7),
         "guidance": torch.full((ROWS,), 3.5),
     }
+
+
+def flux() -> ModelSpec:
+    """A Flux for pictures of one size."""
+    module = FluxOfOneSize(flux_network())
+    return ModelSpec(module=module, inputs=flux_call(), ranges={"timestep": (0, 1), "guidance": (1, 5)})
+
+
+def flux_of_any_size() -> ModelSpec:
+    """The same Flux as diffusers has it, the positions of tokens among its inputs."""
+    module, call = flux_network(), flux_call()
+    image, text = positions()
     return ModelSpec(
-        module=FluxOfOneSize(shaken(inner)), inputs=inputs, ranges={"timestep": (0, 1), "guidance": (1, 5)}
+        module=module,
+        inputs={**call, "img_ids": image, "txt_ids": text},
+        dynamic={name: {0: ("batch", 1, 8)} for name in call},
+        ranges={"timestep": (0, 1), "img_ids": (0, SIDE), "guidance": (1, 6)},
+    )
+
+
+def adapter() -> dict[str, Tensor]:
+    """What ``ic-lora-tiny.safetensors`` holds: for each linear layer of Flux's blocks two random factors."""
+    network = flux_network()
+    torch.manual_seed(1)
+    tensors = {}
+    for path, layer in network.named_modules():
+        if "transformer_blocks." in path and isinstance(layer, nn.Linear):
+            tensors[f"transformer.{path}.lora_A.weight"] = torch.randn(RANK, layer.in_features) / 8
+            tensors[f"transformer.{path}.lora_B.weight"] = torch.randn(layer.out_features, RANK) / 8
+    return tensors
+
+
+def sd3() -> ModelSpec:
+    """Stable Diffusion 3's denoiser with three blocks, of which the last gives no text."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    module = SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=12,
+        caption_projection_dim=32,
+        pooled_projection_dim=10,
+        in_channels=4,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+    return ModelSpec(
+        module=shaken(module),
+        inputs={
+            "hidden_states": torch.randn(2, 4, 8, 8),
+            "encoder_hidden_states": torch.randn(2, TEXT, 12),
+            "pooled_projections": torch.randn(2, 10),
+            "timestep": torch.tensor([100.0, 700.0]),
+        },
+        ranges={"timestep": (0, 1000)},
     )
 
 
