@@ -481,7 +481,7 @@ def make_report(
 
 def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str] = ()) -> record.Step:
     """What one step did; ``notes`` are what its plan could not know."""
-    before, after = result.before, result.after
+    before, after, facts = result.before, result.after, result.plan.facts.as_json()
     return record.Step(
         name=step.name(),
         parameters=step.model_dump(mode="json"),
@@ -492,9 +492,9 @@ def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str]
         macs=record.BeforeAfter(before=before.macs, after=after.macs),
         bytes=record.BeforeAfter(before=before.bytes, after=after.bytes),
         seconds=round(seconds, 3),
-        notes=[*result.plan.facts.get("notes", []), *notes],
-        curve=result.plan.facts.get("curve"),
-        maps=result.plan.facts.get("maps", []),
+        notes=[*facts.get("notes", []), *notes],
+        curve=facts.get("curve"),
+        maps=facts.get("maps", []),
     )
 
 

@@ -21,10 +21,17 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.reading import read_tensors
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.specialize import adapter_files
 from enginewright.passes.specialize.adapter_files import CONFIG, Adapter, FoldedAdapter
+
+
+class AdapterFacts(Facts):
+    """How an adapter's file fits the model."""
+
+    fusable: bool = Field(description="whether each of its tensors has a layer")
+    unmatched: tuple[str, ...] = Field(description="its tensors that have none")
 
 
 class FoldAdapters(Pass):
@@ -32,6 +39,7 @@ class FoldAdapters(Pass):
 
     intends: ClassVar[str] = "the original with adapters beside its layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (FoldedAdapter,)
+    facts: ClassVar[type[Facts]] = AdapterFacts
 
     file: str = Field(default="", description="safetensors file with the adapter")
     scale: float = Field(default=1.0, description="multiplies the adapter's product")
@@ -74,7 +82,9 @@ class FoldAdapters(Pass):
             raise ToolchainError(f"no key of {self.file!r} adapts a layer of this model", help=listed(strange))
         if strange and not self.partly:
             raise ToolchainError(f"{len(strange)} entries of {self.file!r} match no layer", help=listed(strange))
-        return Plan(choice=choice, facts={"fusable": not strange, "unmatched": sorted(strange)}, arrays=arrays)
+        return Plan(
+            choice=choice, facts=AdapterFacts(fusable=not strange, unmatched=tuple(sorted(strange))), arrays=arrays
+        )
 
     def decision(self, path: str, adapter: Adapter, config: Mapping[str, Any]) -> FoldedAdapter:
         """What a layer's adapter is: its rank, what its product is multiplied by, and its kind unless a plain LoRA.

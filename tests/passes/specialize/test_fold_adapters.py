@@ -14,7 +14,7 @@ from enginewright.passes.contract import Context
 from enginewright.passes.kernel import plain
 from enginewright.passes.specialize import fold_adapters
 from enginewright.passes.specialize.adapter_files import FoldedAdapter
-from enginewright.passes.specialize.fold_adapters import FoldAdapters
+from enginewright.passes.specialize.fold_adapters import AdapterFacts, FoldAdapters
 
 PATHS = ("blocks.0.attn.qkv", "blocks.1.mlp.fc1", "x_embedder.proj")
 
@@ -70,7 +70,7 @@ def test_a_folded_adapter_is_one_that_runs_beside(dit, tmp_path, form):
     assert (wanted - before).abs().max() > 1e-2
     assert set(result.changed) == set(PATHS)
     assert result.before == result.after
-    assert result.plan.facts == {"fusable": True, "unmatched": []}
+    assert result.plan.facts == AdapterFacts(fusable=True, unmatched=())
 
 
 @pytest.mark.parametrize(("key", "parameter", "factor"), [(None, None, 1), (None, 12, 4), (6.0, None, 2), (6.0, 12, 2)])
@@ -162,8 +162,8 @@ def test_what_matches_nothing_is_listed(dit, tmp_path):
         FoldAdapters(file="lora.safetensors", alpha=3).plan(dit.model, context)
     assert caught.value.help == "unmatched: blocks.9.attn.qkv (down only), text.bias"
     plan = FoldAdapters(file="lora.safetensors", alpha=3, partly=True).plan(dit.model, context)
-    assert plan.facts["fusable"] is False
-    assert plan.facts["unmatched"] == ["blocks.9.attn.qkv (down only)", "text.bias"]
+    assert plan.facts.fusable is False
+    assert plan.facts.unmatched == ("blocks.9.attn.qkv (down only)", "text.bias")
 
 
 def test_a_recipe_that_moves_takes_its_file_along():
