@@ -56,7 +56,7 @@ from enginewright.programs import (
     write_program,
 )
 from enginewright.progress import Progress
-from enginewright.recipe import Recipe, TargetStep, threads_here
+from enginewright.recipe import Recipe, TargetStep
 from enginewright.reports import deploying, record, rendering, summary, words
 from enginewright.sources.contract import Model, write_interface
 from enginewright.state import State, example_of, first_state
@@ -121,7 +121,7 @@ class Run:
     @property
     def threads(self) -> int:
         """Threads of every CPU runner."""
-        return self.recipe.head.validation.threads or threads_here()
+        return self.recipe.threads
 
     def example(self, model: Model | None = None, **sizes: int) -> Inputs:
         """One call of a model, by default the original; dynamic dimensions at the sizes given, else typical."""
