@@ -34,10 +34,15 @@ from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.passes.kernel.plain import plain
 from enginewright.passes.kernel.surgery import follow, several_names
 from enginewright.passes.networks import given_to, networks_of, program_of
+from enginewright.passes.plans import AnyFacts as AnyFacts
+from enginewright.passes.plans import Curve as Curve
 from enginewright.passes.plans import Decision as Decision
 from enginewright.passes.plans import Declared as Declared
+from enginewright.passes.plans import Facts as Facts
 from enginewright.passes.plans import Json as Json
+from enginewright.passes.plans import Part as Part
 from enginewright.passes.plans import Plan as Plan
+from enginewright.passes.plans import TokenMap as TokenMap
 from enginewright.passes.plans import as_json as as_json
 from enginewright.passes.plans import digest_of as digest_of
 
@@ -233,6 +238,8 @@ class Pass(BaseModel, ABC):
     """Parameters that may name a function of the user's, ``FILE.py:FUNCTION``."""
     decisions: ClassVar[tuple[type[Decision], ...]] = ()
     """Kinds of decision that its plans hold; without any, a decision is a table that nothing checks."""
+    facts: ClassVar[type[Facts]] = AnyFacts
+    """What its decisions rest on, or have in common; as it stands here, a table that nothing checks."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -264,8 +271,8 @@ class Pass(BaseModel, ABC):
     def declared(self) -> Declared:
         """What is asked of its plans."""
         # Grows by one whenever any of the kinds does.
-        version = 1 + sum(kind.version - 1 for kind in self.decisions)
-        return Declared(name=self.name(), kinds=self.decisions, version=version)
+        version = self.facts.version + sum(kind.version - 1 for kind in self.decisions)
+        return Declared(name=self.name(), kinds=self.decisions, version=version, facts=self.facts)
 
     @abstractmethod
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -318,8 +325,8 @@ class Pass(BaseModel, ABC):
         if plan.choice or plan.skipped:
             return plan
         reason = f"it has no {self.looks_for}{there_is(model)}"
-        notes = [*plan.facts.get("notes", []), f"{self.name()} changed nothing: {reason}"]
-        return replace(plan, skipped={"": reason}, facts={**plan.facts, "notes": notes})
+        notes = (*plan.facts.notes, f"{self.name()} changed nothing: {reason}")
+        return replace(plan, skipped={"": reason}, facts=plan.facts.model_copy(update={"notes": notes}))
 
     def check_calibration(self, context: Context, asked: str, *, otherwise: str) -> None:
         """Raise ``ToolchainError`` where a setting (``asked``, in words) has no calibration inputs to work with."""

@@ -57,7 +57,7 @@ from enginewright.programs import (
     write_program,
 )
 from enginewright.progress import Progress
-from enginewright.recipe import Recipe, TargetStep, threads_here
+from enginewright.recipe import Recipe, TargetStep
 from enginewright.reports import deploying, record, rendering, summary, words
 from enginewright.sources.contract import Model, write_interface
 from enginewright.state import State, example_of, first_state
@@ -129,7 +129,7 @@ class Run:
     @property
     def threads(self) -> int:
         """Threads of every CPU runner."""
-        return self.recipe.head.validation.threads or threads_here()
+        return self.recipe.threads
 
     def example(self, model: Model | None = None, **sizes: int) -> Inputs:
         """One call of a model, by default the original; dynamic dimensions at the sizes given, else typical."""
@@ -489,7 +489,7 @@ def make_report(
 
 def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str] = ()) -> record.Step:
     """What one step did; ``notes`` are what its plan could not know."""
-    before, after = result.before, result.after
+    before, after, facts = result.before, result.after, result.plan.facts.as_json()
     return record.Step(
         name=step.name(),
         parameters=step.model_dump(mode="json"),
@@ -500,9 +500,9 @@ def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str]
         macs=record.BeforeAfter(before=before.macs, after=after.macs),
         bytes=record.BeforeAfter(before=before.bytes, after=after.bytes),
         seconds=round(seconds, 3),
-        notes=[*result.plan.facts.get("notes", []), *notes],
-        curve=result.plan.facts.get("curve"),
-        maps=result.plan.facts.get("maps", []),
+        notes=[*facts.get("notes", []), *notes],
+        curve=facts.get("curve"),
+        maps=facts.get("maps", []),
     )
 
 

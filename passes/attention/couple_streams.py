@@ -41,7 +41,7 @@ from enginewright.passes.attention.coupling import (
     alone,
     through,
 )
-from enginewright.passes.contract import Context, Decision, NewInput, Pass, Plan, in_rows
+from enginewright.passes.contract import Context, Decision, Facts, NewInput, Pass, Plan, in_rows
 from enginewright.passes.kernel.audit import Seen, see, unlike
 from enginewright.passes.kernel.rows import repeated_rows
 from enginewright.passes.kernel.selection import check_patterns
@@ -54,6 +54,12 @@ Blocks = Mapping[str, tuple[nn.Module, TokenStack]]
 """Blocks of a model, and the stack of each, by path."""
 
 
+class StreamFacts(Facts):
+    """What all decisions of a plan have in common."""
+
+    streams: int = Field(description="rows of a call that belong together")
+
+
 class CoupleStreams(Pass):
     """Append, replace, blend or split what attention reads, between rows of a call that belong together."""
 
@@ -63,6 +69,7 @@ class CoupleStreams(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (INDEPENDENT_ROWS,)
     looks_for: ClassVar[str] = "blocks whose attention can be taken apart"
     decisions: ClassVar[tuple[type[Decision], ...]] = (CoupledBlock, CoupledFeature)
+    facts: ClassVar[type[Facts]] = StreamFacts
 
     mode: Mode = Field(
         "append",
@@ -205,7 +212,9 @@ class CoupleStreams(Pass):
         choice: dict[str, CoupledBlock | CoupledFeature] = {
             path: self.decision(axes) for path in left if path not in skipped
         }
-        return Plan(choice=choice | self.replaced_features(model), skipped=skipped, facts={"streams": self.streams})
+        return Plan(
+            choice=choice | self.replaced_features(model), skipped=skipped, facts=StreamFacts(streams=self.streams)
+        )
 
     def rewrite(self, model: nn.Module, plan: Plan[CoupledBlock | CoupledFeature]) -> nn.Module:
         """Run the blocks taken apart, in place. Raises ``ToolchainError`` where the model lacks one of the plan."""

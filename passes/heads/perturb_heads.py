@@ -23,7 +23,7 @@ from torch import nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, UNBLENDED_ATTENTION, UNMARKED_HEADS, Fact
 from enginewright.ground.program import Program
-from enginewright.passes.contract import Context, Decision, NewInput, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, NewInput, Pass, Plan
 from enginewright.passes.heads.softpag import (
     STRENGTH,
     WEIGHT,
@@ -42,6 +42,16 @@ from enginewright.passes.networks import called_by, each_network, local, network
 from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
 
 
+class PerturbedFacts(Facts):
+    """What an input steers."""
+
+    rows: str = Field(description="tokens that are blended")
+    heads: tuple[str, ...] = Field(description="LAYER:HEAD for each column of the strength")
+    blocks_before: dict[str, int] = Field(
+        {}, description="with guidance, by stack: blocks that run once, because no chosen head comes before their end"
+    )
+
+
 class PerturbHeads(Pass):
     """Blend each chosen head's result with its values; at strength 0, where callers start, nothing changes."""
 
@@ -51,6 +61,7 @@ class PerturbHeads(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (UNMARKED_HEADS, UNBLENDED_ATTENTION)
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
     decisions: ClassVar[tuple[type[Decision], ...]] = (PerturbedHeads,)
+    facts: ClassVar[type[Facts]] = PerturbedFacts
 
     heads: dict[str, tuple[int, ...]] = Field(
         default={"*": ()},
@@ -96,10 +107,10 @@ class PerturbHeads(Pass):
         chosen = {path: self.chosen(path, layer) for path, layer in layers.items() if path not in skipped}
         skipped |= {path: "none of its heads was asked for" for path, heads in chosen.items() if not heads}
         choice = entries(chosen, model)
-        facts: dict[str, object] = {"rows": self.rows, "heads": names_of(choice)}
+        facts = PerturbedFacts(rows=self.rows, heads=tuple(names_of(choice)))
         if self.guidance:
             networks_of_both(model, choice, self.perturbation())
-            facts["blocks_before"] = blocks_before(model, choice)
+            facts = facts.model_copy(update={"blocks_before": blocks_before(model, choice)})
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
     def rewrite(self, model: nn.Module, plan: Plan[PerturbedHeads]) -> nn.Module:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import DENSE_FEED_FORWARDS, FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Json, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.hidden_units import (
@@ -77,6 +77,15 @@ class DealtUnits(Decision):
     capacity: int = Field(description="slots that an expert has for the tokens of a sample")
 
 
+class LoadFacts(Facts):
+    """How the experts of each layer are loaded."""
+
+    calibration_calls: int = Field(description="calls")
+    layers: dict[str, dict[str, Json]] = Field(
+        description="by layer: shares of the units, tokens and samples, loads and overflow"
+    )
+
+
 class DenseToMoe(Pass):
     """Put a mixture of experts, made of its own hidden units, in the place of every feed-forward."""
 
@@ -84,6 +93,7 @@ class DenseToMoe(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, DENSE_FEED_FORWARDS)
     destroys: ClassVar[tuple[Fact, ...]] = (DENSE_FEED_FORWARDS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (DealtUnits,)
+    facts: ClassVar[type[Facts]] = LoadFacts
 
     shared: float = Field(
         0.25, gt=0, lt=1, description="share of the hidden units that every token uses; takes the remainder too"
@@ -173,7 +183,7 @@ class DenseToMoe(Pass):
             )
             for path, layer in layers.items()
         }
-        facts = {path: self.facts(dealt, loads[path]) for path, dealt in choice.items()}
+        facts = {path: self.load_of(dealt, loads[path]) for path, dealt in choice.items()}
         notes = []
         if self.form == "capacity" and self.top_k and layers:
             later = loads
@@ -186,7 +196,7 @@ class DenseToMoe(Pass):
         return Plan(
             choice=choice,
             skipped=skipped,
-            facts={"calibration_calls": len(context.calibration), "layers": facts, "notes": notes},
+            facts=LoadFacts(calibration_calls=len(context.calibration), layers=facts, notes=tuple(notes)),
             arrays=arrays,
         )
 
@@ -291,7 +301,7 @@ class DenseToMoe(Pass):
             routers = balance(model, layers, routers, context, top_k=self.top_k)
         return {path: (weight.float(), bias.float()) for path, (weight, bias) in routers.items()}
 
-    def facts(self, dealt: DealtUnits, loads: Loads) -> dict[str, Any]:
+    def load_of(self, dealt: DealtUnits, loads: Loads) -> dict[str, Any]:
         """Shares of the hidden units that a token uses and that are computed for it, and how the experts are loaded."""
         each = len(dealt.experts[0])
         slots = self.experts * dealt.capacity / loads.tokens if self.top_k else 0.0

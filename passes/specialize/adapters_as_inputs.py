@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ONE_NETWORK, Fact
-from enginewright.passes.contract import Context, Decision, NewInput, Pass, Plan, macs, macs_by_module
+from enginewright.passes.contract import Context, Decision, Facts, NewInput, Pass, Plan, macs, macs_by_module
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import put_at, share
 from enginewright.passes.kernel.wrap import wrap
@@ -79,6 +79,13 @@ class AdaptedByStrength(Decision):
     ranks: tuple[int, ...] = Field(description="of each file's adapter for this layer; 0: it has none")
 
 
+class SidePathFacts(Facts):
+    """What stays beside the layers."""
+
+    fusable: bool = Field(False, description="whether graph and cost are the base's: never, with a product beside")
+    files: tuple[str, ...] = Field((), description="names of the files whose matrices are inside")
+
+
 class AdaptersAsInputs(Pass):
     """Put a low-rank product beside layers whose matrices, or whose strength alone, are given with each call."""
 
@@ -87,6 +94,7 @@ class AdaptersAsInputs(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
     looks_for: ClassVar[str] = "linear layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (AdaptedByInputs, AdaptedByStrength)
+    facts: ClassVar[type[Facts]] = SidePathFacts
 
     layers: tuple[str, ...] = Field(
         default=(), description="glob patterns of layers that take adapters; empty: those that the files adapt"
@@ -144,7 +152,9 @@ class AdaptersAsInputs(Pass):
         if self.inputs == "matrices":
             rank = self.rank or max(adapter.rank for each in placed for adapter in each.values())
             refuse_larger(placed, files, rank)
-            return self.with_cost(model, Plan(choice=stacked(widths, rank), skipped=skipped), context)
+            return self.with_cost(
+                model, Plan(choice=stacked(widths, rank), skipped=skipped, facts=SidePathFacts()), context
+            )
         return self.with_cost(model, merged(widths, placed, files, skipped), context)
 
     def takes(self, path: str, adapted: set[str]) -> bool:
@@ -173,7 +183,7 @@ class AdaptersAsInputs(Pass):
             before, after = macs(model, context.example), macs(self.rewrite(share(model), plan), context.example)
             percent = 100 * (after - before) / max(before, 1)
             said = f"{said}: they add {after - before:,} multiply-accumulates to a call ({percent:.3g} %)"
-        return replace(plan, facts={**plan.facts, "fusable": False, "notes": [said]})
+        return replace(plan, facts=plan.facts.model_copy(update={"fusable": False, "notes": (said,)}))
 
     def rewrite(self, model: nn.Module, plan: Plan[AdaptedByInputs | AdaptedByStrength]) -> nn.Module:
         """Put side paths around the layers, in place: a layer lies at ``PATH.base`` then."""
@@ -335,7 +345,9 @@ def merged(
         choice[path] = AdaptedByStrength(ranks=tuple(each[path].rank if path in each else 0 for each in placed))
         arrays[f"{path}.down"] = torch.cat([down for down, _ in pairs])
         arrays[f"{path}.up"] = torch.cat([up for _, up in pairs], dim=1)
-    return Plan(choice=choice, skipped=skipped, facts={"files": [file.name for file in files]}, arrays=arrays)
+    return Plan(
+        choice=choice, skipped=skipped, facts=SidePathFacts(files=tuple(file.name for file in files)), arrays=arrays
+    )
 
 
 def matrices_of(file: AdapterFile, path: str, adapter: Adapter) -> tuple[Tensor, Tensor]:

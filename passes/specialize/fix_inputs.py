@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import ALL_INPUTS, Fact
 from enginewright.ground.program import Program
-from enginewright.passes.contract import Context, Decision, Inputs, Json, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Inputs, Json, Part, Pass, Plan
 from enginewright.passes.kernel.rows import repeated_rows
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.networks import each_network, networks_of, place_of, program_of, without_inputs
@@ -60,6 +60,25 @@ class WithoutInputs(Decision):
 Constants = ConstantModule | ConstantNetwork | WithoutInputs
 
 
+class HeldConstant(Part):
+    """A constant in the place of an input: see ``Bound``."""
+
+    value: Json = Field(description="what every row has; null: it is among the arrays, as another network gave it")
+    dtype: str = Field(description="of the input")
+    shape: tuple[int, ...] = Field(description="of the input, in the call that was followed")
+    like: str = Field(description="an input that is kept")
+    shared: int = Field(description="leading dimensions that the two have in common")
+
+
+class BoundFacts(Facts):
+    """The constants in the place of inputs."""
+
+    bound: dict[str, HeldConstant] = Field(description="of the whole model, by input")
+    inside: dict[str, dict[str, HeldConstant]] = Field(
+        {}, description="by network that says what it takes: what it holds, of the inputs and of what others gave"
+    )
+
+
 class FixInputs(Pass):
     """Take inputs away and compute once what they alone decide: a fixed timestep, class, style or mask."""
 
@@ -67,12 +86,13 @@ class FixInputs(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_INPUTS,)
     by_layer: ClassVar[bool] = False
     decisions: ClassVar[tuple[type[Decision], ...]] = (ConstantModule, ConstantNetwork, WithoutInputs)
+    facts: ClassVar[type[Facts]] = BoundFacts
 
     inputs: dict[str, Any] = Field(
         default={}, description="input -> its constant: a number, or nested lists of what each row has"
     )
 
-    def plan(self, model: nn.Module, context: Context) -> Plan[Constants]:
+    def plan(self, model: nn.Module, context: Context) -> Plan[Constants, BoundFacts]:
         """Follow one call, and record the value of each module that is constant now.
 
         Raises ``ToolchainError`` for an unknown input, a value that does not fit, when no input with rows is left, or
@@ -91,9 +111,9 @@ class FixInputs(Pass):
         values = {path: seen.value for path, seen in found.items() if seen.value is not None}
         # Where no module is constant the call has changed all the same: the model takes an input less.
         gone = {} if values or constant else {"": WithoutInputs(without=tuple(sorted(bound)))}
-        facts = {"bound": {name: vars(each) for name, each in bound.items()}}
+        facts = BoundFacts(bound={name: held_constant(each) for name, each in bound.items()})
         if inside := held_inside(model, networks):
-            facts["inside"] = inside
+            facts = facts.model_copy(update={"inside": inside})
         return Plan(
             choice={
                 **gone,
@@ -129,7 +149,7 @@ class FixInputs(Pass):
             )
         return bound_networks(model, call, bound, shared)
 
-    def rewrite(self, model: nn.Module, plan: Plan[Constants]) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[Constants, BoundFacts]) -> nn.Module:
         """Replace modules by their values, and leave constant networks out, in place."""
         for path, decision in plan.choice.items():
             if isinstance(decision, ConstantModule):
@@ -142,11 +162,11 @@ class FixInputs(Pass):
         ]
         return without_inputs(model, (*bound_in(plan), *passed), gone=gone)
 
-    def removed_inputs(self, plan: Plan) -> tuple[str, ...]:
+    def removed_inputs(self, plan: Plan[Constants, BoundFacts]) -> tuple[str, ...]:
         """The bound ones."""
-        return tuple(plan.facts["bound"])
+        return tuple(plan.facts.bound)
 
-    def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
+    def intended(self, model: nn.Module, plan: Plan[Constants, BoundFacts], context: Context) -> nn.Module:
         """The original, which is handed the constants with each call."""
         return call_without(share(model), bound_in(plan))
 
@@ -173,24 +193,26 @@ def constants_of(network: nn.Module, call: Inputs, bound: list[str]) -> dict[str
     }
 
 
-def held_inside(model: nn.Module, networks: BoundNetworks) -> dict[str, dict[str, dict[str, Json]]]:
-    """What networks that say what they take hold, as JSON; null for the value of what another network gave."""
+def held_constant(bound: Bound) -> HeldConstant:
+    """A constant as facts have it."""
+    return HeldConstant(**{**vars(bound), "value": None if isinstance(bound.value, Tensor) else bound.value})
+
+
+def held_inside(model: nn.Module, networks: BoundNetworks) -> dict[str, dict[str, HeldConstant]]:
+    """What networks that say what they take hold."""
     return {
-        name: {
-            each: {**vars(how), "value": None if isinstance(how.value, Tensor) else how.value}
-            for each, how in own.held.items()
-        }
+        name: {each: held_constant(how) for each, how in own.held.items()}
         for name, own in networks.others.items()
         if own.held and program_of(model).networks[name].takes is not None
     }
 
 
-def bound_in(plan: Plan) -> dict[str, Bound]:
+def bound_in(plan: Plan[Constants, BoundFacts]) -> dict[str, Bound]:
     """The constants of a plan."""
-    return {name: read_bound(entry) for name, entry in plan.facts["bound"].items()}
+    return {name: Bound(**vars(held)) for name, held in plan.facts.bound.items()}
 
 
-def passed_in(plan: Plan) -> dict[str, Tensor]:
+def passed_in(plan: Plan[Constants, BoundFacts]) -> dict[str, Tensor]:
     """What the constant networks of a plan gave to others."""
     return {
         name: plan.array(f"{path}.{name}")
@@ -200,18 +222,12 @@ def passed_in(plan: Plan) -> dict[str, Tensor]:
     }
 
 
-def held_in(plan: Plan, program: Program) -> dict[str, dict[str, Bound]]:
+def held_in(plan: Plan[Constants, BoundFacts], program: Program) -> dict[str, dict[str, Bound]]:
     """For each network that takes constants, those."""
-    passed, inside = passed_in(plan), plan.facts.get("inside", {})
+    passed = passed_in(plan)
     found = {name: bound_in(plan) for name, own in program.networks.items() if own.takes is None}
-    for name, entries in inside.items():
+    for name, entries in plan.facts.inside.items():
         found[name] = {
-            each: read_bound({**entry, "value": passed[each]} if each in passed else entry)
-            for each, entry in entries.items()
+            each: Bound(**{**vars(held), "value": passed.get(each, held.value)}) for each, held in entries.items()
         }
     return found
-
-
-def read_bound(entry: Mapping[str, Json]) -> Bound:
-    """A constant out of JSON."""
-    return Bound(**{**entry, "shape": tuple(entry["shape"])})

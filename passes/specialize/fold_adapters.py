@@ -19,10 +19,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.specialize import adapter_files
 from enginewright.passes.specialize.adapter_files import Adapter, AdapterFile, FoldedAdapter
+
+
+class AdapterFacts(Facts):
+    """How an adapter's file fits the model."""
+
+    fusable: bool = Field(description="whether each of its tensors has a layer")
+    unmatched: tuple[str, ...] = Field(description="its tensors that have none")
 
 
 class FoldAdapters(Pass):
@@ -30,6 +37,7 @@ class FoldAdapters(Pass):
 
     intends: ClassVar[str] = "the original with adapters beside its layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (FoldedAdapter,)
+    facts: ClassVar[type[Facts]] = AdapterFacts
 
     file: str = Field(default="", description="safetensors file with the adapter")
     scale: float = Field(default=1.0, description="multiplies the adapter's product")
@@ -65,7 +73,9 @@ class FoldAdapters(Pass):
             adapter_files.adapted(layer, choice[place], adapter.parts, place)  # raises where it does not fit
             arrays |= {f"{place}.{part}": tensor for part, tensor in adapter.parts.items()}
         file.refuse_unmatched(choice, strange, partly=self.partly)
-        facts = {"fusable": not strange, "unmatched": sorted(strange), "notes": [in_words(self.file, choice, strange)]}
+        facts = AdapterFacts(
+            fusable=not strange, unmatched=tuple(sorted(strange)), notes=(in_words(self.file, choice, strange),)
+        )
         return Plan(choice=choice, facts=facts, arrays=arrays)
 
     def decision(self, path: str, adapter: Adapter, file: AdapterFile) -> FoldedAdapter:

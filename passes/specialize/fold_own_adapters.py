@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError, unknown
-from enginewright.passes.contract import Context, Decision, Pass, Plan, macs
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan, macs
 from enginewright.passes.kernel.surgery import put_at, share
 from enginewright.passes.traits import AdaptedLayer
 
@@ -30,12 +30,19 @@ class OwnAdapter(Decision):
     branch: str = Field("", description="branch that stands for a mix of several; empty: there is one")
 
 
+class OwnAdapterFacts(Facts):
+    """Whether the adapters went into weights."""
+
+    fusable: bool = Field(description="whether all of them did, or were left out")
+
+
 class FoldOwnAdapters(Pass):
     """Give layers that hold adapters the weight of both, or the base's, at the base's cost."""
 
     intends: ClassVar[str] = "the original with the wanted adapters alone, unfused"
     looks_for: ClassVar[str] = "layers that hold adapters of their own"
     decisions: ClassVar[tuple[type[Decision], ...]] = (OwnAdapter,)
+    facts: ClassVar[type[Facts]] = OwnAdapterFacts
 
     parts: tuple[str, ...] | None = Field(
         default=None, description="adapters to keep, by what the model calls them; left out: all; none: the base"
@@ -65,8 +72,8 @@ class FoldOwnAdapters(Pass):
                 choice[path] = OwnAdapter(becomes="merged", branch=self.branch)
             else:
                 skipped[path] = f"not fusable: {layer.mixed_by}"
-        plan = Plan(choice=choice, skipped=skipped, facts={"fusable": not skipped})
-        return replace(plan, facts={**plan.facts, "notes": self.in_words(model, plan, context)})
+        plan = Plan(choice=choice, skipped=skipped, facts=OwnAdapterFacts(fusable=not skipped))
+        return replace(plan, facts=plan.facts.model_copy(update={"notes": tuple(self.in_words(model, plan, context))}))
 
     def in_words(self, model: nn.Module, plan: Plan[OwnAdapter], context: Context) -> list[str]:
         """What was fusable, what was left out, and what stays at which cost."""

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import INDEPENDENT_ROWS, SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Program
-from enginewright.passes.contract import Context, Decision, Inputs, Json, NewInput, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Inputs, Json, NewInput, Pass, Plan
 from enginewright.passes.kernel.roles import input_of
 from enginewright.passes.kernel.rows import Repeating, shared_inputs, two_of_each
 from enginewright.passes.kernel.surgery import share
@@ -47,6 +47,7 @@ class MergeGuidance(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, STATELESS_CALLS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (GuidedRows,)
+    facts: ClassVar[type[Facts]] = Facts
 
     condition: str = Field(default="", description="input that carries the condition; empty: the one of that role")
     none: Any = Field(default=None, description="its value for no condition: a number, or lists of what a row has")

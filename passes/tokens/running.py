@@ -11,15 +11,22 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import Context, Plan, macs
+from enginewright.passes.contract import Context, Facts, Plan, macs
 from enginewright.passes.kernel.audit import Call, disagreement, first_call, quietly, see, unlike
 from enginewright.passes.kernel.observe import Look, looking
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.matching import rows
 from enginewright.passes.traits import TokenBlock, TokenStack, layers_of
+
+
+class TokenFacts(Facts):
+    """The tokens of each stack."""
+
+    tokens: dict[str, int | None] = Field(description="by its path; null: the example call never reaches it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -306,7 +306,7 @@ def merged_macs(of: str) -> float:
     step = MergeTokens(r=int(r), restore=False, form="scatter")
     result = step.apply(share(classifier), contract.Context(example=PICTURE))
     config: Any = classifier.net.config
-    ((_, tokens),) = result.plan.facts["tokens"].items()
+    ((_, tokens),) = result.plan.facts.tokens.items()
     matching = 0
     for entry in result.plan.choice.values():
         receive = tokens // 2
@@ -320,7 +320,7 @@ def tokens_left(of: str) -> float:
     """Tokens that reach the end of such a vision transformer (``S, 13``)."""
     size, r = of.split(", ")
     plan = MergeTokens(r=int(r), restore=False).plan(Classifier(size), contract.Context(example=PICTURE))
-    ((_, tokens),) = plan.facts["tokens"].items()
+    ((_, tokens),) = plan.facts.tokens.items()
     return tokens - sum(entry.merge for entry in plan.choice.values())
 
 

@@ -87,7 +87,7 @@ def guidance(samples: int, search_samples: int, candidates: int) -> dict[str, An
     figures = judged(model, {"plain": model.module, "guided": module}, samples)
     return {
         "step": step,
-        "search": {"samples": search_samples, "cpu_seconds": seconds, **plan.facts},
+        "search": {"samples": search_samples, "cpu_seconds": seconds, **plan.facts.as_json()},
         "judged": {"samples": samples, "cpu_seconds": round(time.process_time() - began, 1), **figures},
     }
 

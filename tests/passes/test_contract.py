@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from enginewright import catalog, sources
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import WORDS, Context, Decision, Pass, Plan, as_json, cost, macs, without
+from enginewright.passes.contract import WORDS, AnyFacts, Context, Decision, Pass, Plan, as_json, cost, macs, without
 from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.passes.networks import networks_of
 from enginewright.targets.pytorch_engine import flat
@@ -125,6 +125,14 @@ def test_every_pass_declares_what_it_decides_and_its_plans_keep_to_that(name: st
     assert {path: type(decision) for path, decision in again.choice.items()} == {
         path: type(decision) for path, decision in plan.choice.items()
     }
+
+    assert step.facts is not AnyFacts, "no kind of facts is declared"
+    assert type(plan.facts) is type(again.facts) is step.facts
+    assert all(field.description for field in step.facts.model_fields.values())
+    stranger = {**plan.facts.as_json(), "notes": 5}
+    with pytest.raises(ToolchainError, match=f"the facts of {name}") as caught:
+        Plan.from_json(json.dumps({**json.loads(plan.as_json()), "facts": stranger}), plan.arrays, by=step.declared)
+    assert caught.value.where == "facts.notes"
 
     path, decision = next(iter(plan.choice.items()))
     spoiled = replace(plan, choice={path: {**as_json(decision), "made_up": 1}})

@@ -86,9 +86,10 @@ def test_heads_whose_keys_are_a_state_stay() -> None:
         step.plan(share(loaded.module), context_of(loaded))
 
 
+@pytest.mark.parametrize("model", ["tnt", "dydit"])
 @pytest.mark.parametrize("name", ["factorize", "quantize_svd"])
-def test_a_layer_in_the_place_of_another_need_not_know_its_width(name: str) -> None:
-    loaded = sources.load("tnt:tiny")
+def test_a_layer_in_the_place_of_another_need_not_know_its_width(name: str, model: str) -> None:
+    loaded = sources.load(f"{model}:tiny")
     context = context_of(loaded)
     result = catalog.pass_class(name)(smallest=0).apply(share(loaded.module), context)
     assert result.changed

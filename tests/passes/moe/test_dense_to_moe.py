@@ -52,7 +52,7 @@ def test_every_form_is_the_masked_form_while_all_find_a_slot(subject):
     plan = DenseToMoe(top_k=3).plan(subject.model, context(subject))
     masked = subject.output(converted(subject, plan, "masked"))
 
-    assert all(entry["overflow"] == 0 for entry in plan.facts["layers"].values())
+    assert all(entry["overflow"] == 0 for entry in plan.facts.layers.values())
     assert (masked - subject.output(subject.model)).abs().max() > 1e-2  # the comparisons below could fail
     apart = DenseToMoe(products="separate").rewrite(subject.copy(), plan)
     for model in (converted(subject, plan, "capacity"), converted(subject, plan, "nonzero"), apart):
@@ -68,7 +68,7 @@ def test_masking_the_dense_layers_units_is_the_masked_form(subject):
         module.router.register_forward_hook(lambda *call: seen.append(call[2].topk(2).indices.flatten().bincount()))
     subject.output(model)
 
-    for loads, facts in zip(seen, plan.facts["layers"].values(), strict=True):
+    for loads, facts in zip(seen, plan.facts.layers.values(), strict=True):
         padded = nn.functional.pad(loads, (0, 12 - len(loads)))
         assert padded.tolist() == facts["load"]
         assert sum(facts["load"]) == facts["samples"] * facts["tokens"] * 2
@@ -78,7 +78,7 @@ def test_the_layers_weights_are_kept_and_a_router_comes_on_top(subject):
     result = DenseToMoe().apply(subject.copy(), Context(calibration=[subject.inputs], example=subject.inputs))
 
     assert result.after.parameter_count == result.before.parameter_count + 2 * (32 * 12 + 12)
-    for facts in result.plan.facts["layers"].values():
+    for facts in result.plan.facts.layers.values():
         assert facts["active_share"] == 0.375  # a quarter shared, and 2 of 12 of the rest
 
 
@@ -90,7 +90,7 @@ def test_no_expert_leaves_the_pruned_layer(subject):
 
     for form in ("masked", "capacity", "nonzero"):
         torch.testing.assert_close(subject.output(converted(subject, plan, form)), subject.output(pruned))
-    assert all(facts["overflow"] == 0 for facts in plan.facts["layers"].values())
+    assert all(facts["overflow"] == 0 for facts in plan.facts.layers.values())
 
 
 def test_softmax_gates_are_not_normalised_over_the_chosen(dit):
@@ -149,7 +149,7 @@ def test_a_share_of_drops_buys_fewer_slots_and_is_reported(dit):
     roomy = DenseToMoe(headroom=2).plan(dit.model, context(dit))
     for path, entry in some.choice.items():
         assert entry.capacity <= exact.choice[path].capacity <= roomy.choice[path].capacity == 16
-        assert 0 <= some.facts["layers"][path]["overflow"] <= 0.5
+        assert 0 <= some.facts.layers[path]["overflow"] <= 0.5
 
     loads = routers.Loads(tokens=40)
     loads.add(torch.tensor([[[0]] * 30 + [[1]] * 10]), 2)
@@ -159,7 +159,7 @@ def test_a_share_of_drops_buys_fewer_slots_and_is_reported(dit):
 
 def test_overflow_is_told_of_calls_that_calibration_did_not_meet_and_can_be_limited(dit):
     met = context(dit)
-    told = DenseToMoe().plan(dit.model, met).facts["notes"]
+    told = DenseToMoe().plan(dit.model, met).facts.notes
     assert told[0].startswith("at most 0.00% of a layer's choices of experts find no slot on the calibration calls")
 
     def others(count, seed):
@@ -168,7 +168,7 @@ def test_overflow_is_told_of_calls_that_calibration_did_not_meet_and_can_be_limi
 
     new = replace(met, draw=others)
     two = DenseToMoe(experts=2, top_k=1, drop=0.9, router="random")  # of 16 tokens, 8 slots are the fewest
-    [note] = two.plan(dit.model, new).facts["notes"]
+    [note] = two.plan(dit.model, new).facts.notes
     share = float(note.removeprefix("at most ").partition("%")[0]) / 100
     assert 0 < share < 1
     assert "calls that calibration did not meet" in note
@@ -176,7 +176,7 @@ def test_overflow_is_told_of_calls_that_calibration_did_not_meet_and_can_be_limi
     with pytest.raises(ToolchainError, match="find no slot") as caught:
         two.model_copy(update={"max_overflow": share - 0.001}).plan(dit.model, new)
     assert "raise headroom" in caught.value.help
-    assert DenseToMoe(form="nonzero").plan(dit.model, new).facts["notes"] == []
+    assert list(DenseToMoe(form="nonzero").plan(dit.model, new).facts.notes) == []
 
 
 def alike(tensor, generator):

@@ -146,8 +146,8 @@ def test_the_words_count_what_the_side_paths_cost(dit: Subject, tmp_path: Path) 
     added = rows * 4 * sum(32 + wide for wide in (96, 96, 128, 32))
     assert result.before.macs is not None
     assert result.after.macs == result.before.macs + added
-    assert result.plan.facts["fusable"] is False
-    (note,) = result.plan.facts["notes"]
+    assert result.plan.facts.fusable is False
+    (note,) = result.plan.facts.notes
     assert note.startswith(f"the adapters of 4 layers are inputs, which is not fusable: they add {added:,} multiply-")
 
 
@@ -284,7 +284,7 @@ def test_matrices_that_stay_inside_are_counted(dit: Subject, two: Path) -> None:
     )
     added = sum(3 * (32 + wide) for wide in (96, 96, 128))
     assert result.after.parameter_count == result.before.parameter_count + added
-    assert "have their strength as an input, which is not fusable" in result.plan.facts["notes"][0]
+    assert "have their strength as an input, which is not fusable" in result.plan.facts.notes[0]
 
 
 # What a user can mend

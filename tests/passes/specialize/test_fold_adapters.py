@@ -14,7 +14,7 @@ from enginewright.passes.contract import Context
 from enginewright.passes.kernel import plain
 from enginewright.passes.specialize import fold_adapters
 from enginewright.passes.specialize.adapter_files import FoldedAdapter
-from enginewright.passes.specialize.fold_adapters import FoldAdapters
+from enginewright.passes.specialize.fold_adapters import AdapterFacts, FoldAdapters
 from tests.passes.specialize.adapters import FORMS, PATHS, factors, flux, unet, written
 
 
@@ -44,7 +44,7 @@ def test_a_folded_adapter_is_one_that_runs_beside(dit, tmp_path, form):
     assert set(result.changed) == set(PATHS)
     assert result.before == result.after
     words = "'lora.safetensors' is fusable: it went into the weights of 3 layers; graph and cost are the base's"
-    assert result.plan.facts == {"fusable": True, "unmatched": [], "notes": [words]}
+    assert result.plan.facts == AdapterFacts(fusable=True, unmatched=(), notes=(words,))
 
 
 @pytest.mark.parametrize(("key", "parameter", "factor"), [(None, None, 1), (None, 12, 4), (6.0, None, 2), (6.0, 12, 2)])
@@ -136,9 +136,9 @@ def test_what_matches_nothing_is_listed(dit, tmp_path):
         FoldAdapters(file="lora.safetensors", alpha=3).plan(dit.model, context)
     assert caught.value.help == "unmatched: blocks.9.attn.qkv (down only), text.bias"
     plan = FoldAdapters(file="lora.safetensors", alpha=3, partly=True).plan(dit.model, context)
-    assert plan.facts["fusable"] is False
-    assert plan.facts["unmatched"] == ["blocks.9.attn.qkv (down only)", "text.bias"]
-    assert plan.facts["notes"] == ["'lora.safetensors' is fusable in part: 1 layers; 2 of its entries are left out"]
+    assert plan.facts.fusable is False
+    assert plan.facts.unmatched == ("blocks.9.attn.qkv (down only)", "text.bias")
+    assert plan.facts.notes == ("'lora.safetensors' is fusable in part: 1 layers; 2 of its entries are left out",)
 
 
 def test_a_recipe_that_moves_takes_its_file_along():

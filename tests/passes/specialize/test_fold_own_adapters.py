@@ -70,7 +70,7 @@ def test_what_is_wanted_goes_into_the_weights_and_what_is_not_goes(settings: Any
     intended = step.intended(net, result.plan, Context())
     torch.testing.assert_close(answer(intended), wanted, atol=1e-5, rtol=1e-5)
     assert any(isinstance(module, Product) for module in intended.modules()) == (1 in kept)
-    assert result.plan.facts["fusable"] is True
+    assert result.plan.facts.fusable is True
     assert result.after.macs == 2 * 5 * (6 * 6 + 6 * 4)
     assert type(net.style) is LowRank, "the original stays"
 

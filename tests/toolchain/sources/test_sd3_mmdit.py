@@ -125,8 +125,8 @@ def test_all_modulation_is_computed_apart_from_the_tokens() -> None:
     assert len(norms) == 3 * 2 + 1
     vectors = 2 * 12 + (6 + 2) + 2  # of two blocks, the last, and the norm after it
     once = 2 * ((256 + 10 + 2 * WIDTH) * WIDTH + vectors * WIDTH**2)  # two rows
-    assert plan.facts["macs_once"] == once
-    assert plan.facts["macs_per_step"] == macs(model.module, example) - once
+    assert plan.facts.macs_once == once
+    assert plan.facts.macs_per_step == macs(model.module, example) - once
 
 
 def silus(module: Any, paths: Any) -> set[str]:

@@ -237,17 +237,17 @@ def fuse_nothing(model: nn.Module) -> nn.Module:
 def test_the_pass_tells_what_is_fusable_and_what_the_rest_costs() -> None:
     model = strong()
     result = FoldOwnAdapters().apply(share(model), Context(example=example()))
-    assert result.plan.facts["fusable"] is False
+    assert result.plan.facts.fusable is False
     rows, ranks, width = 2 * (TINY.text + TINY.side**2), TINY.rank, TINY.heads * TINY.head_dim
     added = rows * 3 * len(TINY.content) * ranks * 2 * width
-    fused, stays = result.plan.facts["notes"]
+    fused, stays = result.plan.facts.notes
     assert fused == "fusable: the adapters of 6 layers went into weights, at the base's cost"
     assert stays.startswith(
         "the adapters of 6 layers stay beside them, not fusable: a gate mixes its two branches anew for each token; "
         f"they add {added:,} multiply-accumulates to a call ("
     )
     whole = FoldOwnAdapters(branch="residual").apply(share(model), Context(example=example()))
-    assert whole.plan.facts["fusable"] is True
+    assert whole.plan.facts.fusable is True
     assert whole.before.macs is not None
     assert whole.after.macs is not None
     assert result.after.macs == whole.after.macs + added
