@@ -74,6 +74,8 @@ def test_adapters_are_switched_and_come_back_bit_for_bit(dit: Subject, tmp_path:
     a, b = (arrays(step, plan, tmp_path, f"{name}.safetensors") for name in "ab")
     first, other, again = (answer(dit, model, each) for each in (a, b, a))
     assert torch.equal(first, again)
+    layer: Any = model.get_submodule(LAYERS[0])
+    assert layer.call.tensors == {}, "between calls nothing is kept"
     assert (first - other).abs().max() > 1e-2
     base = dit.output(dit.model)
     assert torch.equal(answer(dit, model, {}), base)
