@@ -200,7 +200,7 @@ class AdaptersAsInputs(Pass):
     def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """The original with the same adapters, the two matrices of each multiplied first.
 
-        Raises ``ToolchainError`` where a step before has made a layer narrower, for which no adapter was trained.
+        Raises ``ToolchainError`` where a step before has made another layer of one, for which no adapter was trained.
         """
         found, _ = adaptable(model)
         for path, decision in plan.choice.items():
@@ -210,7 +210,7 @@ class AdaptersAsInputs(Pass):
             elif path in found and plan.array(f"{path}.down").shape[1] == found[path].inputs:
                 continue
             raise ToolchainError(
-                "a step before has cut this layer, and adapters are for the whole one",
+                "a step before has cut or replaced this layer, and adapters are for the original's",
                 where=path,
                 help=f"take {self.name()} first, or leave the layer out",
             )

@@ -44,7 +44,7 @@ class FoldOwnAdapters(Pass):
     decisions: ClassVar[tuple[type[Decision], ...]] = (OwnAdapter,)
     facts: ClassVar[type[Facts]] = OwnAdapterFacts
 
-    parts: tuple[str, ...] | None = Field(
+    keep: tuple[str, ...] | None = Field(
         default=None, description="adapters to keep, by what the model calls them; left out: all; none: the base"
     )
     branch: str = Field(
@@ -55,16 +55,16 @@ class FoldOwnAdapters(Pass):
         """Sort the layers. Raises ``ToolchainError`` for an unknown part or branch."""
         layers = adapted_layers(model)
         known = sorted({layer.part for layer in layers.values()})
-        for part in self.parts or () if layers else ():
+        for part in self.keep or () if layers else ():
             if part not in known:
-                raise unknown("adapter", part, known, where="parts")
+                raise unknown("adapter", part, known, where="keep")
         branches = sorted({branch for layer in layers.values() for branch in layer.branches})
         if self.branch and self.branch not in branches and layers:
             raise unknown("branch", self.branch, branches, where="branch")
         choice: dict[str, OwnAdapter] = {}
         skipped: dict[str, str] = {}
         for path, layer in layers.items():
-            if self.parts is not None and layer.part not in self.parts:
+            if self.keep is not None and layer.part not in self.keep:
                 choice[path] = OwnAdapter(becomes="base")
             elif not layer.branches:
                 choice[path] = OwnAdapter(becomes="merged")

@@ -1,4 +1,4 @@
-"""A small SplitFlux with random weights for ``splitflux.toml``: 24 M parameters, where FLUX.1-dev has 11.9 billion."""
+"""A small SplitFlux with random weights for ``splitflux.toml``: 25 M parameters, where FLUX.1-dev has 11.9 billion."""
 
 import torch
 

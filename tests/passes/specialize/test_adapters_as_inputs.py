@@ -74,6 +74,8 @@ def test_adapters_are_switched_and_come_back_bit_for_bit(dit: Subject, tmp_path:
     a, b = (arrays(step, plan, tmp_path, f"{name}.safetensors") for name in "ab")
     first, other, again = (answer(dit, model, each) for each in (a, b, a))
     assert torch.equal(first, again)
+    layer: Any = model.get_submodule(LAYERS[0])
+    assert layer.call.tensors == {}, "between calls nothing is kept"
     assert (first - other).abs().max() > 1e-2
     base = dit.output(dit.model)
     assert torch.equal(answer(dit, model, {}), base)
@@ -356,7 +358,7 @@ def test_a_layer_that_was_cut_before_is_refused_in_words(dit: Subject) -> None:
     cut = PruneWidth(share=0.5).apply(dit.copy(), Context(calibration=[dit.inputs])).model
     step = AdaptersAsInputs(layers=("blocks.*.mlp.fc1",), rank=2)
     plan = step.plan(cut, Context(example=dit.inputs))
-    with pytest.raises(ToolchainError, match="a step before has cut this layer") as caught:
+    with pytest.raises(ToolchainError, match="a step before has cut or replaced this layer") as caught:
         step.intended(dit.model, plan, Context())
     assert caught.value.where == "blocks.0.mlp.fc1"
 

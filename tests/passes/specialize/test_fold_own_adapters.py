@@ -55,9 +55,9 @@ def by_hand(net: Net, style: float, content: float, residual: float) -> Tensor:
     [
         ({"branch": "content"}, (1, 1, 0)),
         ({"branch": "residual"}, (1, 0, 1)),
-        ({"parts": ("style",)}, (1, 0, 0)),
-        ({"parts": ("content",), "branch": "content"}, (0, 1, 0)),
-        ({"parts": ()}, (0, 0, 0)),
+        ({"keep": ("style",)}, (1, 0, 0)),
+        ({"keep": ("content",), "branch": "content"}, (0, 1, 0)),
+        ({"keep": ()}, (0, 0, 0)),
     ],
 )
 def test_what_is_wanted_goes_into_the_weights_and_what_is_not_goes(settings: Any, kept: Any, net: Net) -> None:
@@ -96,7 +96,7 @@ def test_a_gate_goes_into_no_weight_and_its_cost_is_told(net: Net) -> None:
 
 def test_what_a_model_calls_otherwise_is_refused_with_the_nearest(net: Net) -> None:
     with pytest.raises(ToolchainError, match="there is no adapter named 'stile'") as caught:
-        FoldOwnAdapters(parts=("stile",)).plan(net, Context())
+        FoldOwnAdapters(keep=("stile",)).plan(net, Context())
     assert caught.value.help == "did you mean 'style'?"
     with pytest.raises(ToolchainError, match="there is no branch named 'style'"):
         FoldOwnAdapters(branch="style").plan(net, Context())
@@ -112,6 +112,6 @@ def test_a_layer_that_lost_its_adapter_is_named(net: Net) -> None:
 
 
 def test_a_model_without_any_is_left_alone() -> None:
-    result = FoldOwnAdapters(parts=("style",), branch="content").apply(nn.Sequential(nn.Linear(2, 2)), Context())
+    result = FoldOwnAdapters(keep=("style",), branch="content").apply(nn.Sequential(nn.Linear(2, 2)), Context())
     assert not result.changed
     assert "no layers that hold adapters of their own" in result.plan.skipped[""]

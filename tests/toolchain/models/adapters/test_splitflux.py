@@ -91,7 +91,7 @@ PARTS: dict[str, tuple[Part, ...] | None] = {"content": ("content",), "style": (
 
 def fuse(model: nn.Module, use: str = "both", *, gated: bool = False) -> nn.Module:
     """A copy with the wanted adapters in the weights, as the pass gives it; the content's branch stands for a mix."""
-    step = FoldOwnAdapters(parts=PARTS[use], branch="" if gated else "content")
+    step = FoldOwnAdapters(keep=PARTS[use], branch="" if gated else "content")
     return step.apply(share(model), Context()).model
 
 
@@ -229,7 +229,7 @@ def test_an_engine_for_flux_takes_the_adapters_as_inputs(tmp_path: Path) -> None
 
 def fuse_nothing(model: nn.Module) -> nn.Module:
     """The plain Flux, by the pass."""
-    result = FoldOwnAdapters(parts=()).apply(share(model), Context())
+    result = FoldOwnAdapters(keep=()).apply(share(model), Context())
     assert torch.equal(call(result.model), call(base_of(model)))
     return result.model
 
