@@ -224,9 +224,9 @@ def searched(model: Model, context: Context, u: float, w: float) -> dict[str, An
         found[name] = {
             "layers": {path: float(f"{objective(tried(module)):.6g}") for path, module in layers.items()},
             "heads": {path: list(entry.heads) for path, entry in plan.choice.items()},
-            "search": plan.facts,
+            "search": plan.facts.as_json(),
         }
-        print(u, w, name, found[name]["layers"], plan.facts["heads"], plan.facts["after"], flush=True)
+        print(u, w, name, found[name]["layers"], plan.facts.heads, plan.facts.after, flush=True)
     return found
 
 

@@ -229,7 +229,7 @@ def aligned(
         for budget, (name, own) in itertools.product(budgets, losses.items()):
             result = Distill(steps=budget, **SMALL, **own).apply(share(student), context)
             found[name].setdefault(budget, []).append(error(run, result.model, calls))
-            stopped[name].setdefault(budget, []).append(result.plan.facts["alignment_stopped_at"])
+            stopped[name].setdefault(budget, []).append(result.plan.facts.alignment_stopped_at)
             print(seed, budget, name, found[name][budget][-1], stopped[name][budget][-1], flush=True)
         put(
             {

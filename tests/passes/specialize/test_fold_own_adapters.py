@@ -84,7 +84,7 @@ def test_a_gate_goes_into_no_weight_and_its_cost_is_told(net: Net) -> None:
     assert result.plan.skipped == {"content": why}
     assert step.intended(net, result.plan, Context()) is net
     added, percent = 2 * 5 * 3 * (6 + 4), 100 * 3 * (6 + 4) / (6 * 6 + 6 * 4)
-    assert result.plan.facts == {
+    assert result.plan.facts.as_json() == {
         "fusable": False,
         "notes": [
             "fusable: the adapters of 1 layers went into weights, at the base's cost",

@@ -24,7 +24,7 @@ PLACES = starts(SIZE.transformer.scales)
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, Any]:
-    return dict(whole.originals(sources.job_of("csd_var:tiny", **SETTINGS)))
+    return dict(whole.originals(sources.job_of("csd_var:tiny", **SETTINGS), 1))
 
 
 def drawn(networks: dict[str, Any], number: int = 0, **more: Any) -> Arrays:
