@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -104,9 +104,11 @@ class CoupleStreams(Pass):
         "network, 1024 to 0 in the latent one",
     )
     temperature: float = Field(
-        1.0, gt=0, description="factor of queries: AttenST 1.5 by its paper, 2.25 in its code, which applies it twice"
+        1.0,
+        gt=0,
+        description="factor of queries: AttenST 1.5 as written, 2.25 as its code works, which applies it twice",
     )
-    key_scale: Annotated[float, Field(gt=0)] | Literal["input"] = Field(
+    key_scale: float | Literal["input"] = Field(
         1.0,
         description="append: factor of the appended keys: 1.1 in AlignedGen's released script, (t/1000)² by its "
         "class's default; 1.1 in FreeCus; input makes it couple_scale (batch)",
@@ -114,8 +116,8 @@ class CoupleStreams(Pass):
     text_key_scale: float = Field(
         1.0,
         gt=0,
-        description="append: factor of the keys of text in rows that take: FreeCus 1.1 in its code, on the ten vital "
-        "layers alone; its paper names no factor of text that was found",
+        description="append: factor of the keys of text in rows that take: 1.1 in FreeCus' code; the "
+        "paper's own value was not found",
     )
     shift: tuple[int, int] = Field(
         (0, 0), description="append: rows and columns that the appended keys stand further on: AlignedGen (0, width)"
@@ -158,6 +160,10 @@ class CoupleStreams(Pass):
             for name in ("content", "scores", "keep")
             if self.mode == "channel_split" and getattr(self, name) is None
         ]
+        if self.key_scale != "input" and self.key_scale <= 0:
+            faults.append(
+                ToolchainError(f"key_scale is {self.key_scale}; it must be above 0, or input", where="key_scale")
+            )
         if self.mode == "replace" and self.share is not None and self.content is None:
             faults.append(ToolchainError("share needs content, the row whose queries are taken", where="share"))
         if not self.taking:

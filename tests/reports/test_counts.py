@@ -27,6 +27,8 @@ pytest.importorskip("transformers")
         "SD3.5-medium": 2_243_171_520,
         "SD3.5-large": 8_056_627_520,
         "SD1.5": 859_520_964,
+        "SD2.1-base": 865_910_724,
+        "SDXL": 2_567_463_684,
         "SD1.5, 8 styles": 862_810_564,
         "SiT-XL/2": 675_111_184,
         "SiT-XL/2 in training": 683_242_512,
@@ -106,6 +108,26 @@ def test_products_of_a_small_transformer() -> None:
 @pytest.mark.parametrize(("of", "gmacs"), {"S, 13": 2.70, "B, 13": 10.37, "L, 8": 30.96}.items())
 def test_merging_saves_what_the_card_counts(of: str, gmacs: float) -> None:
     assert counts.merged_macs(of) == pytest.approx(gmacs * 1e9, abs=0.005e9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of", "blocks", "macs"),
+    [
+        ("alignedgen", 38, 2 * (512 + 4096) * 4096 * 3072 * 38),
+        ("freecus", 10, 2 * (512 + 1024) * 1024 * 3072 * 10),
+        ("attenst", 4, 0),
+        ("stylesculptor", 28, 0),
+        (
+            "diffstyler",  # of two rows: queries times keys, and the projections that make them
+            8,
+            -2 * sum(c * (n * n * w + 2 * n * w * w) for n, w, c in ((4096, 320, 3), (1024, 640, 3), (256, 1280, 2))),
+        ),
+    ],
+)
+def test_what_coupled_rows_cost_beside_rows_alone(of: str, blocks: int, macs: int) -> None:
+    assert counts.coupled_blocks(of) == blocks
+    assert counts.coupled_macs(of) == macs
 
 
 def test_the_missing_package_is_named(monkeypatch: Any) -> None:

@@ -515,6 +515,7 @@ def test_all_channels_make_the_output_the_content(calm):
         ({"rows": (0, 5)}, r"rows\[1\] is 5; 2 streams are rows 0 to 1"),
         ({"mode": "blend", "adain": True}, "adain says nothing to mode = 'blend'"),
         ({"keep": 3}, "keep says nothing to mode = 'append'"),
+        ({"key_scale": 0.0}, "key_scale is 0.0; it must be above 0"),
         ({"mode": "channel_split"}, "mode = 'channel_split' needs content"),
         ({"mode": "replace", "share": 0.5}, "share needs content"),
         ({"mode": "replace", "content": 1}, "every stream gives"),
