@@ -76,7 +76,8 @@ class SidePath(nn.Module, ABC):
 
     def __init__(self, base: nn.Module, call: OngoingCall, widths: Widths, *, product_first: bool) -> None:
         super().__init__()
-        self.base, self.call, self.widths, self.product_first = base, call, widths, product_first
+        self.base, self.call, self.product_first = base, call, product_first
+        self.in_features, self.out_features = widths
 
     @property
     def weight(self) -> Any:
@@ -131,7 +132,7 @@ class GivenMatrices(SidePath):
 
     def matrices(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """A (r, D_in) and B (D_out, r) of the call; zeros where it has none."""
-        shapes = {self.down: (self.rank, self.widths.inputs), self.up: (self.widths.outputs, self.rank)}
+        shapes = {self.down: (self.rank, self.in_features), self.up: (self.out_features, self.rank)}
         given = self.call.tensors
         down, up = (
             given[entry.name][entry.place].to(x.dtype) if entry.name in given else x.new_zeros(shape)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.ground.errors import require
-from enginewright.models.adapters import splitflux
+from enginewright.models.adapters import disenbooth, splitflux
+from enginewright.models.blocks.low_rank import products
 from enginewright.models.diffusion import dit, li_dit
 from enginewright.passes import contract
 from enginewright.passes.attention.couple_streams import CoupleStreams
@@ -184,7 +185,14 @@ def splitflux_adapters(of: str) -> float:
     if of != "dev":  # rank 64 beside every single block
         config = replace(config, content=range(0), boundary=range(0), style=range(config.single), residual_rank=0)
     with torch.device("meta"):
-        return sum(map(parameter_count, splitflux.products(splitflux.build(config))))
+        return sum(map(parameter_count, products(splitflux.build(config))))
+
+
+def disenbooth_parts(of: str) -> float:
+    """Parameters of what DisenBooth adds to Stable Diffusion 2.1: the ``unet``'s adapters, or the ``image`` adapter."""
+    with torch.device("meta"):
+        model = disenbooth.build(disenbooth.PUBLISHED["sd2.1"])
+    return sum(map(parameter_count, products(model) if of == "unet" else [model.irrelevant]))
 
 
 def block_matrices(of: str) -> float:

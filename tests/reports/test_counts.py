@@ -48,6 +48,11 @@ def test_adapters_of_splitflux_are_counted(of: str, parameters: int) -> None:
     assert counts.splitflux_adapters(of) == parameters
 
 
+@pytest.mark.parametrize(("of", "parameters"), [("unet", 829_952), ("image", 2_100_224)])
+def test_what_disenbooth_adds_is_counted(of: str, parameters: int) -> None:
+    assert counts.disenbooth_parts(of) == parameters
+
+
 def test_a_style_adds_a_row_to_the_table_and_nothing_else() -> None:
     base = counts.parameters("SD1.5")
     with torch.device("meta"):

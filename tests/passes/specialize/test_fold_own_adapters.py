@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.models.adapters.splitflux import GatedLowRank, LowRank, Product, products
+from enginewright.models.adapters.splitflux import GatedLowRank
+from enginewright.models.blocks.low_rank import LowRank, Product, products
 from enginewright.passes.contract import Context
 from enginewright.passes.specialize.fold_own_adapters import FoldOwnAdapters
 

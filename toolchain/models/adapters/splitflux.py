@@ -17,7 +17,7 @@ Shapes: B batch, T text tokens, I image tokens, N = T + I tokens of a single blo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import require
 from enginewright.ground.signature import InputSpec
-from enginewright.passes.kernel.surgery import share
+from enginewright.models.blocks.low_rank import LowRank, Product, products, with_added
 from enginewright.passes.traits import AdaptedLayer
 from enginewright.sources.contract import Published
 from enginewright.sources.denoisers import FlatFlux, flux_inputs
@@ -122,45 +122,6 @@ OUTPUTS = ("velocity",)
 FIGURES = {"dev": (Published(figure="adapter_parameter_count", value="43.65 M", source="arXiv:2511.15258"),)}
 
 
-class Product(nn.Module):
-    """A product B A of low rank, A (r, D_in) and B (D_out, r); B starts at zero."""
-
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        super().__init__()
-        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.down = nn.Linear(linear.in_features, rank, bias=False, **like)  # A; its start is not given in the paper
-        self.up = nn.Linear(rank, linear.out_features, bias=False, **like)  # B
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor, scale: Tensor | float) -> Tensor:
-        """X (B, N, D_in), scale one number or (B, N, 1) -> scale * B A x (B, N, D_out), scaled at the rank's width."""
-        return self.up(self.down(x) * scale)
-
-    def matrix(self) -> Tensor:
-        """B A (D_out, D_in) in double precision."""
-        return self.up.weight.detach().double() @ self.down.weight.detach().double()
-
-
-class LowRank(nn.Module, AdaptedLayer):
-    """A linear layer and a low-rank product beside it: W x + alpha B A x."""
-
-    def __init__(self, linear: nn.Linear, product: Product, alpha: float = 1.0, *, part: Part = "style") -> None:
-        super().__init__()
-        self.base = linear
-        self.product = product
-        self.alpha = alpha
-        self.part = part
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (B, N, D_in) -> (B, N, D_out)."""
-        return self.base(x) + self.product(x, self.alpha)
-
-    def merged(self, branch: str = "") -> nn.Linear:
-        """The linear layer that computes the same; there is one branch."""
-        del branch
-        return with_added(self.base, self.alpha * self.product.matrix())
-
-
 class GatedLowRank(nn.Module, AdaptedLayer):
     """A linear layer and two products mixed by a gate for each token: W x + g B_cnt A_cnt x + (1 - g) B_res A_res x."""
 
@@ -203,15 +164,6 @@ class GatedLowRank(nn.Module, AdaptedLayer):
         return LowRank(self.base, self.branch(branch), part=self.part).train(self.training)
 
 
-def with_added(linear: nn.Linear, delta: Tensor) -> nn.Linear:
-    """A layer with ``delta`` (D_out, D_in) added to its weight in double precision, rounded once; same bias."""
-    result = share(linear)
-    assert isinstance(result, nn.Linear)
-    weight = (linear.weight.detach().double() + delta).to(linear.weight.dtype)
-    result.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    return result
-
-
 def attach(flux: nn.Module, config: Config) -> nn.Module:
     """Put the adapters beside queries, keys and values of a Flux's single blocks, in place; they add nothing yet."""
     blocks: Any = flux.single_transformer_blocks
@@ -225,13 +177,8 @@ def attach(flux: nn.Module, config: Config) -> nn.Module:
             setattr(blocks[i].attn, name, LowRank(linear, product, alpha, part="content"))
         for i in config.style:
             linear = getattr(blocks[i].attn, name)
-            setattr(blocks[i].attn, name, LowRank(linear, Product(linear, config.rank)))
+            setattr(blocks[i].attn, name, LowRank(linear, Product(linear, config.rank), part="style"))
     return flux
-
-
-def products(model: nn.Module) -> Iterator[Product]:
-    """Every low-rank product of a model: all that is trained."""
-    return (module for module in model.modules() if isinstance(module, Product))
 
 
 def complementary_loss(content: Product, residual: Product) -> Tensor:

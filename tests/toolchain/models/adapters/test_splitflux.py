@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from enginewright.models.adapters import splitflux
-from enginewright.models.adapters.splitflux import TINY, GatedLowRank, LowRank, Part, Product, SplitFlux, products
+from enginewright.models.adapters.splitflux import TINY, GatedLowRank, Part, SplitFlux
+from enginewright.models.blocks.low_rank import LowRank, Product, products
 from enginewright.passes.contract import Context
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.specialize.adapter_files import read_adapters
