@@ -291,11 +291,10 @@ class Steering(Around):
             with self.call.during(u=u, phase=""):
                 return forward(*args, **inputs)
         weight = (how.w or 0.0) if w is None else w
-        alike = not part.both
         try:
-            with self.call.during(u=None, phase="note" if alike else ""):
+            with self.call.during(u=None, phase="note"):
                 plain = forward(*args, **part.one_way(inputs, 0))
-            with self.call.during(u=u, phase="repeat" if alike else ""):
+            with self.call.during(u=u, phase="repeat"):
                 perturbed = forward(*args, **part.one_way(inputs, 1))
         finally:
             self.call.results.clear()

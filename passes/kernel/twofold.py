@@ -44,8 +44,11 @@ class Twofold:
         return {name: value[:, way] if name in self.both else value for name, value in inputs.items()}
 
     def rows(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs that hold both ways as twice the rows: all of the first way, and after them all of the second."""
-        return {name: inputs[name].transpose(0, 1).flatten(0, 1) for name in self.both}
+        """The inputs that hold both ways as twice the rows: all of the first way, and after them all of the second.
+
+        One that is left out stays out: a state tensor of a schedule may be missing.
+        """
+        return {name: inputs[name].transpose(0, 1).flatten(0, 1) for name in self.both if name in inputs}
 
     def answer(self, one: Any, other: Any, together: Callable[[Any, Any], Any]) -> Any:
         """What the network gives, of what it gave in either way; ``together`` makes one result of two."""

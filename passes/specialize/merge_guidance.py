@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import INDEPENDENT_ROWS, SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
+from enginewright.ground.facts import INDEPENDENT_ROWS, SINGLE_ROWS, UNBLENDED_ATTENTION, Fact
 from enginewright.ground.program import Program
 from enginewright.passes.contract import Context, Decision, Facts, Inputs, Json, NewInput, Pass, Plan
 from enginewright.passes.kernel.roles import input_of
@@ -44,7 +44,7 @@ class MergeGuidance(Pass):
 
     intends: ClassVar[str] = "the original guided by two calls"
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, STATELESS_CALLS, INDEPENDENT_ROWS)
+    requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (GuidedRows,)
     facts: ClassVar[type[Facts]] = Facts

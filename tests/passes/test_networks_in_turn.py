@@ -19,7 +19,7 @@ from enginewright.ground.driver import Driver, Memory
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import Call, Network, Program, StateTensor, Way, in_turn
 from enginewright.ground.signature import Dim, InputSpec, Signature
-from enginewright.models.blocks.transformer import SelfAttention
+from enginewright.models.blocks.transformer import Block, SelfAttention
 from enginewright.passes.contract import Context, Pass, Plan, Result
 from enginewright.passes.heads.perturb_heads import PerturbHeads
 from enginewright.passes.kernel.rows import repeated_rows
@@ -79,14 +79,15 @@ class Drawing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.seen, self.remembered, self.out = nn.Linear(W, W), nn.Linear(W, W), nn.Linear(W, 3)
-        self.attn = SelfAttention(W, 4)
+        self.blocks = nn.ModuleList([Block(W, 4, 2)])
 
     def forward(self, x: Tensor, h: Tensor, code: Tensor, memory: Tensor | None = None) -> Any:
         """x (B, 5, W), h (B, 4, W), code (5, W), memory (B, W) -> (B, 5, 3), and what is remembered."""
         x = x + code + self.seen(h.tanh()).mean(1, keepdim=True)
         if memory is not None:
             x = x + self.remembered(memory)[:, None]
-        x = x + self.attn(x)
+        for block in self.blocks:
+            x = block(x)
         return self.out(x) if memory is None else (self.out(x), 2 * x.mean(1).tanh())
 
 
@@ -235,6 +236,9 @@ def test_a_bound_input_is_that_input_given_with_every_call(case: str, keeps: boo
     model, step = subject(keeps=keeps), FixInputs(inputs=values)
     result, intended = applied(step, model)
     assert list(networks_of(result.model)) == list(program_of(result.model).networks) == left
+    taken = {each for own in program_of(result.model).networks.values() for each in own.takes or ()}
+    assert not taken & values.keys()
+    assert ("h" in taken, "code" in taken) == ("reader" in left, "codes" in left)
     tried = []
     for rows in (1, 3):
         calls = calls_of(model, rows)

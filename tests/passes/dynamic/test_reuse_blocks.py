@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from enginewright.models.diffusion.dit import Config, DiT
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks, ReusedBlocks
 from enginewright.passes.networks import Networks, networks_of
+from enginewright.passes.specialize.merge_guidance import MergeGuidance
+from enginewright.targets.pytorch_engine import flat
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS, Subject, randomise
 
@@ -90,6 +93,30 @@ def test_a_run_is_that_of_all_blocks_with_the_contribution_replaced(name, parame
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
         assert torch.equal(got, base) == (1 not in facts.table[: step + 1])
     assert (found[-1] - plain[-1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "condition"), [("deep_dit", "y"), ("diffusers_dit_sdpa", "class_labels")])
+def test_guided_rows_reuse_each_what_is_its_own(name, condition):
+    subject, time = subject_of(name), TIMES[name]
+    _, result = reusing(subject, time)
+    with_it, without = copy.deepcopy(result.model), copy.deepcopy(result.model)
+    step = MergeGuidance(condition=condition, none=4, scale=3.0, fixed=True)
+    guided = step.apply(result.model, Context(calibration=[subject.inputs], example=subject.inputs)).model
+    assert [state.shape[0] for state in guided.program.states] == [2]
+
+    def two_runs(**inputs):
+        none = {**inputs, condition: torch.full_like(inputs[condition], 4)}
+        given, plain = (flat(model(**call))[0] for model, call in ((with_it, inputs), (without, none)))
+        return plain + 3 * (given - plain)
+
+    times = result.plan.facts.timesteps
+    for got, want in zip(a_run(guided, subject, time, times), a_run(two_runs, subject, time, times), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    both = {**subject.inputs, time: torch.full((2,), times[1])}
+    _, short = networks_of(guided)
+    kept = torch.zeros(2, *guided.program.states[0].shape)
+    with torch.no_grad():
+        assert flat(networks_of(guided)[short](**both, reused=kept))[0].shape == flat(guided(**both))[0].shape
 
 
 def test_steps_and_blocks_are_those_asked_for(deep):

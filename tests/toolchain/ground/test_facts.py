@@ -72,7 +72,7 @@ NOT_AFTER = {
     "distill": (*QUANTIZES, "reuse_blocks"),
     "factorize": (*QUANTIZES, "factorize", "sparsify_2_4"),
     "hoist_constants": ("hoist_constants",),
-    "merge_guidance": ("merge_guidance", "perturb_heads", "reuse_blocks", "couple_streams"),
+    "merge_guidance": ("merge_guidance", "perturb_heads", "couple_streams"),
     "merge_models": ("*",),
     "mixture_of_blocks": ("mixture_of_blocks", "slice_width_by_timestep", "reuse_blocks", "couple_streams"),
     "perturb_heads": (*QUANTIZES, "perturb_heads", "select_heads", "reuse_blocks"),
