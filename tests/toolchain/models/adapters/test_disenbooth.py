@@ -83,7 +83,7 @@ def test_a_merged_adapter_computes_what_it_does_unmerged_and_costs_nothing() -> 
     model = strong()
     result = FoldOwnAdapters().apply(share(model), Context(example=example()))
     assert len(result.changed) == 4 * 2 * 4
-    assert result.plan.facts["fusable"] is True
+    assert result.plan.facts.fusable is True
     assert not any(isinstance(module, LowRank) for module in result.model.modules())
     torch.testing.assert_close(call(result.model), call(model), **TOLERANCE)
     bare = FoldOwnAdapters(keep=()).apply(share(model), Context(example=example()))
