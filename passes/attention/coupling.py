@@ -75,11 +75,14 @@ class Given:
         finally:
             self.values = {}
 
-    def of(self, name: str, how: Streams) -> Tensor | None:
-        """An input in the rows that are changed, (G, R, 1, 1, 1) or (G, R, 1, 1, tokens); None where none was given."""
+    def of(self, name: str, how: Streams, like: Tensor) -> Tensor | None:
+        """An input in the rows that are changed, (G, R, 1, 1, 1) or (G, R, 1, 1, tokens); None where none was given.
+
+        It has the type of ``like``, which it is put together with.
+        """
         if name not in self.values:
             return None
-        value = self.values[name]
+        value = self.values[name].to(like.dtype)
         value = value.repeat(self.copies, *[1] * (value.ndim - 1))
         value = value if value.ndim > 1 else value[:, None]
         return how.changed(how.split(value))[:, :, None, None]
@@ -327,7 +330,7 @@ class CoupledCall(Around):
 
     def append(self, call: TokenBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The source's keys and values behind one's own."""
-        how, gate = self.how, self.given.of(GATE, self.streams)
+        how, gate = self.how, self.given.of(GATE, self.streams, q)
         own_q, own_k, own_v = (self.streams.changed(x) for x in (q, k, v))
         if how.adain:
             own_q, own_k = (self.restyled(call, own, x, gate) for own, x in ((own_q, q), (own_k, k)))
@@ -339,7 +342,7 @@ class CoupledCall(Around):
         if any(how.shift):
             assert self.axes is not None, "a plan shifts no keys without rotary positions"
             new_k = shifted(new_k, how.shift, self.axes)
-        scale = self.given.of(SCALE, self.streams) if how.key_scale is None else how.key_scale
+        scale = self.given.of(SCALE, self.streams, k) if how.key_scale is None else how.key_scale
         new_k, new_v = (x.expand(*own_k.shape[:2], *x.shape[2:]) for x in (new_k, new_v))
         if scale is not None and not (isinstance(scale, float) and scale == 1):
             new_k = new_k * scale
@@ -350,29 +353,29 @@ class CoupledCall(Around):
 
     def bias(self, own: Tensor, new: Tensor, gate: Tensor | None) -> Tensor | None:
         """What is added to the scores of one's own keys, which is nothing, and of the appended ones."""
-        bias = self.given.of(BIAS, self.streams)  # (G, R, 1, 1, tokens)
+        bias = self.given.of(BIAS, self.streams, own)  # (G, R, 1, 1, tokens)
         if gate is not None:
             shut = (1 - gate) * HIDDEN
             bias = shut.expand(*shut.shape[:4], new.shape[-2]) if bias is None else bias + shut
         if bias is None:
             return None
         none = torch.zeros_like(own[:, :, :1, :, :1]).transpose(-1, -2)  # (G, R, 1, 1, N)
-        return torch.cat([none, bias.to(own.dtype)], dim=-1)
+        return torch.cat([none, bias], dim=-1)
 
     def replace(self, call: TokenBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The source's keys and values in the place of one's own, and a share of another row's queries."""
-        how, gate = self.how, self.given.of(GATE, self.streams)
+        how, gate = self.how, self.given.of(GATE, self.streams, q)
         own_q, own_k, own_v = (self.streams.changed(x) for x in (q, k, v))
         if how.content is not None:
-            own_q = self.taken(call, own_q, q, how.content, self.share(gate))
+            own_q = self.taken(call, own_q, q, how.content, self.share(gate, q))
         own_k, own_v = (self.taken(call, own, x, how.source, gate) for own, x in ((own_k, k), (own_v, v)))
         return self.heated(call, own_q, own_k, own_v, gate)
 
     def blend(self, call: TokenBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A share of another row's queries and keys; values stay one's own."""
-        gate = self.given.of(GATE, self.streams)
+        gate = self.given.of(GATE, self.streams, q)
         own_q, own_k, own_v = (self.streams.changed(x) for x in (q, k, v))
-        share = self.share(gate)
+        share = self.share(gate, q)
         own_q, own_k = (self.taken(call, own, x, self.how.source, share) for own, x in ((own_q, q), (own_k, k)))
         return self.heated(call, own_q, own_k, own_v, gate)
 
@@ -382,7 +385,7 @@ class CoupledCall(Around):
         The authors' two attentions, over values with some channels at zero, are these: a channel of a result is made of
         that channel of the values alone.
         """
-        how, gate = self.how, self.given.of(GATE, self.streams)
+        how, gate = self.how, self.given.of(GATE, self.streams, q)
         assert how.content is not None
         assert how.scores is not None
         own_q, own_k, own_v = (self.streams.changed(x) for x in (q, k, v))
@@ -401,9 +404,9 @@ class CoupledCall(Around):
             q = q * mixed(1.0, self.how.temperature, gate)
         return attention(q, call.turned(k), v)
 
-    def share(self, gate: Tensor | None) -> Tensor | float | None:
+    def share(self, gate: Tensor | None, like: Tensor) -> Tensor | float | None:
         """How far a row goes over to another; None: all the way."""
-        asked = self.given.of(RATE, self.streams) if self.how.share is None else self.how.share
+        asked = self.given.of(RATE, self.streams, like) if self.how.share is None else self.how.share
         if asked is None or gate is None:
             return gate if asked is None else asked
         return asked * gate
@@ -453,7 +456,7 @@ class CoupledResult(Around):
         """What the module gives, a tensor (B, ...)."""
         rows = self.streams.split(forward(*args, **inputs))
         own, other = self.streams.changed(rows), row_of(rows, self.source)
-        share = self.given.of(FEATURES, self.streams)
+        share = self.given.of(FEATURES, self.streams, rows)
         share = share if share is None else share.view(*share.shape[:2], *[1] * (rows.ndim - 2))
         changed = mixed(own, other.expand_as(own), share)
         return self.streams.together(changed, picked(rows, self.streams.others))

@@ -11,6 +11,7 @@ from enginewright.ground.errors import FaultsError, ToolchainError
 from enginewright.ground.signature import Dim, InputSpec, Signature
 from enginewright.passes.attention.couple_streams import CoupleStreams
 from enginewright.passes.contract import Context
+from enginewright.passes.quantization.convert_dtype import ConvertDtype
 from enginewright.passes.specialize.merge_guidance import MergeGuidance
 from tests.passes.conftest import Subject, randomise, reference_dit, vit
 from tests.passes.joint import flux, sd3
@@ -578,6 +579,18 @@ def test_rows_of_merged_guidance_are_groups_of_their_own(calm):
 
     near(output(net, inputs)[:, :4], wanted, 1e-4)
     near(output(net, inputs, couple_gate=torch.tensor([0.0, 1.0]))[:, :4], wanted, 1e-4)
+
+
+def test_inputs_go_along_in_half_precision(method, calm):
+    subject = sharp(reference_dit())
+    streams = SETTINGS[method].get("streams", 2)
+    inputs = rows_of(subject, streams)
+    settings = {**SETTINGS[method], "gate": True, **({"key_scale": "input"} if method == "alignedgen" else {})}
+    context = Context(calibration=[inputs], example=inputs)
+    half = ConvertDtype(dtype="bfloat16").apply(coupled(subject, **settings), context).model
+    exact = output(coupled(subject, **settings), inputs, couple_gate=torch.ones(streams))
+    got = output(half, inputs, couple_gate=torch.ones(streams)).float()
+    assert (got - exact).norm() / exact.norm() < 0.2
 
 
 def test_costs_are_of_calls_that_have_all_rows(calm):
