@@ -76,6 +76,7 @@ def test_adapters_are_switched_and_come_back_bit_for_bit(dit: Subject, tmp_path:
     assert torch.equal(first, again)
     layer: Any = model.get_submodule(LAYERS[0])
     assert layer.call.tensors == {}, "between calls nothing is kept"
+    assert (layer.in_features, layer.out_features, layer.weight.shape) == (32, 96, (96, 32)), "as networks may ask"
     assert (first - other).abs().max() > 1e-2
     base = dit.output(dit.model)
     assert torch.equal(answer(dit, model, {}), base)
