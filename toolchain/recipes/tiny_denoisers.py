@@ -1,5 +1,7 @@
 """Small random networks of diffusers for ``sd3-mmdit-tiny.toml`` and ``ic-lora-tiny.toml``, and an adapter of one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ def sd3() -> ModelSpec:
     """Stable Diffusion 3's denoiser with three blocks, of which the last gives no text."""
     from diffusers import SD3Transformer2DModel
 
-    module = SD3Transformer2DModel(
+    module: Any = SD3Transformer2DModel(
         sample_size=8,
         num_layers=3,
         attention_head_dim=8,
@@ -41,7 +43,7 @@ def flux() -> ModelSpec:
     """Flux with two double and two single blocks."""
     from diffusers import FluxTransformer2DModel
 
-    module = FluxTransformer2DModel(
+    module: Any = FluxTransformer2DModel(
         in_channels=4,
         num_layers=2,
         num_single_layers=2,
