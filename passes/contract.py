@@ -24,19 +24,25 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from enginewright.ground.driver import in_groups
 from enginewright.ground.errors import ToolchainError, invalid, raise_faults
 from enginewright.ground.facts import Fact
 from enginewright.ground.program import Hoisted
-from enginewright.ground.signature import Signature
+from enginewright.ground.signature import Role, Signature, in_multiples
 from enginewright.passes.kernel.graph_module import GraphModule, is_parameter, weights_of
 from enginewright.passes.kernel.on_shapes import on_shapes
 from enginewright.passes.kernel.plain import plain
 from enginewright.passes.kernel.surgery import follow, several_names
 from enginewright.passes.networks import given_to, networks_of, program_of
+from enginewright.passes.plans import AnyFacts as AnyFacts
+from enginewright.passes.plans import Curve as Curve
 from enginewright.passes.plans import Decision as Decision
 from enginewright.passes.plans import Declared as Declared
+from enginewright.passes.plans import Facts as Facts
 from enginewright.passes.plans import Json as Json
+from enginewright.passes.plans import Part as Part
 from enginewright.passes.plans import Plan as Plan
+from enginewright.passes.plans import TokenMap as TokenMap
 from enginewright.passes.plans import as_json as as_json
 from enginewright.passes.plans import digest_of as digest_of
 
@@ -124,6 +130,33 @@ def without(context: Context, names: Sequence[str]) -> Context:
     )
 
 
+def in_rows(context: Context, together: int) -> Context:
+    """The same context for a model whose rows belong together, so many of them: each call has a multiple of those."""
+    if together == 1:
+        return context
+
+    def grouped(calls: Sequence[Inputs]) -> list[Inputs]:
+        return in_groups(calls, shared_by_calls(context.signature, calls), together, lambda parts: torch.cat([*parts]))
+
+    draw, calls_in = context.draw, context.calls_in
+    return replace(
+        context,
+        calibration=grouped(context.calibration),
+        example=context.example and grouped([context.example])[0],
+        draw=draw and (lambda count, seed: grouped(draw(count, seed))),
+        calls_in=lambda text: grouped(calls_in(text)),
+        signature=Signature(in_multiples(context.signature.inputs, together)),
+    )
+
+
+def shared_by_calls(signature: Signature, calls: Sequence[Inputs]) -> tuple[str, ...]:
+    """Inputs that all rows of a call share; where nobody declared any, those with other rows than the first has."""
+    if signature.inputs or not calls:
+        return signature.shared
+    rows = next(iter(calls[0].values())).shape[:1]
+    return tuple(name for name, value in calls[0].items() if value.shape[:1] != rows)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """Parameters, multiply-accumulates of one call on the example inputs (None: not measured), bytes of weights."""
@@ -146,19 +179,26 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class NewInput:
-    """An input that a rewritten model takes beside those of the original: a keyword, a row for each row of the batch.
+    """An input that a rewritten model takes beside those of the original, as a keyword.
 
     Args:
         name: of the argument.
-        shape: of one row.
+        shape: of one row, or of the whole where all rows share it.
         dtype: numpy's name of the element type.
-        default: every element, where a caller leaves the input out; what is compared with the original has this.
+        default: every element, where a caller leaves the input out.
+        role: what it is for; where nobody says, its name does.
+        shared: whether it has no row for each row of the batch.
+        range: of the values that engines are compared at; what the pass intends takes the input then. None: they are
+            compared at the default.
     """
 
     name: str
     shape: tuple[int, ...] = ()
     dtype: str = "float32"
     default: float = 0.0
+    role: Role = "unknown"
+    shared: bool = False
+    range: tuple[float, float] | None = None
 
 
 SCORE_HELP = (
@@ -198,6 +238,8 @@ class Pass(BaseModel, ABC):
     """Parameters that may name a function of the user's, ``FILE.py:FUNCTION``."""
     decisions: ClassVar[tuple[type[Decision], ...]] = ()
     """Kinds of decision that its plans hold; without any, a decision is a table that nothing checks."""
+    facts: ClassVar[type[Facts]] = AnyFacts
+    """What its decisions rest on, or have in common; as it stands here, a table that nothing checks."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -229,8 +271,8 @@ class Pass(BaseModel, ABC):
     def declared(self) -> Declared:
         """What is asked of its plans."""
         # Grows by one whenever any of the kinds does.
-        version = 1 + sum(kind.version - 1 for kind in self.decisions)
-        return Declared(name=self.name(), kinds=self.decisions, version=version)
+        version = self.facts.version + sum(kind.version - 1 for kind in self.decisions)
+        return Declared(name=self.name(), kinds=self.decisions, version=version, facts=self.facts)
 
     @abstractmethod
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -248,6 +290,10 @@ class Pass(BaseModel, ABC):
         """Inputs of the original that the rewritten model takes no more."""
         return ()
 
+    def rows_together(self, plan: Plan) -> int:
+        """How many rows of a call belong together after this pass: every call has a multiple of them."""
+        return 1
+
     def intended(self, model: nn.Module, plan: Plan, context: Context) -> nn.Module:
         """What is meant to be computed after this pass, in exact form, given what was meant before it.
 
@@ -263,8 +309,9 @@ class Pass(BaseModel, ABC):
             raise ToolchainError(f"{self.name()} needs calibration inputs and got none")
         self.refuse_incomplete()
         model = plain(model)
-        before = cost(model, context.example)
         plan = self.with_reason(model, self.planned(model, context))
+        context = in_rows(context, self.rows_together(plan))
+        before = cost(model, context.example)
         model = self.carry_out(model, plan, context)
         example = without(context, self.removed_inputs(plan)).example
         return Result(model=model, plan=plan, changed=tuple(plan.choice), before=before, after=cost(model, example))
@@ -278,8 +325,8 @@ class Pass(BaseModel, ABC):
         if plan.choice or plan.skipped:
             return plan
         reason = f"it has no {self.looks_for}{there_is(model)}"
-        notes = [*plan.facts.get("notes", []), f"{self.name()} changed nothing: {reason}"]
-        return replace(plan, skipped={"": reason}, facts={**plan.facts, "notes": notes})
+        notes = (*plan.facts.notes, f"{self.name()} changed nothing: {reason}")
+        return replace(plan, skipped={"": reason}, facts=plan.facts.model_copy(update={"notes": notes}))
 
     def check_calibration(self, context: Context, asked: str, *, otherwise: str) -> None:
         """Raise ``ToolchainError`` where a setting (``asked``, in words) has no calibration inputs to work with."""

@@ -116,21 +116,31 @@ def each_network(model: nn.Module, change: Callable[[nn.Module, str], nn.Module]
 
     Args:
         model: changed in place.
-        change: (network, path of it in the model) -> the changed network.
-
-    Raises:
-        ToolchainError: networks pass values to one another, so that the model is not called as each of them is.
+        change: (network, its name in the program) -> the changed network.
     """
     if not isinstance(model, Networks):
         return change(model, "")
-    if model.program.inner:
-        raise ToolchainError(
-            f"this changes how a network is called, and {', '.join(model.program.networks)} are called in turn, each "
-            "with what those before it gave"
-        )
     for name, network in networks_of(model).items():
-        model.networks[name or ONLY] = change(network, place_of(model, name))
+        model.networks[name or ONLY] = change(network, name)
     return model
+
+
+def called_by(model: nn.Module, program: Program) -> nn.Module:
+    """A model whose networks are called as another program says, in place; those that it lacks are gone."""
+    if isinstance(model, Networks):
+        for name in model.program.networks.keys() - program.networks.keys():
+            del model.networks[name or ONLY]
+        model.program = program
+    return model
+
+
+def taking(program: Program, added: Mapping[str, Sequence[str]]) -> Program:
+    """A program whose networks, by name, take some inputs more; those that take all of a call take these too."""
+    networks = {
+        name: own if own.takes is None else replace(own, takes=(*own.takes, *added.get(name, ())))
+        for name, own in program.networks.items()
+    }
+    return replace(program, networks=networks)
 
 
 def switched(
@@ -193,15 +203,37 @@ def given_to(
     }
 
 
-def without_inputs(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """A model that takes some inputs no more: they are none of those that stay the same over a run."""
-    if isinstance(model, Networks):
-        hoisted = {}
-        for name, found in model.program.hoisted.items():
-            if left := tuple(each for each in found.constant if each not in names):
-                hoisted[name] = replace(found, constant=left)
-        model.program = replace(model.program, hoisted=hoisted)
-    return model
+def without_inputs(model: nn.Module, names: Collection[str], *, gone: Collection[str] = ()) -> nn.Module:
+    """A model that takes some inputs no more: neither its networks do, nor do these stay the same over a run.
+
+    Args:
+        model: changed in place.
+        names: of inputs, and of what networks give to others.
+        gone: names of networks that are left out.
+    """
+    if not isinstance(model, Networks):
+        return model
+    program = model.program
+
+    def left(some: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(each for each in some if each not in names)
+
+    networks = {
+        name: own if own.takes is None else replace(own, takes=left(own.takes))
+        for name, own in program.networks.items()
+        if name not in gone
+    }
+    ways = tuple(
+        replace(way, calls=tuple(replace(c, once=left(c.once)) for c in way.calls if c.network not in gone))
+        for way in program.ways
+    )
+    hoisted = {
+        name: replace(found, constant=constant)
+        for name, found in program.hoisted.items()
+        if name not in gone and (constant := left(found.constant))
+    }
+    inner = tuple(spec for spec in program.inner if spec.name not in names)
+    return called_by(model, replace(program, networks=networks, ways=ways, hoisted=hoisted, inner=inner))
 
 
 def local(paths: Mapping[str, Any], network: str) -> dict[str, Any]:

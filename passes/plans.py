@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from typing_extensions import TypeVar  # typing's own knows no default before Python 3.13
 
     D = TypeVar("D", default=Any)
+    F = TypeVar("F", bound="Facts", default=Any)
 else:
     from typing import TypeVar
 
-    D = TypeVar("D")
+    D, F = TypeVar("D"), TypeVar("F")
 
 Json = Any
+
+M = TypeVar("M", bound=BaseModel)
 
 PLAN_SCHEMA = 1
 """Of written plans; raised when one that was written before would be carried out otherwise."""
@@ -55,9 +59,64 @@ class Decision(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def as_json(decision: Json) -> Json:
-    """A decision as JSON; one of a pass that declares none is JSON already."""
-    return decision.as_json() if isinstance(decision, Decision) else decision
+class Part(BaseModel):
+    """A part of some facts that has fields of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+
+class Curve(Part):
+    """A trade that a step chose from: what could be had, and what was taken; (x, y) pairs."""
+
+    x: str = Field(description="what is paid")
+    y: str = Field(description="what is lost")
+    points: tuple[tuple[float, float], ...] = Field(description="what could be had")
+    chosen: tuple[float, float] = Field(description="what was taken")
+
+
+class TokenMap(Part):
+    """Which tokens of one input stayed."""
+
+    left: tuple[tuple[int, ...], ...] = Field(description="rows of how many borders each token passed")
+    borders: int = Field(description="of the model")
+    picture: tuple[tuple[tuple[int, int, int], ...], ...] = Field(
+        (), description="rows of [red, green, blue], 0 to 255, a pixel a token; empty: the input is none"
+    )
+
+
+class Facts(BaseModel):
+    """What a plan's decisions rest on, or have in common: of the whole model, where a decision is of one place.
+
+    What was never set is not written, so that a new field with a default leaves older plans as they were.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    version: ClassVar[int] = 1
+    """Raised when facts that were written before would be read or carried out otherwise."""
+
+    notes: tuple[str, ...] = Field((), description="what the report says of the step, as sentences without full stops")
+    curve: Curve | None = Field(None, description="what could be chosen from")
+    maps: tuple[TokenMap, ...] = Field((), description="which tokens of some inputs stayed")
+
+    def as_json(self) -> dict[str, Json]:
+        """The fields that were set."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class AnyFacts(Facts):
+    """Facts of a pass that declares none, or of a plan that nobody is to carry out: JSON that nothing checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+    notes: Json = ()
+    curve: Json = None
+    maps: Json = ()
+
+
+def as_json(found: Json) -> Json:
+    """A decision, or facts, as JSON; those of a pass that declares none are JSON already."""
+    return found.as_json() if isinstance(found, Decision | Facts) else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +126,24 @@ class Declared:
     Args:
         name: of the pass.
         kinds: of decision; empty: any JSON, because the pass declares none.
-        version: of all of them together.
+        version: of all of them, and of the facts, together.
+        facts: their kind.
     """
 
     name: str
     kinds: tuple[type[Decision], ...]
     version: int
+    facts: type[Facts] = AnyFacts
 
     def checked(self, plan: Plan) -> Plan:
-        """The same plan, with each decision of a kind that is declared.
+        """The same plan, with each decision of a kind that is declared, and its facts of theirs.
 
         Raises:
-            ToolchainError: a decision has another field, lacks one or has one of a wrong type, or an array is none that
-                a decision declares.
+            ToolchainError: a decision or the facts have another field, lack one or have one of a wrong type, or an
+                array is none that a decision declares.
         """
+        facts = self.facts_of(plan)
+        plan = plan if facts is plan.facts else replace(plan, facts=facts)
         if not self.kinds:
             return plan
         choice = {path: self.decision(path, found) for path, found in plan.choice.items()}
@@ -100,12 +163,33 @@ class Declared:
         if not isinstance(fields, Mapping):
             raise ToolchainError(f"a decision of {self.name} is {shown(fields)}; it must be a table", where=where)
         kind = max(self.kinds, key=lambda each: len(fields.keys() & names_of(each)))
-        try:
-            # As JSON, where a list may be a tuple; strict, because no text is a number and no number a flag.
-            return kind.model_validate_json(json.dumps(fields), strict=True)
-        except ValidationError as error:
-            raise_faults(invalid(error, what=f"a decision of {self.name}", where=where, model=kind))
-            raise
+        return read_as(kind, fields, what=f"a decision of {self.name}", where=where)
+
+    def facts_of(self, plan: Plan) -> Facts:
+        """A plan's facts, of the kind that is declared; a plan that decides nothing may lack some."""
+        if isinstance(plan.facts, Facts) and (type(plan.facts) is self.facts or self.facts is AnyFacts):
+            return plan.facts
+        kind = self.facts if plan.choice else lacking_some(self.facts)
+        return read_as(kind, as_json(plan.facts), what=f"the facts of {self.name}", where="facts")
+
+
+@cache
+def lacking_some(kind: type[Facts]) -> type[Facts]:
+    """The same facts, each of which may be missing."""
+    fields: dict[str, Any] = {
+        name: (each.annotation, None) for name, each in kind.model_fields.items() if each.is_required()
+    }
+    return create_model(kind.__name__, __base__=kind, **fields)
+
+
+def read_as(kind: type[M], fields: Json, *, what: str, where: str) -> M:
+    """A declared kind out of parsed JSON."""
+    try:
+        # As JSON, where a list may be a tuple; strict, because no text is a number and no number a flag.
+        return kind.model_validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        raise_faults(invalid(error, what=what, where=where, model=kind))
+        raise
 
 
 def names_of(kind: type[Decision]) -> set[str]:
@@ -114,20 +198,20 @@ def names_of(kind: type[Decision]) -> set[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Generic[D]):
+class Plan(Generic[D, F]):
     """All that a pass decided.
 
     Args:
         choice: what to do, by module path.
         skipped: what was left alone, by module path, and why.
-        facts: what else the decision rests on (calibration, scores). The report shows two of them: ``notes``, a list
-            of sentences without full stops, and ``curve``, what could be chosen from (``reports/record.py``, Curve).
+        facts: what else the decisions rest on (calibration, scores), or what they have in common. The report shows
+            their notes, curve and maps.
         arrays: tensors that were decided (learned or rounded weights), by a name that begins with the module path.
     """
 
     choice: Mapping[str, D]
     skipped: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, Json] = field(default_factory=dict)
+    facts: F = field(default_factory=Facts)  # type: ignore[assignment]
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
     def array(self, name: str) -> Tensor:
@@ -139,7 +223,7 @@ class Plan(Generic[D]):
     def as_json(self) -> str:
         """The plan as text, its arrays by their digests; equal plans give equal text."""
         choice = {path: as_json(decision) for path, decision in self.choice.items()}
-        content: dict[str, Json] = {"choice": choice, "skipped": self.skipped, "facts": self.facts}
+        content: dict[str, Json] = {"choice": choice, "skipped": self.skipped, "facts": as_json(self.facts)}
         if self.arrays:
             content["arrays"] = {name: digest_of(array) for name, array in self.arrays.items()}
         return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -169,7 +253,8 @@ class Plan(Generic[D]):
         named = content.get("arrays", {})
         if named.keys() != arrays.keys() or any(digest_of(arrays[name]) != named[name] for name in named):
             raise ToolchainError("the plan's arrays are not those that it was made with")
-        plan = Plan(choice=content["choice"], skipped=content["skipped"], facts=content["facts"], arrays=arrays)
+        facts = read_as(AnyFacts, content["facts"], what="the plan", where="facts")
+        plan: Plan = Plan(choice=content["choice"], skipped=content["skipped"], facts=facts, arrays=arrays)
         return by.checked(plan) if by else plan
 
     def write(self, path: Path, *, by: Declared | None = None, version: str = "") -> None:

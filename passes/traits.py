@@ -113,18 +113,24 @@ class StreamBlock:
 
 
 class DeclaredAttention:
-    """Declared by an attention layer, by one of the two forms below; its ``forward`` is made of the parts named there.
+    """Declared by an attention layer, by one of the three forms below; its ``forward`` is made of parts named there.
 
-    What else the layer holds may depend on its heads; then they stay, and the reason names it. Shapes: B batch,
-    N tokens, D width, H heads, E = ``head_dim`` width of a head.
+    What else the layer holds may depend on its heads; then they stay, and the reason names it, unless the class says
+    how. Shapes: B batch, N tokens, D width, H heads, E = ``head_dim`` width of a head.
     """
 
-    writers: ClassVar[tuple[str, ...]]
-    """Names of the projections that write queries, keys and values; head h owns E rows of each, or of each third."""
+    writers: ClassVar[Mapping[str, int]]
+    """Names of the projections that write queries, keys and values, and how many of the three each does.
+
+    Head h owns E rows for each, after those of the heads before it; one kind follows the other."""
     reader: ClassVar[str]
     """Name of the projection that reads the heads' results."""
-    each_head: ClassVar[tuple[str, ...]] = ()
-    """Names of parts that treat every head alike, such as a norm of its queries: they stay whole when heads go."""
+    crossed: ClassVar[bool] = False
+    """Whether keys and values are of other tokens than the queries, or of more."""
+    by_head: ClassVar[tuple[str, ...]] = ()
+    """Names of its parameters that have an entry for each head, along the first axis."""
+    kept_whole: ClassVar[tuple[str, ...]] = ()
+    """Names of parts that stay whole when heads go: they treat all alike, such as a norm of queries, or see none."""
     heads: int
     head_dim: int
 
@@ -132,7 +138,7 @@ class DeclaredAttention:
 class FusedAttention(DeclaredAttention):
     """``qkv`` writes all queries, then all keys, then all values, head after head; ``proj`` reads the heads."""
 
-    writers = ("qkv",)
+    writers: ClassVar[Mapping[str, int]] = {"qkv": 3}
     reader = "proj"
     qkv: nn.Linear
     proj: nn.Linear
@@ -150,7 +156,7 @@ class FusedAttention(DeclaredAttention):
 class SplitAttention(DeclaredAttention):
     """``q_proj``, ``k_proj`` and ``v_proj`` write queries, keys and values, head after head; ``o_proj`` reads them."""
 
-    writers = ("q_proj", "k_proj", "v_proj")
+    writers: ClassVar[Mapping[str, int]] = {"q_proj": 1, "k_proj": 1, "v_proj": 1}
     reader = "o_proj"
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -168,6 +174,27 @@ class SplitAttention(DeclaredAttention):
     def join_heads(self, y: Tensor) -> Tensor:
         """What the heads give, (B, H, N, E) -> (B, N, D)."""
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(DeclaredAttention):
+    """``q`` writes the queries of tokens; ``kv`` all keys, then all values, of a source; ``proj`` reads the heads."""
+
+    writers: ClassVar[Mapping[str, int]] = {"q": 1, "kv": 2}
+    reader = "proj"
+    crossed = True
+    q: nn.Linear
+    kv: nn.Linear
+    proj: nn.Linear
+
+    def heads_of(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, D) and a source (B, N', D') -> queries (B, H, N, E), keys and values (B, H, N', E)."""
+        q = self.q(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        k, v = self.kv(source).unflatten(-1, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def join_heads(self, y: Tensor) -> Tensor:
+        """What the heads give, (B, H, N, E) -> (B, N, D)."""
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class DeclaredFeedForward:
@@ -236,6 +263,30 @@ class SelectingBlock(ModulatedBlock):
     @abstractmethod
     def token_logits(self, x: Tensor) -> Tensor:
         """Tokens before the second half (B, N, D) -> (B, N), above 0 where it runs."""
+
+
+class AdaptedLayer(ABC):
+    """Declared by a linear layer that holds low-rank products beside it.
+
+    Attributes:
+        base: the layer without them.
+        part: which of the network's adapters they belong to, such as ``content``.
+        branches: names of its products, where a gate mixes several; else empty.
+        mixed_by: why such a mix goes into no weight, in words.
+    """
+
+    base: nn.Linear
+    part: str
+    branches: ClassVar[tuple[str, ...]] = ()
+    mixed_by: ClassVar[str] = ""
+
+    @abstractmethod
+    def merged(self, branch: str = "") -> nn.Linear:
+        """The linear layer that computes the same; of a mix, the same as with this branch alone."""
+
+    def held_at(self, branch: str) -> nn.Module:
+        """The layer with one branch in the place of its mix, unmerged. Raises ``NotImplementedError`` where none is."""
+        raise NotImplementedError(f"{type(self).__name__} has no branch {branch!r}")
 
 
 class RoutedWidth(ABC):
@@ -371,6 +422,18 @@ class TokenBlock(ABC):
     def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, head_dim)."""
 
+    def unturned_heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same before rotary positions turn queries and keys, as ``turned`` does."""
+        return self.heads(y)
+
+    def values(self, y: Tensor) -> Tensor:
+        """The values alone, where queries and keys are not needed (B, H, N, head_dim)."""
+        return self.unturned_heads(y)[2]
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Queries or keys (..., H, N, head_dim), each as its position turns it."""
+        return x
+
     @abstractmethod
     def output(self, mixed: Tensor) -> Tensor:
         """The heads' results (B, N, H*head_dim) -> (B, N, D)."""
@@ -427,11 +490,28 @@ class TokenStack:
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
+    def path_in(self, owner: str) -> str:
+        """The path of the list of blocks in a model whose module at ``owner`` answered."""
+        return f"{owner}.{self.path}".strip(".")
+
     def replace_blocks(self, run: nn.Module) -> None:
         """Put one module, called as a block is, in the place of all blocks. Spent afterwards: ask anew."""
         whole = nn.ModuleList([run])
         whole.training = self.blocks.training
         setattr(self.holder, self.name, whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryAxes:
+    """A module that turns positions along several axes into angles: feature pair j of an axis by p / theta^(2j/width).
+
+    Args:
+        theta: the slowest wave.
+        widths: features that each axis turns, one axis after the other; the last two are rows and columns.
+    """
+
+    theta: float
+    widths: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

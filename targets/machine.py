@@ -16,6 +16,9 @@ from enginewright.targets.contract import Answer
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Where Linux shows control groups, and where it says which ones this process is in."""
 
+MEMORY = Path("/proc/meminfo")
+"""Where Linux says how much memory is free."""
+
 
 def cpu_id() -> str:
     """What tells processors of one name apart: family, model, stepping, and a digest of all their flags."""
@@ -103,6 +106,28 @@ def quota_of(group: Path) -> float | None:
     except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
         return None
     return found if found > 0 else None
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take: what Linux calls available, and no more than its control groups leave it.
+
+    None where nothing says so.
+    """
+    try:
+        lines = MEMORY.read_text().splitlines()
+        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    except (OSError, ValueError, IndexError):
+        return None
+    left = [room for group in control_groups() if (room := room_of(group)) is not None]
+    return max(0, min(found + left)) if found else None
+
+
+def room_of(group: Path) -> int | None:
+    """Bytes that one control group of version 2 may still take; None where it has no limit, or nothing says so."""
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # "max" is no number
+        return None
 
 
 @cache

@@ -59,6 +59,7 @@ def test_the_wheel_holds_weights_recipes_templates_and_no_tests(wheel: Path) -> 
         "enginewright/targets/tensorrt_worker.py",
         "enginewright/models/weights/digits-reference.safetensors",
         "enginewright/models/weights/speech.wav",
+        "enginewright/models/weights/glosses-test.txt",
         "enginewright/reports/methods/tnt.toml",
         "enginewright/reports/methods/tnt.json",
     ):

@@ -15,6 +15,10 @@ An artifact's engine takes the place of the module that it was made from::
 That of a whole pipeline gives the pipeline, run by the engines of all its networks::
 
     pipe = enginewright.load_pipeline("out")
+
+An engine that takes adapters as inputs (the pass ``adapters_as_inputs``) is switched by what it is called with::
+
+    image = engine(**call, **enginewright.adapter_inputs("out", "style.safetensors"))
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from enginewright.adapters import adapter_inputs as adapter_inputs
     from enginewright.api import bench as bench
     from enginewright.api import compare as compare
     from enginewright.api import export as export
@@ -37,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ModelSpec",
     "__version__",
+    "adapter_inputs",
     "bench",
     "compare",
     "export",
@@ -51,6 +57,7 @@ _PLACES = {
     **dict.fromkeys(("bench", "compare", "export", "open", "plan"), "enginewright.api"),
     **dict.fromkeys(("load", "load_module"), "enginewright.loaded"),
     "ModelSpec": "enginewright.spec",
+    "adapter_inputs": "enginewright.adapters",
     "load_pipeline": "enginewright.whole",
 }
 

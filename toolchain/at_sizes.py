@@ -14,6 +14,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays, Dim
 from enginewright.sources.contract import Model
+from enginewright.targets import machine
 from enginewright.targets.onnx_files import external_bytes
 from enginewright.targets.onnxruntime_engine import unoptimized
 from enginewright.targets.pytorch_engine import EagerRunner
@@ -22,7 +23,10 @@ from enginewright.validation.fidelity import real_rows
 from enginewright.validation.sizes import SizeOutcome, Sizes, text_of
 
 LARGEST_GRAPH = 2 * 10**9
-"""Bytes above which a graph is not run on its own before engines are built from it."""
+"""Bytes up to which a graph is always run on its own before engines are built from it."""
+
+MEMORY_SHARE = 4
+"""A larger graph is run where so many times its bytes are free: ONNX Runtime may hold its weights twice."""
 
 NODE = re.compile(r"Name:'([^']+)'")
 """How ONNX Runtime names the node that failed."""
@@ -211,8 +215,9 @@ def prove(path: Path, model: Model, calls: Sequence[SizedCall] | None, *, thread
     """
     if not sizes.dims_of(model.inputs):
         return ""
-    if path.stat().st_size + external_bytes(path) > LARGEST_GRAPH:
-        return "not run on its own, because it is larger than 2 GB"
+    size = path.stat().st_size + external_bytes(path)
+    if size > LARGEST_GRAPH and size * MEMORY_SHARE > (machine.free_memory() or 0):
+        return "not run on its own, because it is larger than 2 GB and than a quarter of the memory that is free"
     original = eager(model, threads)
     typical_call = model.at({}, seed)
     try:

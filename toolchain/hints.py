@@ -50,13 +50,20 @@ class Hints:
             self.notes[number] = [f"{note}: {listed}"]
         for path, decision in plan.choice.items():
             choice = as_json(decision)
-            if not isinstance(choice, Mapping):
+            layer = module_at(module, path)
+            if not isinstance(choice, Mapping) or self.holds_one(layer, path):
                 continue
             self.found.setdefault(path, {}).update(choice)
-            if (layer := module_at(module, path)) is not None:
+            if layer is not None:
                 self.layers[path] = weakref.ref(layer)
                 if choice.get("pattern") == PATTERN:
                     self.sparse[path] = layer
+
+    def holds_one(self, layer: nn.Module | None, path: str) -> bool:
+        """Whether a step put a layer around the one that was there, which what was said is of."""
+        known = self.layers[path]() if path in self.layers else None
+        inside = [] if layer is None or known is layer else list(layer.modules())
+        return known is not None and any(each is known for each in inside)
 
     def of(self, network: nn.Module, module: nn.Module) -> dict[str, LayerHint]:
         """What targets are told about one exported network, by its own module paths.

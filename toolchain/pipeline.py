@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from enginewright import (
     shipping,
     sources,
 )
-from enginewright.added import completing, with_inputs
+from enginewright.added import completing, in_rows, with_inputs
 from enginewright.ground.errors import (
     CANNOT,
     DONE,
@@ -56,7 +57,7 @@ from enginewright.programs import (
     write_program,
 )
 from enginewright.progress import Progress
-from enginewright.recipe import Recipe, TargetStep, threads_here
+from enginewright.recipe import Recipe, TargetStep
 from enginewright.reports import deploying, record, rendering, summary, words
 from enginewright.sources.contract import Model, write_interface
 from enginewright.state import State, example_of, first_state
@@ -113,15 +114,22 @@ class Run:
         return self.state.intended if self.state else self.model
 
     @property
+    def untouched(self) -> Model | None:
+        """The original, called with as many rows as engines are; None where it is what they are compared with."""
+        if not self.state or not self.state.intents:
+            return None
+        return in_rows(self.model, math.lcm(*(step.rows_together(result.plan) for step, result, _ in self.results)))
+
+    @property
     def exported(self) -> Model:
         """The same with the inputs that steps added, as engines are called."""
         new = [each for step, result, _ in self.results for each in step.new_inputs(result.plan)]
-        return with_inputs(self.intended, new)
+        return with_inputs(self.intended, [each for each in new if each.range is None])  # it takes the others itself
 
     @property
     def threads(self) -> int:
         """Threads of every CPU runner."""
-        return self.recipe.head.validation.threads or threads_here()
+        return self.recipe.threads
 
     def example(self, model: Model | None = None, **sizes: int) -> Inputs:
         """One call of a model, by default the original; dynamic dimensions at the sizes given, else typical."""
@@ -408,7 +416,7 @@ def validate(
         threads=run.threads,
         progress=run.progress,
         sized=run.sized,
-        untouched=run.model if run.state and run.state.intents else None,
+        untouched=run.untouched,
         half=half,
     )
     how: dict[str, Any] = {
@@ -481,7 +489,7 @@ def make_report(
 
 def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str] = ()) -> record.Step:
     """What one step did; ``notes`` are what its plan could not know."""
-    before, after = result.before, result.after
+    before, after, facts = result.before, result.after, result.plan.facts.as_json()
     return record.Step(
         name=step.name(),
         parameters=step.model_dump(mode="json"),
@@ -492,9 +500,9 @@ def step_record(step: Pass, result: Result, seconds: float, notes: Sequence[str]
         macs=record.BeforeAfter(before=before.macs, after=after.macs),
         bytes=record.BeforeAfter(before=before.bytes, after=after.bytes),
         seconds=round(seconds, 3),
-        notes=[*result.plan.facts.get("notes", []), *notes],
-        curve=result.plan.facts.get("curve"),
-        maps=result.plan.facts.get("maps", []),
+        notes=[*facts.get("notes", []), *notes],
+        curve=facts.get("curve"),
+        maps=facts.get("maps", []),
     )
 
 

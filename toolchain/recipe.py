@@ -153,6 +153,11 @@ class Recipe:
         return self.folder / text
 
     @property
+    def threads(self) -> int:
+        """Threads of every CPU runner: as many as the recipe says, or every core allowed here."""
+        return self.head.validation.threads or threads_here()
+
+    @property
     def model(self) -> str:
         """The model string, its path, if it holds one, from the recipe's folder."""
         return sources.with_path(self.head.model, self.folder, lambda path: str(self.path(path)))

@@ -20,7 +20,7 @@ from enginewright import calibration
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.passes.contract import Inputs
 from enginewright.passes.kernel.distance import relative_l2
-from enginewright.recipe import Recipe, threads_here
+from enginewright.recipe import Recipe
 from enginewright.sources import user_file
 from enginewright.sources.contract import Model
 from enginewright.targets.pytorch_engine import EagerRunner, flat
@@ -74,7 +74,7 @@ def fidelity(model: Model, calls: Sequence[Inputs]) -> Score:
 def of_samples(metric: WorkloadMetric, task: Workload, model: Model, recipe: Recipe) -> Score:
     """A metric of whole runs, from other noise or prompts than validation's; turned round where lower is better."""
     count = recipe.head.validation.samples or task.samples
-    threads = recipe.head.validation.threads or threads_here()
+    threads = recipe.threads
     seed = recipe.head.seed + calibration.CALIBRATION_SEED
 
     def drawn(module: nn.Module) -> Any:

@@ -27,7 +27,8 @@ class ModelSpec:
             is less) to the example's largest, booleans are mixed (for true alone, say (1, 2)); the report says that
             ranges were guessed. The example itself is always the first call of a validation.
         roles: what inputs are for, by name, where their names do not say it: ``sample``, ``timestep``, ``condition``,
-            ``guidance``, ``mask``, ``positions``, ``noise``, ``state`` or ``strength``. Passes ask for a role.
+            ``guidance``, ``mask``, ``positions``, ``noise``, ``state``, ``strength`` or ``adapter``. Passes ask for a
+            role.
         realistic: (count, seed) -> that many sets of inputs like those in use, by name, for calibration and
             validation; random ones do without it.
     """

@@ -11,7 +11,7 @@ from torch import nn
 from enginewright import calibration, scoring, teachers
 from enginewright.added import intended_by
 from enginewright.ground.signature import Signature
-from enginewright.passes.contract import Context, Inputs, Pass, Result, without
+from enginewright.passes.contract import Context, Inputs, Pass, Result, in_rows, without
 from enginewright.passes.kernel.surgery import share
 from enginewright.progress import Progress
 from enginewright.recipe import Recipe
@@ -44,7 +44,7 @@ class State:
         intended = intended_by(self.intended, step, result.plan, self.context)
         changed = intended.module is not self.intended.module
         gone = step.removed_inputs(result.plan)
-        context = without(self.context, gone)
+        context = in_rows(without(self.context, gone), step.rows_together(result.plan))
         teacher_of = context.teacher_of
 
         def called_alike(text: str) -> nn.Module:
@@ -58,6 +58,7 @@ class State:
             context=replace(
                 context,
                 original=intended.module,
+                signature=Signature(intended.inputs),
                 score_of=lambda text: scoring.score_of(text, intended, recipe, context.calibration),
                 teacher_of=called_alike,
             ),

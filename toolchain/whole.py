@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from enginewright import __version__, artifact, environment, origin, pipeline, preflight, samples, sources
 from enginewright.at_sizes import eager
+from enginewright.ground import spectra
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Arrays
 from enginewright.loaded import load
 from enginewright.measure import answers_of, judge_gates, outputs_of, time_all
 from enginewright.progress import Progress
-from enginewright.recipe import WHOLE, Job, Recipe, TargetStep, Validation, read, threads_here
+from enginewright.recipe import WHOLE, Job, Recipe, TargetStep, Validation, read
 from enginewright.reports import deploying, record, rendering
 from enginewright.reports.pictures import png_grid
 from enginewright.sources.jobs import Job as Work
-from enginewright.validation.contract import SoundTask
 
 BUDGET_S = 60.0
 """Time that timing the whole job may take, about."""
@@ -134,11 +135,14 @@ def try_job(
         with progress.stage("load the pipeline"):
             job = sources.job_of(recipe.model, **settings.model_dump(exclude={"skip"}))
             runners = {
-                target.name: job.run(job.assemble(engines(job, folder, target.name, trust_code=trust_code)))
+                target.name: job.run(
+                    job.assemble(engines(job, folder, target.name, threads=recipe.threads, trust_code=trust_code))
+                )
                 for target in able
             }
-            original = job.run(job.assemble(originals(job)))
-        pictures = compare(job, original, runners, able, recipe.head.seed, progress)
+            original = job.run(job.assemble(originals(job, recipe.threads)))
+        torch.set_num_threads(recipe.threads)  # of a pipeline's own networks, and of the code between engines
+        pictures = compare(job, original, runners, able, recipe, progress)
     except ToolchainError as cause:
         for target in able:
             target.reason = f"the whole job was not run: {cause.message}"
@@ -147,16 +151,18 @@ def try_job(
     return [*job.notes, *(f"{part} takes no part in the whole job" for part in alone)], pictures
 
 
-def engines(job: Work, folder: Path, target: str | None, *, trust_code: bool) -> dict[str, Any]:
+def engines(
+    job: Work, folder: Path, target: str | None, *, threads: int | None = None, trust_code: bool
+) -> dict[str, Any]:
     """One target's engines of the parts that a job needs, or the first that run here, as the job takes them."""
     name = target and target.removeprefix(f"{WHOLE}.")
-    found = {part: load(folder / part, name, trust_code=trust_code) for part in job.parts}
+    found = {part: load(folder / part, name, threads=threads, trust_code=trust_code) for part in job.parts}
     return {part: engine.runner for part, engine in found.items()} if job.models else found
 
 
-def originals(job: Work) -> dict[str, Runner]:
+def originals(job: Work, threads: int) -> dict[str, Runner]:
     """The untouched networks of a job that has none of its own."""
-    return {part: eager(sources.load(text), threads_here()) for part, text in job.models.items()}
+    return {part: eager(sources.load(text), threads) for part, text in job.models.items()}
 
 
 def compare(
@@ -164,7 +170,7 @@ def compare(
     original: Runner,
     runners: Mapping[str, Runner],
     targets: Sequence[record.TargetRecord],
-    seed: int,
+    recipe: Recipe,
     progress: Progress,
 ) -> list[record.Samples]:
     """Results and times of the whole job, into the records; and pictures of its results."""
@@ -184,8 +190,8 @@ def compare(
         pictures = shown(wanted, results, job.rate)
     with progress.stage("time the whole job, in turns"):
         rounds = max(FEWEST, min(30, int(BUDGET_S / max(seconds, 1e-3) / (len(fit) + 1))))
-        threads = threads_here()
-        timed = time_all(original, fit, job.calls[0], Validation(rounds=rounds, warm_up=1), seed, threads, progress)
+        settings = Validation(rounds=rounds, warm_up=1)
+        timed = time_all(original, fit, job.calls[0], settings, recipe.head.seed, recipe.threads, progress)
     for target in targets:
         target.latency = timed.get(target.name)
     return pictures
@@ -213,9 +219,10 @@ def shown(wanted: Sequence[Arrays], got: Mapping[str, Sequence[Arrays]], rate: i
     results = {"original": wanted, **got}
     if rate:
         waves = {name: np.concatenate([result["wave"] for result in each]) for name, each in results.items()}
-        count = len(waves["original"])
-        sounds = SoundTask(sample=lambda runner, n, seed: waves["original"], samples=count, rate=rate)
-        return samples.shown(sounds, waves, list(got), count)
+        first = {
+            name: spectra.log_mel_of_sounds(each[: samples.SHOWN_SOUNDS], rate=rate) for name, each in waves.items()
+        }
+        return samples.shown_spectra(first, list(got), rate=rate, count=len(waves["original"]))
     pictures = {name: found for name, each in results.items() if (found := pictures_of(each)) is not None}
     return [
         record.Samples(

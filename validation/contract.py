@@ -133,8 +133,8 @@ class SoundTask(SpectraTask):
         return 4 * self.hop
 
     def log_mel(self, drawn: Array) -> Array:
-        """80 bands of each: (n, 80, T), in float64."""
-        return spectra.log_mel(drawn, rate=self.rate, window=self.window, hop=self.hop, bands=80)
+        """What ``log_mel_of_sounds`` gives: (n, 80, T), in float64."""
+        return spectra.log_mel_of_sounds(drawn, rate=self.rate)
 
 
 class Metric(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,7 +16,7 @@ def draw(specs: Sequence[InputSpec], *, seed: int, sizes: Mapping[str, int] | No
     arrays: Arrays = {}
     for spec in specs:
         shape, dtype = spec.sizes(sizes), np.dtype(spec.dtype)
-        if spec.default is not None:
+        if spec.default is not None and not spec.drawn:
             arrays[spec.name] = np.full(shape, spec.default, dtype)
         elif dtype.kind == "b" and (spec.low is None or spec.high is None):
             arrays[spec.name] = mixed(rng, shape)
@@ -60,5 +61,5 @@ def completed(given: Mapping[str, Array], specs: Sequence[InputSpec]) -> Arrays:
         for d, size in zip(spec.shape, given[spec.name].shape, strict=True)
         if isinstance(d, Dim)
     }
-    absent = [spec for spec in specs if spec.default is not None and spec.name not in given]
+    absent = [replace(spec, drawn=False) for spec in specs if spec.default is not None and spec.name not in given]
     return {**given, **draw(absent, seed=0, sizes=sizes)}

@@ -26,10 +26,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ALL_INPUTS, ONE_NETWORK, SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
+from enginewright.ground.facts import (
+    ALL_INPUTS,
+    INDEPENDENT_ROWS,
+    ONE_NETWORK,
+    SINGLE_ROWS,
+    STATELESS_CALLS,
+    UNBLENDED_ATTENTION,
+    Fact,
+)
 from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way
 from enginewright.ground.signature import Dim, Signature, rows_of
-from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan, macs
+from enginewright.passes.contract import Context, Decision, Facts, Inputs, Pass, Plan, macs
 from enginewright.passes.dynamic.contributions import REUSED, giving, stream, taking
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import Look, evaluating, looking
@@ -52,13 +60,29 @@ class ReusedBlocks(Decision):
     of: int = Field(description="blocks that the stack has")
 
 
+class ReusedFacts(Facts):
+    """The schedule, and what is kept from step to step."""
+
+    chosen: str = Field(description="how the blocks were found")
+    changes: dict[str, float] = Field(
+        {}, description="by range of blocks: how far its contribution moves from step to step"
+    )
+    input: str = Field(description="that holds the timestep")
+    timesteps: tuple[float, ...] = Field(description="of the schedule")
+    table: tuple[int, ...] = Field(description="for each of them: 0, the network runs whole; 1, it reuses")
+    shape: tuple[int, ...] = Field(description="of one row of what is kept")
+    dtype: str = Field(description="of it")
+    macs: dict[str, int] = Field(description="of a step of each kind, and of a run")
+
+
 class ReuseBlocks(Pass):
     """Leave a range of blocks out at most steps, and reuse what they added at the last step that ran whole."""
 
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, SINGLE_ROWS, ALL_INPUTS, UNBLENDED_ATTENTION)
+    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, SINGLE_ROWS, ALL_INPUTS, UNBLENDED_ATTENTION, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, STATELESS_CALLS)
     decisions: ClassVar[tuple[type[Decision], ...]] = (ReusedBlocks,)
+    facts: ClassVar[type[Facts]] = ReusedFacts
 
     interval: int = Field(2, ge=1, description="one step in so many runs whole, the first included (DeepCache's N)")
     whole: tuple[int, ...] = Field((), description="steps that run whole, from 0 and rising, instead of an interval")
@@ -78,7 +102,7 @@ class ReuseBlocks(Pass):
     rows: int = Field(4, ge=1, description="calibration rows for each timestep: those of the nearest timesteps")
     exclude: tuple[str, ...] = Field((), description="glob patterns of stacks of blocks that always run whole")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan[ReusedBlocks]:
+    def plan(self, model: nn.Module, context: Context) -> Plan[ReusedBlocks, ReusedFacts]:
         """Choose the steps and the blocks.
 
         Raises ``ToolchainError`` for an input that is no timestep, steps that are none, blocks that must stay or are
@@ -109,24 +133,25 @@ class ReuseBlocks(Pass):
             return Plan(choice={}, skipped=skipped)
         path = max(fit, key=lambda path: len(stacks[path].blocks))  # of equals the first
         skipped |= {other: f"one stack's blocks are reused, those of {path!r}" for other in fit if other != path}
-        blocks, facts = resolved.chosen(model, path, stacks[path], table, context)
+        blocks, told = resolved.chosen(model, path, stacks[path], table, context)
         if not blocks:
             return Plan(choice={}, skipped={**skipped, path: "each of its blocks must stay"})
         short = macs(taking(share(model), path, blocks), example)
         tensor = found[path][0]
-        facts |= {
-            "input": resolved.input,
-            "timesteps": list(resolved.schedule()),
-            "table": table,
-            "shape": list(tensor.shape[1:]),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "macs": costs(whole, short, table),
-            "notes": notes(whole, short, table),
-        }
+        facts = ReusedFacts(
+            **told,
+            input=resolved.input,
+            timesteps=resolved.schedule(),
+            table=tuple(table),
+            shape=tuple(tensor.shape[1:]),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            macs=costs(whole, short, table),
+            notes=tuple(notes(whole, short, table)),
+        )
         reused = ReusedBlocks(blocks=tuple(blocks), of=len(stacks[path].blocks))
         return Plan(choice={path: reused}, skipped=skipped, facts=facts)
 
-    def rewrite(self, model: nn.Module, plan: Plan[ReusedBlocks]) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[ReusedBlocks, ReusedFacts]) -> nn.Module:
         """The whole network and the short one. Raises ``ToolchainError`` for a stack of another length."""
         for path, reused in plan.choice.items():
             count = len(layer_at(model, path, BlockStack).blocks)
@@ -231,14 +256,14 @@ def moved(modules: Sequence[str], path: str, blocks: Sequence[int], network: str
     return tuple(found)
 
 
-def reusing(facts: Mapping[str, Any]) -> Program:
+def reusing(facts: ReusedFacts) -> Program:
     """The program of a network that also gives what its blocks add, and of one that takes that in their place."""
-    table = Table(input=facts["input"], timesteps=tuple(facts["timesteps"]), ways=tuple(facts["table"]))
+    table = Table(input=facts.input, timesteps=facts.timesteps, ways=facts.table)
     return Program(
         networks={WHOLE: Network(gives=(REUSED,)), SHORT: Network()},
         ways=(Way(calls=(Call(network=WHOLE),)), Way(calls=(Call(network=SHORT),), reads=(REUSED,), otherwise=0)),
         table=table,
-        states=(StateTensor(name=REUSED, shape=tuple(facts["shape"]), dtype=facts["dtype"]),),
+        states=(StateTensor(name=REUSED, shape=facts.shape, dtype=facts.dtype),),
     )
 
 

@@ -24,9 +24,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ALL_INPUTS, FLOAT_WEIGHTS, ONE_NETWORK, UNBLENDED_ATTENTION, Fact
+from enginewright.ground.facts import (
+    ALL_INPUTS,
+    FLOAT_WEIGHTS,
+    INDEPENDENT_ROWS,
+    ONE_NETWORK,
+    UNBLENDED_ATTENTION,
+    Fact,
+)
 from enginewright.ground.program import Table
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.dynamic.buckets import Bools, Floats, masks_for, stretches
 from enginewright.passes.dynamic.masking import columns_of, mask_units
 from enginewright.passes.kernel.audit import unproven
@@ -52,14 +59,33 @@ class SlicedLayer(Decision):
     kept: tuple[tuple[int, ...], ...] = Field(description="for each stretch the units that stay, rising from 0")
 
 
+class SlicedFacts(Facts):
+    """The schedule, and the stretch of each of its timesteps."""
+
+    importance: str = Field(description="that heads and units were judged by")
+    share_computed: float = Field(description="of the cost of all units at all timesteps")
+    share_needed: float = Field(description="of it, by the masks of the timesteps")
+    input: str = Field(description="that holds the timestep")
+    timesteps: tuple[float, ...] = Field(description="of the schedule")
+    table: tuple[int, ...] = Field(description="for each of them the number of its stretch")
+    shared: tuple[str, ...] = Field(description="inputs that all rows of a call share")
+
+
 class SliceWidthByTimestep(Pass):
     """Cut attention and feed-forwards to what a timestep needs: one network for each stretch of timesteps."""
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, ONE_NETWORK, ALL_INPUTS, UNBLENDED_ATTENTION)
+    requires: ClassVar[tuple[Fact, ...]] = (
+        FLOAT_WEIGHTS,
+        ONE_NETWORK,
+        ALL_INPUTS,
+        UNBLENDED_ATTENTION,
+        INDEPENDENT_ROWS,
+    )
     destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (SlicedLayer,)
+    facts: ClassVar[type[Facts]] = SlicedFacts
     looks_for: ClassVar[str] = "attention layers and feed-forwards that a family knows"
 
     share: float = Field(
@@ -88,7 +114,7 @@ class SliceWidthByTimestep(Pass):
     rows: int = Field(default=4, ge=1, description="calibration rows for each timestep: those of the nearest timesteps")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of layer paths left alone")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan[SlicedLayer]:
+    def plan(self, model: nn.Module, context: Context) -> Plan[SlicedLayer, SlicedFacts]:
         """Score every unit at every timestep, or ask trained routers; choose stretches, and what each of them keeps.
 
         Raises ``ToolchainError`` for an unknown input, one that is no timestep, an ``exclude`` that matches nothing.
@@ -111,7 +137,7 @@ class SliceWidthByTimestep(Pass):
         masks, table, facts = self.decide(scores, costs)
         return resolved.plan_of(masks, table, facts, skipped, context)
 
-    def of_routers(self, routed: RoutedWidth, place: str, context: Context) -> Plan[SlicedLayer]:
+    def of_routers(self, routed: RoutedWidth, place: str, context: Context) -> Plan[SlicedLayer, SlicedFacts]:
         """The masks of a network's own routers, the stretches, and what each stretch keeps.
 
         Layers that are excluded stay as wide as they are, and silent where the routers say so.
@@ -139,10 +165,10 @@ class SliceWidthByTimestep(Pass):
         self,
         masks: Mapping[str, Any],
         table: list[int],
-        facts: dict[str, Any],
+        told: dict[str, Any],
         skipped: dict[str, str],
         context: Context,
-    ) -> Plan[SlicedLayer]:
+    ) -> Plan[SlicedLayer, SlicedFacts]:
         """What each stretch keeps of each layer, from masks (T, U) and the stretch of each timestep."""
         choice, arrays = dict[str, SlicedLayer](), dict[str, Tensor]()
         for path, mask in masks.items():
@@ -154,33 +180,32 @@ class SliceWidthByTimestep(Pass):
             choice[path] = SlicedLayer(of=mask.shape[1], kept=tuple(map(tuple, kept)))
             arrays[f"{path}.mask"] = torch.from_numpy(mask.astype(np.uint8))
         shared = shared_inputs(context, context.calibration[0], like=self.input)
-        facts = facts | {
-            "input": self.input,
-            "timesteps": list(self.timesteps),
-            "table": table,
-            "shared": list(shared),
-        }
+        facts = SlicedFacts(
+            **told, input=self.input, timesteps=self.timesteps, table=tuple(table), shared=tuple(shared)
+        )
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
-    def rewrite(self, model: nn.Module, plan: Plan[SlicedLayer]) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[SlicedLayer, SlicedFacts]) -> nn.Module:
         """One copy of the model for each stretch, cut and masked. Raises ``ToolchainError`` for another model."""
         if not plan.choice:
             return model
-        times, numbers = plan.facts["timesteps"], torch.tensor(plan.facts["table"])
+        times, numbers = plan.facts.timesteps, torch.tensor(plan.facts.table)
         whole, place = only_network(model)
         if isinstance(whole, RoutedWidth):
             whole = whole.whole_width()
-        own_plan: Plan[SlicedLayer] = replace(plan, choice=local(plan.choice, place), arrays=local(plan.arrays, place))
+        own_plan: Plan[SlicedLayer, SlicedFacts] = replace(
+            plan, choice=local(plan.choice, place), arrays=local(plan.arrays, place)
+        )
         networks = {}
         for number in range(int(numbers.max()) + 1):
             own = numbers == number
             at = [time for time, chosen in zip(times, own.tolist(), strict=True) if chosen]
             networks[str(number)] = self.narrowed(share(whole), own_plan, number, own, at)
-        table = Table(input=plan.facts["input"], timesteps=tuple(times), ways=tuple(plan.facts["table"]))
-        return switched(model, networks, table, shared=plan.facts["shared"])
+        table = Table(input=plan.facts.input, timesteps=times, ways=plan.facts.table)
+        return switched(model, networks, table, shared=plan.facts.shared)
 
     def narrowed(
-        self, model: nn.Module, plan: Plan[SlicedLayer], number: int, own: Tensor, at: list[float]
+        self, model: nn.Module, plan: Plan[SlicedLayer, SlicedFacts], number: int, own: Tensor, at: list[float]
     ) -> nn.Module:
         """Cut a model, in place, to what one stretch needs; ``own`` (T,) says which timesteps are its."""
         masks: list[tuple[str, Tensor]] = []
@@ -199,7 +224,7 @@ class SliceWidthByTimestep(Pass):
                 raise ToolchainError(f"the plan is for a layer of {sliced.of} heads; this one has {units}", where=path)
             masks.append((path, plan.array(f"{path}.mask")[own][:, list(kept)]))
         layers = [(self.layer(model, path), mask) for path, mask in masks]
-        return mask_units(model, layers, plan.facts["input"], at)
+        return mask_units(model, layers, plan.facts.input, at)
 
     def layers(self, model: nn.Module) -> dict[str, Layer]:
         """Attention layers and feed-forwards by path, in the model's order.

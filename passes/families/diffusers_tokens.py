@@ -29,6 +29,11 @@ class BasicBlock(TokenBlock):
         )
         return q, k, v
 
+    def values(self, y: Tensor) -> Tensor:
+        """From the third."""
+        layer = self.block.attn1
+        return layer.to_v(y).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+
     def output(self, mixed: Tensor) -> Tensor:
         """The output projection."""
         return self.block.attn1.to_out[0](mixed)

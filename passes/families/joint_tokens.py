@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from enginewright.passes.families.joint_blocks import NORMS, OWN, TEXT, is_joint
 from enginewright.passes.kernel.surgery import own_parts
-from enginewright.passes.traits import TokenBlock, TokenStack
+from enginewright.passes.traits import RotaryAxes, TokenBlock, TokenStack
 
 LARGEST_HALF = 65504
 """What Flux holds half precision's text and single blocks to."""
@@ -70,8 +70,13 @@ class JointBlock(TokenBlock):
         """Text and image."""
         return x[:, : self.ahead], x[:, self.ahead :]
 
+    def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected, and turned by their positions."""
+        q, k, v = self.unturned_heads(y)
+        return self.turned(q), self.turned(k), v
+
     def turned(self, x: Tensor) -> Tensor:
-        """Rotary positions (``apply_rotary_emb``): x (B, H, n, head_dim), neighbours in pairs."""
+        """Rotary positions (``apply_rotary_emb``): x (..., H, n, head_dim), neighbours in pairs."""
         if self.rotary is None:
             return x
         cos, sin = (table[..., None, :, :] for table in self.rotary)  # (1, n, head_dim), or (B, 1, n, head_dim)
@@ -109,12 +114,12 @@ class DoubleBlock(JointBlock):
             self.second = image * (1 + self.image[7]) + self.image[6]
         return torch.cat([text * (1 + self.text[1]) + self.text[0], image * (1 + self.image[1]) + self.image[0]], dim=1)
 
-    def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def unturned_heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From three projections for each kind."""
         text, image = self.split(y)
         both = zip(self.projected(text, TEXT, NORMS[2:]), self.projected(image, OWN, NORMS[:2]), strict=True)
         q, k, v = (torch.cat(pair, dim=2) for pair in both)
-        return self.turned(q), self.turned(k), v
+        return q, k, v
 
     def output(self, mixed: Tensor) -> Tensor:
         """The output projection of each kind; zeros for a text that is not read any more."""
@@ -172,10 +177,10 @@ class SingleBlock(JointBlock):
         self.normed = self.block.norm.norm(x) * (1 + self.scale) + self.shift
         return self.normed
 
-    def heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def unturned_heads(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From three projections of all tokens."""
         q, k, v = self.projected(y, OWN, NORMS[:2])
-        return self.turned(q), self.turned(k), v
+        return q, k, v
 
     def output(self, mixed: Tensor) -> Tensor:
         """The heads' output as it is: one projection reads it together with the hidden units."""
@@ -251,4 +256,13 @@ def stack(module: nn.Module) -> TokenStack | None:
     return None if kind is None else ListOfBlocks(holder=module, block=kind, square=True, reads_all=True, joint=True)
 
 
-RECOGNISERS = {TokenStack: (stack,)}
+def rotary_axes(module: nn.Module) -> RotaryAxes | None:
+    """``FluxPosEmbed``, or what stands in its place and computes in float32."""
+    theta = getattr(module, "theta", None)
+    widths = getattr(module, "axes_dim", None) or getattr(module, "widths", None)
+    if not isinstance(theta, int | float) or not isinstance(widths, list | tuple) or len(widths) < 2:
+        return None
+    return RotaryAxes(theta=float(theta), widths=tuple(widths))
+
+
+RECOGNISERS = {TokenStack: (stack,), RotaryAxes: (rotary_axes,)}

@@ -29,16 +29,18 @@ def attention(module: nn.Module) -> HeadedAttention | FixedAttention | None:
     return projected_attention(
         ProjectedAttention(
             core=module,
-            inputs=module.writers,
-            stacks=3 // len(module.writers),
+            inputs=tuple(module.writers),
+            stacks=module.writers,
             holder=module,
             output_name=module.reader,
             heads=module.heads,
             head_dim=module.head_dim,
             counts={"heads": 1},
+            crossed=module.crossed,
             gives="tensor",
+            by_head=tuple(name for name in module.by_head if hasattr(module, name)),
         ),
-        whole=module.each_head,
+        whole=module.kept_whole,
     )
 
 

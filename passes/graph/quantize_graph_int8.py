@@ -25,7 +25,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_GRAPH, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.graph.pairs import PairWriter
 from enginewright.passes.graph.products import KINDS, PATCHES, Product, product_of, reason_for_other
 from enginewright.passes.kernel.graph_module import GraphModule, graph_of
@@ -51,6 +51,13 @@ class QuantizedProduct(Int8Product):
     output_scale: float | None = Field(None, description="of a convolution's output")
 
 
+class GraphFacts(Facts):
+    """What the graph was calibrated on."""
+
+    calibration_calls: int = Field(description="calls")
+    opset: int = Field(description="of the graph")
+
+
 class QuantizeGraphInt8(Pass):
     """Put 8-bit pairs before the products of an ONNX graph: symmetric, weights per channel, activations per tensor."""
 
@@ -59,6 +66,7 @@ class QuantizeGraphInt8(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_GRAPH,)
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_GRAPH,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (QuantizedProduct,)
+    facts: ClassVar[type[Facts]] = GraphFacts
 
     observer: Observer = Field(
         "max", description="how an activation's scale is chosen: largest value, a percentile, or least squared error"
@@ -94,7 +102,7 @@ class QuantizeGraphInt8(Pass):
                 skipped[name] = f"its own relative error in 8 bits is {error:.2g} on the calibration inputs"
             else:
                 choice[name] = decision
-        facts = {"calibration_calls": len(context.calibration), "opset": graph.opset_imports[""]}
+        facts = GraphFacts(calibration_calls=len(context.calibration), opset=graph.opset_imports[""])
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
     def sort(self, graph: ir.Model) -> tuple[dict[str, Product], dict[str, str]]:

@@ -5,7 +5,8 @@ blend uses values of the same tokens' stream, so it works on text rows as on ima
 of diffusers isolate the image's rows alone. Departures: ``pag_u`` has a column for each chosen head only, not for every
 head of the model; with ``guidance`` the plain and the perturbed rows are two runs of the batch in one graph, not one of
 twice the batch, because then each block before the first chosen head can stand in the graph once, and nothing that
-carries no batch need be told apart from what does.
+carries no batch need be told apart from what does. Of several networks those run plain and perturbed that a chosen head
+reaches, and either run has state tensors of its own.
 Checked against cvlab-kaist/HeadHunter at commit 3828d1c: its map of a chosen head, (1-u) A + u I over all tokens of
 image and text, put into diffusers' SD3 gives the same prediction to rounding at u = 1 and u = 0.25.
 """
@@ -21,14 +22,34 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, UNBLENDED_ATTENTION, UNMARKED_HEADS, Fact
-from enginewright.passes.contract import Context, Decision, NewInput, Pass, Plan
-from enginewright.passes.heads.softpag import Perturbation, PerturbedHeads, blocks_before, entries, names_of
+from enginewright.ground.program import Program
+from enginewright.passes.contract import Context, Decision, Facts, NewInput, Pass, Plan
+from enginewright.passes.heads.softpag import (
+    STRENGTH,
+    WEIGHT,
+    Perturbation,
+    PerturbedHeads,
+    blocks_before,
+    entries,
+    names_of,
+)
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.heads import on_other_rows, uncut
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
-from enginewright.passes.networks import each_network, local
+from enginewright.passes.kernel.twofold import Twofold, twofold
+from enginewright.passes.networks import called_by, each_network, local, networks_of, place_of, program_of, taking
 from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
+
+
+class PerturbedFacts(Facts):
+    """What an input steers."""
+
+    rows: str = Field(description="tokens that are blended")
+    heads: tuple[str, ...] = Field(description="LAYER:HEAD for each column of the strength")
+    blocks_before: dict[str, int] = Field(
+        {}, description="with guidance, by stack: blocks that run once, because no chosen head comes before their end"
+    )
 
 
 class PerturbHeads(Pass):
@@ -40,6 +61,7 @@ class PerturbHeads(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (UNMARKED_HEADS, UNBLENDED_ATTENTION)
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
     decisions: ClassVar[tuple[type[Decision], ...]] = (PerturbedHeads,)
+    facts: ClassVar[type[Facts]] = PerturbedFacts
 
     heads: dict[str, tuple[int, ...]] = Field(
         default={"*": ()},
@@ -71,7 +93,10 @@ class PerturbHeads(Pass):
         return value
 
     def plan(self, model: nn.Module, context: Context) -> Plan[PerturbedHeads]:
-        """Find the heads. Raises ``ToolchainError`` for a pattern that matches no layer, or an absent head."""
+        """Find the heads.
+
+        Raises ``ToolchainError`` for a pattern that matches no layer, an absent head, or one that guides nothing.
+        """
         layers = dict(layers_of(model, HeadedAttention))
         skipped = uncut(model, layers)
         check_patterns(self.heads, [*layers, *skipped], what="attention layer", setting="heads")
@@ -82,9 +107,10 @@ class PerturbHeads(Pass):
         chosen = {path: self.chosen(path, layer) for path, layer in layers.items() if path not in skipped}
         skipped |= {path: "none of its heads was asked for" for path, heads in chosen.items() if not heads}
         choice = entries(chosen, model)
-        facts: dict[str, object] = {"rows": self.rows, "heads": names_of(choice)}
+        facts = PerturbedFacts(rows=self.rows, heads=tuple(names_of(choice)))
         if self.guidance:
-            facts["blocks_before"] = blocks_before(model, choice)
+            networks_of_both(model, choice, self.perturbation())
+            facts = facts.model_copy(update={"blocks_before": blocks_before(model, choice)})
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
     def rewrite(self, model: nn.Module, plan: Plan[PerturbedHeads]) -> nn.Module:
@@ -144,5 +170,29 @@ def perturbed(model: nn.Module, plan: Plan[PerturbedHeads], how: Perturbation) -
         found = layer_at(model, path, HeadedAttention).heads
         if found != chosen.of:
             raise ToolchainError(f"the plan is for a layer of {chosen.of} heads; this one has {found}", where=path)
+    parts, program = networks_of_both(model, plan.choice, how)
     names = [each.name for each in how.inputs(len(names_of(plan.choice)))]
-    return each_network(model, lambda net, path: how.put_into(net, local(plan.choice, path), names))
+    own = {name: local(plan.choice, place_of(model, name)) for name in networks_of(model)}
+
+    def added(name: str) -> list[str]:
+        if program.networks[name].takes is None:
+            return names
+        reads = {STRENGTH: bool(own[name]), WEIGHT: name in parts and parts[name].ends}
+        return [each for each in names if reads[each]]
+
+    each_network(model, lambda net, name: how.put_into(net, own[name], added(name), parts.get(name)))
+    return called_by(model, taking(program, {name: added(name) for name in own}))
+
+
+def networks_of_both(
+    model: nn.Module, choice: Mapping[str, PerturbedHeads], how: Perturbation
+) -> tuple[dict[str, Twofold], Program]:
+    """The networks that run plain and perturbed for guidance, and how they are then called.
+
+    Raises ``ToolchainError`` as ``twofold`` does.
+    """
+    program = program_of(model)
+    if not how.guidance:
+        return {}, program
+    begins = [name for name in program.networks if local(choice, place_of(model, name))]
+    return twofold(program, begins, what="a perturbed head")

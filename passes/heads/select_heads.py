@@ -25,7 +25,18 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, UNMARKED_HEADS, Fact
-from enginewright.passes.contract import SCORE_HELP, Context, Decision, Json, NewInput, Pass, Plan, Score, digest_of
+from enginewright.passes.contract import (
+    SCORE_HELP,
+    Context,
+    Decision,
+    Facts,
+    Json,
+    NewInput,
+    Pass,
+    Plan,
+    Score,
+    digest_of,
+)
 from enginewright.passes.heads.perturb_heads import perturbed, perturbed_reference, unblended
 from enginewright.passes.heads.search_log import SearchLog
 from enginewright.passes.heads.softpag import Perturbation, PerturbedHeads, entries, names_of
@@ -40,6 +51,18 @@ Head = tuple[str, int]
 """Path of a layer, and one of its heads."""
 
 
+class ChosenFacts(Facts):
+    """What a search saw."""
+
+    score: str = Field(description="that was to rise")
+    mode: str = Field(description="what is done to the chosen heads")
+    chosen: tuple[str, ...] = Field(description="LAYER:HEAD, in the order they were found")
+    before: float = Field(description="the score with none")
+    after: float = Field(description="the score with all")
+    rounds: tuple[dict[str, Json], ...] = Field(description="the scores of the heads tried, and which were added")
+    heads: tuple[str, ...] = Field((), description="LAYER:HEAD for each column of the strength")
+
+
 class SelectHeads(Pass):
     """Perturb or remove the heads that a score is best with, found by greedy search."""
 
@@ -51,6 +74,7 @@ class SelectHeads(Pass):
     functions: ClassVar[tuple[str, ...]] = ("score",)
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
     decisions: ClassVar[tuple[type[Decision], ...]] = (PerturbedHeads, KeptHeads)
+    facts: ClassVar[type[Facts]] = ChosenFacts
 
     score: str = Field(
         default="",
@@ -97,9 +121,9 @@ class SelectHeads(Pass):
         chosen, seen = self.searched(model, pool, context, log)
         choice = self.choice(chosen, model)
         skipped |= {path: "none of its heads was chosen" for path in pool if path not in choice}
-        facts = {"score": self.judge, "mode": self.mode, "chosen": [*map(name_of, chosen)], **seen}
+        facts = ChosenFacts(score=self.judge, mode=self.mode, chosen=tuple(map(name_of, chosen)), **seen)
         if self.mode == "perturb":
-            facts["heads"] = names_of(choice)
+            facts = facts.model_copy(update={"heads": tuple(names_of(choice))})
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
     @property

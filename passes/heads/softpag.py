@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from enginewright.passes.contract import Decision, NewInput
 from enginewright.passes.kernel.rows import repeated_rows
 from enginewright.passes.kernel.surgery import linear_at
+from enginewright.passes.kernel.twofold import Twofold
 from enginewright.passes.kernel.wrap import Around, Call, wrap
 from enginewright.passes.traits import BlockStack, HeadedAttention, Stream, layer_at, layers_of
 
@@ -66,22 +67,27 @@ class Perturbation:
         """The layer's streams that are blended."""
         return tuple(stream for stream in layer.streams if self.rows == "all" or stream.tokens == "own")
 
-    def put_into(self, model: nn.Module, choice: Mapping[str, PerturbedHeads], names: Sequence[str]) -> nn.Module:
-        """Rewrite a network in place, which takes the inputs ``names`` afterwards.
+    def put_into(
+        self, model: nn.Module, choice: Mapping[str, PerturbedHeads], names: Sequence[str], part: Twofold | None
+    ) -> nn.Module:
+        """Rewrite a network in place.
 
-        ``choice`` is what ``entries`` gave; of several networks by timestep one may have no chosen head.
+        Args:
+            model: the network; of several one may have no chosen head.
+            choice: what ``entries`` gave.
+            names: of the inputs that it takes afterwards beside its own.
+            part: what it gives where it runs plain and perturbed; None: it runs once.
         """
-        if not choice and not names:
+        if not choice and not names and part is None:
             return model
         call = OngoingCall(copies=repeated_rows(model))
         for path, chosen in choice.items():
             layer = layer_at(model, path, HeadedAttention)
             for stream in self.streams(layer):
                 blend_in(stream, layer, chosen, call, place=f"{path}, {stream.tokens}")
-        guides = self.guidance and bool(choice)
-        if guides:
+        if part and not part.both:  # else the two runs differ from the first block on
             share_what_comes_before(model, call)
-        wrap(model, Steering(perturbation=replace(self, guidance=guides), call=call, names=tuple(names)))
+        wrap(model, Steering(perturbation=self, call=call, names=tuple(names), part=part))
         return model
 
 
@@ -262,11 +268,13 @@ class Steering(Around):
         perturbation: what becomes of the heads.
         call: what the model's parts tell one another.
         names: of the inputs that it takes beside its own.
+        part: what it gives where it runs plain and perturbed, and what comes to it for both; None: it runs once.
     """
 
     perturbation: Perturbation
     call: OngoingCall
     names: tuple[str, ...]
+    part: Twofold | None
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -275,22 +283,22 @@ class Steering(Around):
 
     def run(self, forward: Call, *args: Any, **inputs: Any) -> Any:
         """Call the model: perturbed, or plain and perturbed and the two put together."""
-        how = self.perturbation
+        how, part = self.perturbation, self.part
         given = {name: inputs.pop(name, None) for name in self.names}
         u, w = given.get(STRENGTH), given.get(WEIGHT)
         u = (how.u or 0.0) if u is None else u
-        if not how.guidance:
+        if part is None:
             with self.call.during(u=u, phase=""):
                 return forward(*args, **inputs)
-        w = (how.w or 0.0) if w is None else w
+        weight = (how.w or 0.0) if w is None else w
         try:
             with self.call.during(u=None, phase="note"):
-                plain = forward(*args, **inputs)
+                plain = forward(*args, **part.one_way(inputs, 0))
             with self.call.during(u=u, phase="repeat"):
-                perturbed = forward(*args, **inputs)
+                perturbed = forward(*args, **part.one_way(inputs, 1))
         finally:
             self.call.results.clear()
-        return guided(plain, perturbed, w, how.channels)
+        return part.answer(plain, perturbed, lambda one, other: guided(one, other, weight, how.channels))
 
 
 def guided(plain: Any, perturbed: Any, w: Tensor | float, channels: int | None) -> Any:

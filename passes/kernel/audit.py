@@ -118,6 +118,31 @@ def disagreement(seen: Seen, call: Call, other: Callable[..., Any]) -> str:
     return difference(call.output, got, exact=seen.exact)
 
 
+def unlike(
+    seen: Seen, blocks: Mapping[str, nn.Module], apart: Callable[[nn.Module], Callable[..., Any]]
+) -> dict[str, str]:
+    """Why some blocks do not compute what their family says, by path. Each kind of block is proven once.
+
+    Args:
+        seen: a call of the model.
+        blocks: by path.
+        apart: runs a block as its family says; called as the block is.
+    """
+    verdicts: dict[Any, str] = {}
+    reasons: dict[str, str] = {}
+    for path, block in blocks.items():
+        call, key = seen.calls[path][0], signature(block)
+        if key not in verdicts:
+            with quietly(block):
+                said = disagreement(seen, call, apart(block)) if repeats(seen, call, block) else ""
+            kind = type(block).__name__
+            looks = f"looks like a block that is known, and this {kind} does not compute like one: taken apart, {said}"
+            verdicts[key] = looks if said else ""
+        if verdicts[key]:
+            reasons[path] = verdicts[key]
+    return reasons
+
+
 def repeats(seen: Seen, call: Call, module: nn.Module) -> bool:
     """Whether a layer called alone gives what it gave within the model; one that reads what a call left does not."""
     with quietly(module):

@@ -14,8 +14,8 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Decision
 from enginewright.passes.kernel.observe import Look, evaluating, looking, tensors_in
 from enginewright.passes.kernel.rows import repeated_rows
-from enginewright.passes.kernel.selection import without_layout
-from enginewright.passes.networks import program_of
+from enginewright.passes.kernel.selection import is_within, without_layout
+from enginewright.passes.networks import networks_of, place_of, program_of
 from enginewright.passes.traits import FixedAttention, HeadedAttention, layer_at, layers_of
 
 Heads = Mapping[str, HeadedAttention]
@@ -63,7 +63,12 @@ def on_other_rows(model: nn.Module, layers: Collection[str], context: Context) -
     rowed = [tensor for name, tensor in (example or {}).items() if name not in context.signature.shared and tensor.ndim]
     if not example or not rowed:
         return {}
-    own = len(rowed[0]) * repeated_rows(model)
+    own = {
+        path: len(rowed[0]) * repeated_rows(network)
+        for name, network in networks_of(model).items()
+        for path in layers
+        if is_within(path, place_of(model, name))
+    }
     seen: dict[str, int] = {}
 
     def note(path: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
@@ -75,9 +80,9 @@ def on_other_rows(model: nn.Module, layers: Collection[str], context: Context) -
     with torch.no_grad(), evaluating(model), looking(looks):
         model(**example)
     return {
-        path: f"it runs on {count} rows where a call has {own}, and each row of a call has a strength of its own"
+        path: f"it runs on {count} rows where a call has {own[path]}, and each row of a call has a strength of its own"
         for path, count in seen.items()
-        if count != own
+        if count != own[path]
     }
 
 

@@ -23,9 +23,13 @@ __all__ = ["Repeating", "one_call", "repeated_rows", "shared_inputs", "some_rows
 
 
 def shared_inputs(context: Context, example: Mapping[str, Tensor], *, like: str) -> tuple[str, ...]:
-    """Names of the inputs that all rows of a call share, seen from a call whose input ``like`` has the rows."""
-    rows = example[like].shape[:1]
-    return tuple(name for name, value in example.items() if name in context.signature.shared or value.shape[:1] != rows)
+    """Names of the inputs that all rows of a call share, seen from a call whose input ``like`` has the rows.
+
+    Those that steps added and a call may leave out are among them.
+    """
+    rows, shared = example[like].shape[:1], context.signature.shared
+    seen = [name for name, value in example.items() if name in shared or value.shape[:1] != rows]
+    return (*seen, *(name for name in shared if name not in example))
 
 
 def one_call(calls: Sequence[Mapping[str, Tensor]], shared: Collection[str]) -> dict[str, Tensor]:

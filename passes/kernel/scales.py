@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.passes.contract import Context, Decision
+from enginewright.passes.contract import Context, Decision, Facts, Part
 from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.rounding import QMAX, QMIN, significant, weight_scales
 from enginewright.passes.kernel.statistics import Histogram, InputStatistics
@@ -37,19 +37,32 @@ class Int8Product(Decision):
     reduced_range: bool = Field(description="whether 7-bit weights are better on such a CPU")
 
 
-def calibration_facts(context: Context) -> dict[str, Any]:
-    """What calibration was on: calls, and for every input that is one number a sample, such as a timestep, its mix.
+class Mix(Part):
+    """The values of an input that is one number a sample."""
 
-    The mix is the number of samples and their 0, 25, 50, 75 and 100 % quantiles.
-    """
+    samples: int = Field(description="how many")
+    quantiles: list[float] = Field(description="their 0, 25, 50, 75 and 100 %")
+
+
+class CalibrationFacts(Facts):
+    """What calibration was on."""
+
+    calibration_calls: int = Field(0, description="calls; none where weights alone decide")
+    calibration_mix: dict[str, Mix] = Field({}, description="inputs that are one number a sample, such as a timestep")
+
+
+def calibration_facts(context: Context) -> CalibrationFacts:
+    """What calibration was on."""
     mixes = {}
     for name in context.calibration[0] if context.calibration else ():
         values = [call[name] for call in context.calibration if call[name].ndim == 1]
         if len(values) == len(context.calibration):
             every = torch.cat(values).double()
             quantiles = torch.quantile(every, torch.linspace(0, 1, 5, dtype=torch.float64))
-            mixes[name] = {"samples": len(every), "quantiles": [significant(float(q)) for q in quantiles]}
-    return {"calibration_calls": len(context.calibration)} | ({"calibration_mix": mixes} if mixes else {})
+            mixes[name] = Mix(samples=len(every), quantiles=[significant(float(q)) for q in quantiles])
+    if not mixes:
+        return CalibrationFacts(calibration_calls=len(context.calibration))
+    return CalibrationFacts(calibration_calls=len(context.calibration), calibration_mix=mixes)
 
 
 def unusable(seen: InputStatistics) -> str:

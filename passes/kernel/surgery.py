@@ -82,7 +82,8 @@ class ProjectedAttention(HeadedAttention):
     Args:
         core: the module that owns the input projections and the layer's own counts.
         inputs: names of those projections in ``core``; the last one writes the values of the layer's own tokens.
-        stacks: how often all heads follow one another in an input projection: 3 for a fused q, k, v.
+        stacks: how often all heads follow one another in an input projection: 3 for a fused q, k, v; by name, where
+            they differ.
         holder: the module that owns the output projection.
         output_name: its name there.
         counts: the attributes of ``core`` that grow with the number of heads, and by how much for each head.
@@ -93,11 +94,12 @@ class ProjectedAttention(HeadedAttention):
         gives: what the layer returns, for one that says nothing; None where that is not known.
         shared: input projections that have one head where the others have several (grouped-query attention), and how
             many; such a group counts as one head here, ``head_dim`` wide in all, because its keys serve all of it.
+        by_head: names of parameters of ``core`` that have an entry for each head, along the first axis.
     """
 
     core: nn.Module
     inputs: tuple[str, ...]
-    stacks: int
+    stacks: int | Mapping[str, int]
     holder: nn.Module
     output_name: str
     heads: int
@@ -109,6 +111,11 @@ class ProjectedAttention(HeadedAttention):
     crossed: bool = False
     gives: Literal["tensor", "tensor and weights"] | None = None
     shared: Mapping[str, int] = field(default_factory=dict)
+    by_head: tuple[str, ...] = ()
+
+    def stacks_of(self, name: str) -> int:
+        """How often all heads follow one another in one input projection."""
+        return self.stacks if isinstance(self.stacks, int) else self.stacks[name]
 
     @property
     def output(self) -> nn.Linear:  # type: ignore[override]
@@ -144,8 +151,12 @@ class ProjectedAttention(HeadedAttention):
         assert set(kept) <= set(range(self.heads)), f"heads {kept} of {self.heads}"
         for name in self.inputs:
             width = self.head_dim // self.shared.get(name, 1)
-            rows = head_indices(kept, heads=self.heads, head_dim=width, stacks=self.stacks)
+            rows = head_indices(kept, heads=self.heads, head_dim=width, stacks=self.stacks_of(name))
             setattr(self.core, name, keep_rows(linear_at(self.core, name), rows))
+        for name in self.by_head:
+            entries: nn.Parameter = getattr(self.core, name)
+            left = pick(entries, kept, dim=0)
+            setattr(self.core, name, nn.Parameter(left, requires_grad=entries.requires_grad))
         columns = head_indices(kept, heads=self.heads, head_dim=self.head_dim)
         width = self.heads * self.head_dim
         others = range(width, width + self.others)
@@ -305,7 +316,7 @@ def projected_attention(
         attention: how the layer is put together, if it is what it looks like.
         whole: parts of ``core`` that stay as they are when heads go, because they never see them.
     """
-    known = {*attention.inputs, *whole}
+    known = {*attention.inputs, *attention.by_head, *whole}
     if attention.holder is attention.core:
         known.add(attention.output_name)
     known |= {stream.output[1] for stream in attention.of_text()}
@@ -329,8 +340,10 @@ def obstacles(attention: ProjectedAttention, known: Collection[str]) -> Iterator
     width = attention.heads * attention.head_dim
     sizes = {name: linear_at(core, name).out_features for name in attention.inputs}
     shared = attention.shared
-    if any(size * shared.get(name, 1) != attention.stacks * width for name, size in sizes.items()):
+    if any(size * shared.get(name, 1) != attention.stacks_of(name) * width for name, size in sizes.items()):
         yield f"its {attention.heads} heads of {attention.head_dim} do not fill its projections: {sizes}"
+    if other := [name for name in attention.by_head if len(getattr(core, name)) != attention.heads]:
+        yield f"its {other[0]!r} has not an entry for each of its {attention.heads} heads"
     for output, others in zip(attention.outputs, (attention.others, 0), strict=False):
         if output.in_features != width + others:
             yield f"its output projection reads {output.in_features - others} features, its heads write {width}"

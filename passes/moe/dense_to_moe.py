@@ -4,8 +4,9 @@ Source: Dense2MoE 2025 (ICCV), its layer 1S12E2A: the strongest quarter of the h
 dealt to 12 experts of which a token uses 2, so that 37.5 % of the feed-forward's weights are active. Its units are
 scored by |dL/dw * w| summed over their weights, L being the loss of an output distillation. Departures: ``taylor``
 takes random signs of the model's output for the loss, because a distillation's gradient is zero at its start. Units are
-dealt in turns by rank (the paper says evenly). The router has a bias and starts from calibration inputs
-(``passes/moe/routers.py``).
+dealt in turns by rank (the paper says evenly), or, by ``grouping="clustered"``, those that answer the same tokens are
+put together (``passes/moe/clusters.py``), which leaves less error at equal active units. The router has a bias and
+starts from calibration inputs (``passes/moe/routers.py``).
 
 Before the model is trained again, ``gate="one"`` is nearer to the dense layer: softmax gates of 12 experts are small.
 ``distill`` trains routers of both: gates of one hand the softmax's gradient on, and ``balance`` weighs what layers say
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import DENSE_FEED_FORWARDS, FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Json, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.hidden_units import (
@@ -40,6 +41,7 @@ from enginewright.passes.kernel.hidden_units import (
     weight_norms,
 )
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
+from enginewright.passes.moe.clusters import answer_sizes, clusters_of
 from enginewright.passes.moe.experts import (
     CapacityExperts,
     Form,
@@ -75,6 +77,15 @@ class DealtUnits(Decision):
     capacity: int = Field(description="slots that an expert has for the tokens of a sample")
 
 
+class LoadFacts(Facts):
+    """How the experts of each layer are loaded."""
+
+    calibration_calls: int = Field(description="calls")
+    layers: dict[str, dict[str, Json]] = Field(
+        description="by layer: shares of the units, tokens and samples, loads and overflow"
+    )
+
+
 class DenseToMoe(Pass):
     """Put a mixture of experts, made of its own hidden units, in the place of every feed-forward."""
 
@@ -82,6 +93,7 @@ class DenseToMoe(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, DENSE_FEED_FORWARDS)
     destroys: ClassVar[tuple[Fact, ...]] = (DENSE_FEED_FORWARDS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (DealtUnits,)
+    facts: ClassVar[type[Facts]] = LoadFacts
 
     shared: float = Field(
         0.25, gt=0, lt=1, description="share of the hidden units that every token uses; takes the remainder too"
@@ -90,6 +102,11 @@ class DenseToMoe(Pass):
     top_k: int = Field(2, ge=0, description="experts that each token uses; 0 leaves the shared one alone")
     importance: Literal["taylor", "weight_norm", "random"] = Field(
         "taylor", description="which units are shared: by their first-order effect on the output, weights, or chance"
+    )
+    grouping: Literal["turns", "clustered"] = Field(
+        "turns",
+        description="units that share an expert: dealt in turns by rank, or those that answer the same tokens, which "
+        "leaves less error",
     )
     router: Literal["balanced", "fitted", "random"] = Field(
         "balanced", description="its start: predicts the experts' answers, with even loads or without, or random"
@@ -147,7 +164,9 @@ class DenseToMoe(Pass):
         skipped |= (disproved := without_proof(model, layers, context))
         layers = {path: layer for path, layer in layers.items() if path not in disproved}
         scores = self.scores(model, layers, context)
-        units = {path: self.deal(score) for path, score in scores.items()}
+        clustered = self.grouping == "clustered"
+        sizes = answer_sizes(model, {path: layers[path] for path in scores}, context) if clustered else {}
+        units = {path: self.deal(score, sizes.get(path)) for path, score in scores.items()}
         groups = {path: Groups.of(experts, layers[path].hidden) for path, (_, experts) in units.items()}
         routers = self.routers(model, {path: layers[path] for path in scores}, groups, context)
         loads = measure_loads(model, layers, groups, routers, context, top_k=self.top_k, gate=self.gate)
@@ -164,7 +183,7 @@ class DenseToMoe(Pass):
             )
             for path, layer in layers.items()
         }
-        facts = {path: self.facts(dealt, loads[path]) for path, dealt in choice.items()}
+        facts = {path: self.load_of(dealt, loads[path]) for path, dealt in choice.items()}
         notes = []
         if self.form == "capacity" and self.top_k and layers:
             later = loads
@@ -177,7 +196,7 @@ class DenseToMoe(Pass):
         return Plan(
             choice=choice,
             skipped=skipped,
-            facts={"calibration_calls": len(context.calibration), "layers": facts, "notes": notes},
+            facts=LoadFacts(calibration_calls=len(context.calibration), layers=facts, notes=tuple(notes)),
             arrays=arrays,
         )
 
@@ -238,11 +257,19 @@ class DenseToMoe(Pass):
         each = int(hidden * (1 - self.shared)) // self.experts
         return hidden - each * self.experts, each
 
-    def deal(self, scores: Tensor) -> tuple[list[int], list[list[int]]]:
-        """The strongest units for the shared expert; the others in turns, by rank. Of equal ones, the first."""
+    def deal(self, scores: Tensor, sizes: Tensor | None = None) -> tuple[list[int], list[list[int]]]:
+        """The strongest units for the shared expert, of equal ones the first; and those of each other.
+
+        Args:
+            scores: importance (H,).
+            sizes: of the units' answers on rows (R, H), where they are clustered by them; else they go in turns.
+        """
         order = scores.sort(descending=True, stable=True).indices.tolist()
         shared, _ = self.sizes(len(order))
-        return sorted(order[:shared]), [sorted(order[shared + i :: self.experts]) for i in range(self.experts)]
+        kept, rest = sorted(order[:shared]), order[shared:]
+        if sizes is None:
+            return kept, [sorted(rest[i :: self.experts]) for i in range(self.experts)]
+        return kept, [sorted(rest[i] for i in own) for own in clusters_of(sizes[:, rest], self.experts)]
 
     def scores(self, model: nn.Module, layers: dict[str, FeedForward], context: Context) -> dict[str, Tensor]:
         """Importance (H,) of each hidden unit by layer path."""
@@ -274,7 +301,7 @@ class DenseToMoe(Pass):
             routers = balance(model, layers, routers, context, top_k=self.top_k)
         return {path: (weight.float(), bias.float()) for path, (weight, bias) in routers.items()}
 
-    def facts(self, dealt: DealtUnits, loads: Loads) -> dict[str, Any]:
+    def load_of(self, dealt: DealtUnits, loads: Loads) -> dict[str, Any]:
         """Shares of the hidden units that a token uses and that are computed for it, and how the experts are loaded."""
         each = len(dealt.experts[0])
         slots = self.experts * dealt.capacity / loads.tokens if self.top_k else 0.0

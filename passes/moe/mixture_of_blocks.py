@@ -20,9 +20,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ONE_NETWORK, Fact
+from enginewright.ground.facts import INDEPENDENT_ROWS, ONE_NETWORK, Fact
 from enginewright.ground.program import Table
-from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Inputs, Part, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import evaluating
 from enginewright.passes.kernel.probes import first_floating
@@ -48,14 +48,35 @@ class KeptBlocks(Decision):
     of: int = Field(description="blocks that the stack has")
 
 
+class Bucket(Part):
+    """A range of timesteps."""
+
+    low: float = Field(alias="from", description="where it begins")
+    high: float = Field(alias="to", description="where it ends")
+    samples: int = Field(description="calibration samples that fall in it")
+    kept: dict[str, list[int]] = Field(description="by stack the blocks that stay")
+    agreement: dict[str, float] = Field(description="by stack the share of samples that would keep the same")
+
+
+class BucketFacts(Facts):
+    """The ranges of timesteps, and what each keeps."""
+
+    samples: int = Field(description="calibration samples")
+    buckets: tuple[Bucket, ...] = Field(description="from the lowest timesteps up")
+    bucket: int | None = Field(None, description="the only one that is built; null: all")
+    input: str = Field("", description="that holds the timestep")
+    shared: tuple[str, ...] = Field((), description="inputs that all rows of a call share")
+
+
 class MixtureOfBlocks(Pass):
     """Keep the most influential blocks of every group, chosen apart for each range of timesteps."""
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
+    requires: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ONE_NETWORK,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (KeptBlocks,)
+    facts: ClassVar[type[Facts]] = BucketFacts
 
     group: int = Field(2, ge=1, description="neighbouring blocks in a group; the last group may have fewer")
     keep: int = Field(1, ge=1, description="blocks of a group that run; as many as the group has: nothing changes")
@@ -95,7 +116,7 @@ class MixtureOfBlocks(Pass):
             raise ValueError(f"low is {low}")
         return high
 
-    def plan(self, model: nn.Module, context: Context) -> Plan[KeptBlocks]:
+    def plan(self, model: nn.Module, context: Context) -> Plan[KeptBlocks, BucketFacts]:
         """Choose the blocks of every bucket; a bucket that no calibration sample falls into takes all samples.
 
         Raises ``ToolchainError`` for an input that is not there and for an ``exclude`` pattern that matches no stack.
@@ -116,23 +137,23 @@ class MixtureOfBlocks(Pass):
         influences = self.influences(model, stacks, whole, context)
         buckets = resolved.buckets_of(context.calibration, [len(output) for output in whole])
         table = [resolved.entry(number, stacks, influences, buckets == number) for number in range(self.buckets)]
-        facts: dict[str, Any] = {"samples": len(buckets), "buckets": table}
+        facts = BucketFacts(samples=len(buckets), buckets=tuple(table))
         if resolved.bucket is not None:
-            facts["bucket"] = resolved.bucket
+            facts = facts.model_copy(update={"bucket": resolved.bucket})
         else:
             example = context.calibration[0]
             shared = (
                 [] if example[resolved.timestep].ndim == 0 else shared_inputs(context, example, like=resolved.timestep)
             )
-            facts |= {"input": resolved.timestep, "shared": list(shared)}
+            facts = facts.model_copy(update={"input": resolved.timestep, "shared": tuple(shared)})
         if notes := self.notes(table):
-            facts["notes"] = notes
+            facts = facts.model_copy(update={"notes": tuple(notes)})
         choice = {
             path: KeptBlocks(kept=kept_in(table, resolved.bucket, path), of=len(s.blocks)) for path, s in stacks.items()
         }
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
-    def rewrite(self, model: nn.Module, plan: Plan[KeptBlocks]) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[KeptBlocks, BucketFacts]) -> nn.Module:
         """Take the other blocks out; a network for each choice that some range of timesteps makes.
 
         Raises ``ToolchainError`` when a stack has not the blocks of the plan.
@@ -143,21 +164,20 @@ class MixtureOfBlocks(Pass):
                 raise ToolchainError(f"the plan is for a stack of {kept.of} blocks; this one has {blocks}", where=path)
         if not plan.choice:
             return model
-        rows = plan.facts["buckets"]
-        wanted = [rows[plan.facts["bucket"]]] if "bucket" in plan.facts else rows
-        choices = [row["kept"] for row in wanted]
+        rows, bucket = plan.facts.buckets, plan.facts.bucket
+        choices = [row.kept for row in (rows if bucket is None else [rows[bucket]])]
         networks = [each for number, each in enumerate(choices) if each not in choices[:number]]
         if len(networks) == 1:
             for path, blocks_ in networks[0].items():
                 layer_at(model, path, BlockStack).keep_blocks(blocks_)
             return model
         # What lies in a range is nearest to its middle; from the last range down, so that a border is the upper's.
-        middles = [(row["from"] + row["to"]) / 2 for row in reversed(rows)]
+        middles = [(row.low + row.high) / 2 for row in reversed(rows)]
         ways = tuple(networks.index(each) for each in reversed(choices))
         whole, place = only_network(model)
         cut = {str(number): without(whole, local(own, place)) for number, own in enumerate(networks)}
-        table = Table(input=plan.facts["input"], timesteps=tuple(middles), ways=ways)
-        return switched(model, cut, table, shared=plan.facts["shared"])
+        table = Table(input=plan.facts.input, timesteps=tuple(middles), ways=ways)
+        return switched(model, cut, table, shared=plan.facts.shared)
 
     def resolved(self, context: Context) -> MixtureOfBlocks:
         """The same with the input that holds the timestep, and with its limits.
@@ -178,9 +198,9 @@ class MixtureOfBlocks(Pass):
             )
         return self.model_copy(update={"timestep": input, "low": low, "high": high})
 
-    def notes(self, table: Sequence[Mapping[str, Any]]) -> list[str]:
+    def notes(self, table: Sequence[Bucket]) -> list[str]:
         """Which ranges no calibration sample falls into."""
-        empty = [f"{row['from']:g} to {row['to']:g}" for row in table if not row["samples"]]
+        empty = [f"{row.low:g} to {row.high:g}" for row in table if not row.samples]
         if not empty:
             return []
         return [
@@ -234,7 +254,7 @@ class MixtureOfBlocks(Pass):
         place = (torch.cat(times) - self.low) / (self.high - self.low)
         return (place * self.buckets).floor().clamp(0, self.buckets - 1).long()
 
-    def entry(self, number: int, stacks: Stacks, influences: Mapping[str, Tensor], members: Tensor) -> dict[str, Any]:
+    def entry(self, number: int, stacks: Stacks, influences: Mapping[str, Tensor], members: Tensor) -> Bucket:
         """A row of the table: the choice for the member samples (samples,), and the share that would make it too."""
         assert self.low is not None
         assert self.high is not None
@@ -246,24 +266,24 @@ class MixtureOfBlocks(Pass):
             kept[path] = self.strongest(significant(found.mean(1), where=path).tolist(), stack)
             own = [self.strongest(sample, stack) for sample in found.T.tolist()]
             agreement[path] = round(sum(choice == kept[path] for choice in own) / len(own), 6)
-        return {
-            "from": self.low + number * width,
-            "to": self.low + (number + 1) * width,
-            "samples": int(members.sum()),
-            "kept": kept,
-            "agreement": agreement,
-        }
+        return Bucket(
+            low=self.low + number * width,
+            high=self.low + (number + 1) * width,
+            samples=int(members.sum()),
+            kept=kept,
+            agreement=agreement,
+        )
 
 
-def kept_in(table: Sequence[Mapping[str, Any]], bucket: int | None, path: str) -> Any:
+def kept_in(table: Sequence[Bucket], bucket: int | None, path: str) -> Any:
     """The blocks of a stack that one range keeps; of several that differ, those of each."""
-    each = [row["kept"][path] for row in (table if bucket is None else [table[bucket]])]
+    each = [row.kept[path] for row in (table if bucket is None else [table[bucket]])]
     return each[0] if all(kept == each[0] for kept in each) else each
 
 
 def smaller(model: nn.Module, plan: Plan, bucket: int) -> nn.Module:
     """The network for one bucket of a plan, as a copy around the same weights; the model stays whole."""
-    return without(model, plan.facts["buckets"][bucket]["kept"])
+    return without(model, plan.facts.buckets[bucket].kept)
 
 
 def without(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:

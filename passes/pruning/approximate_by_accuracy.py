@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
-from enginewright.passes.contract import SCORE_HELP, Context, Decision, Losses, Pass, Plan, Score
+from enginewright.passes.contract import SCORE_HELP, Context, Decision, Facts, Json, Losses, Pass, Plan, Score
 from enginewright.passes.kernel.audit import unproven
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import evaluating
@@ -31,6 +31,14 @@ from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.pruning.elements import CutLayer, Element, carry_out, elements_of
 from enginewright.passes.traits import FixedAttention, layers_of
+
+
+class SearchFacts(Facts):
+    """Every evaluation of a search."""
+
+    start: float | None = Field(None, description="what the model reached before")
+    best: float | None = Field(None, description="what it reached at best")
+    trials: tuple[dict[str, Json], ...] = Field(description="in order: what was left out, and what the judge said")
 
 
 class ApproximateByAccuracy(Pass):
@@ -42,6 +50,7 @@ class ApproximateByAccuracy(Pass):
     functions: ClassVar[tuple[str, ...]] = ("score", "losses")
     looks_for: ClassVar[str] = "feed-forwards and attention layers that a family knows"
     decisions: ClassVar[tuple[type[Decision], ...]] = (CutLayer,)
+    facts: ClassVar[type[Facts]] = SearchFacts
 
     score: str = Field("", description="what a trial is judged by, one number, higher is better: FILE.py:FUNCTION")
     losses: str = Field(
@@ -74,7 +83,7 @@ class ApproximateByAccuracy(Pass):
         skipped |= unproven(model, {e.path for e in everything if e.path not in skipped}, context)
         elements = [element for element in everything if element.path not in skipped]
         if not elements:
-            return Plan(choice={}, skipped=skipped, facts={"trials": []})
+            return Plan(choice={}, skipped=skipped, facts=SearchFacts(trials=()))
         if where := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
             raise ToolchainError(
                 f"{self.name()} must run the model, and its weights are on the meta device, which holds no values",
@@ -84,7 +93,7 @@ class ApproximateByAccuracy(Pass):
         search = Search(model, self.judge(context), context)
         self.search(search, elements)
         skipped |= {e.key: "the model does worse without any of it" for e in elements if e.key not in search.choice}
-        facts = {"start": search.judge.start, "best": search.judge.best, "trials": search.trials}
+        facts = SearchFacts(start=search.judge.start, best=search.judge.best, trials=tuple(search.trials))
         return Plan(choice=search.choice, skipped=skipped, facts=facts)
 
     def refuse_incomplete(self) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, WHOLE_MATRICES, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import observe, reading, rounds
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices, refuse_meta
@@ -46,6 +46,14 @@ class LowRank(Decision):
     kept_norm: float = Field(description="share of the L2 norm of the singular values that is kept")
 
 
+class FactorFacts(Facts):
+    """How ranks were chosen."""
+
+    method: str = Field(description="that was asked for")
+    rank: str = Field(description="that was asked for")
+    calibration_batches: int = Field(description="calls")
+
+
 class Factorize(Pass):
     """Give linear layers a lower rank; a layer whose rank would save nothing stays."""
 
@@ -53,6 +61,7 @@ class Factorize(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (WHOLE_MATRICES,)
     looks_for: ClassVar[str] = "linear layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (LowRank,)
+    facts: ClassVar[type[Facts]] = FactorFacts
 
     method: Literal["weight", "activation"] = Field(
         "weight", description="what is approximated: the weight, or the layer's output on calibration inputs"
@@ -97,7 +106,7 @@ class Factorize(Pass):
             choice[path] = LowRank(rank=rank, of=min(layer.weight.shape), kept_norm=six_digits(kept))
             arrays[f"{path}/out"] = (u[:, :rank] * s[:rank]).to(layer.weight.dtype).contiguous()
             arrays[f"{path}/in"] = v[:rank].to(layer.weight.dtype).contiguous()
-        facts = {"method": self.method, "rank": self.rank, "calibration_batches": len(context.calibration)}
+        facts = FactorFacts(method=self.method, rank=self.rank, calibration_batches=len(context.calibration))
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
     def rewrite(self, model: nn.Module, plan: Plan[LowRank]) -> nn.Module:

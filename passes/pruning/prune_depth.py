@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from enginewright.ground.errors import ToolchainError, unknown
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan, Score
+from enginewright.passes.contract import Context, Decision, Facts, Json, Pass, Plan, Score
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.observe import Look, evaluating, observe, tensors_in
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
@@ -41,6 +41,17 @@ class RemovedBlocks(Decision):
     of: int = Field(description="blocks that the stack has")
 
 
+class DepthFacts(Facts):
+    """What blocks were judged by."""
+
+    method: str = Field(description="that was asked for")
+    influence: dict[str, float] = Field({}, description="by block: 1 minus the mean cosine of what it takes and gives")
+    calibration_batches: int = Field(0, description="calls, where the method needs some")
+    rounds: tuple[dict[str, Json], ...] = Field(
+        (), description="of a greedy search: the block that went, and the scores without each"
+    )
+
+
 class PruneDepth(Pass):
     """Remove the blocks of each stack that matter least; one always stays."""
 
@@ -49,6 +60,7 @@ class PruneDepth(Pass):
     functions: ClassVar[tuple[str, ...]] = ("score",)
     looks_for: ClassVar[str] = "stacks of blocks that a family knows"
     decisions: ClassVar[tuple[type[Decision], ...]] = (RemovedBlocks,)
+    facts: ClassVar[type[Facts]] = DepthFacts
 
     share: float = Field(0.25, ge=0, lt=1, description="fraction of each stack's blocks removed, rounded, halves up")
     count: int | None = Field(None, ge=0, description="number of blocks removed from each stack, instead of a share")
@@ -74,7 +86,7 @@ class PruneDepth(Pass):
             if (reason := stack.fixed.get(i, "") or excluded_by(f"{name}.{i}", self.exclude))
         }
         numbers = {name: self.number_removed(name, stack, stays) for name, stack in stacks.items()}
-        facts: dict[str, Any] = {}
+        facts = DepthFacts(method=self.method)
         if self.method == "list":
             gone, whole = self.listed(stacks, stays), {}
         else:
@@ -93,7 +105,7 @@ class PruneDepth(Pass):
         skipped = {
             name: whole.get(name) or self.reason(stacks[name], name, stays) for name in stacks if name not in choice
         }
-        return Plan(choice=choice, skipped=stays | skipped | others, facts={"method": self.method, **facts})
+        return Plan(choice=choice, skipped=stays | skipped | others, facts=facts)
 
     def rewrite(self, model: nn.Module, plan: Plan[RemovedBlocks]) -> nn.Module:
         """Cut, in place. Raises ``ToolchainError`` when a stack has not the blocks that the plan was made for."""
@@ -146,12 +158,14 @@ class PruneDepth(Pass):
         stays: Mapping[str, str],
         numbers: Mapping[str, int],
         context: Context,
-    ) -> tuple[Gone, dict[str, Any]]:
+    ) -> tuple[Gone, DepthFacts]:
         """The blocks that an influence or a score chooses, and what it found."""
         stacks = {name: stack for name, stack in stacks.items() if numbers[name]}
         refuse_meta(stacks, self.method)
         if self.method == "greedy":
-            return greedy(model, stacks, stays, numbers, context, context.score_of(self.score)) if stacks else ({}, {})
+            if not stacks:
+                return {}, DepthFacts(method=self.method)
+            return greedy(model, stacks, stays, numbers, context, context.score_of(self.score))
         self.check_calibration(context, "method 'influence'", otherwise="name the blocks with method = 'list'")
         found = influences(model, stacks, context)
         gone: Gone = {}
@@ -159,7 +173,7 @@ class PruneDepth(Pass):
             free = [i for i in range(len(stacks[name].blocks)) if f"{name}.{i}" in found] if name in stacks else []
             free = [i for i in free if f"{name}.{i}" not in stays]
             gone[name] = sorted(free, key=lambda i, name=name: (found[f"{name}.{i}"], i))[:number]  # type: ignore[misc]
-        return gone, {"influence": found, "calibration_batches": len(context.calibration)}
+        return gone, DepthFacts(method=self.method, influence=found, calibration_batches=len(context.calibration))
 
 
 def kept_whole(model: nn.Module, stacks: Stacks, gone: Gone, context: Context) -> dict[str, str]:
@@ -191,7 +205,7 @@ def greedy(
     numbers: Mapping[str, int],
     context: Context,
     score: Score,
-) -> tuple[Gone, dict[str, Any]]:
+) -> tuple[Gone, DepthFacts]:
     """Remove, one at a time, the block without which the score is highest (of equals, the last); log every trial."""
     gone: Gone = {name: [] for name in stacks}
     rounds: list[dict[str, Any]] = []
@@ -206,7 +220,7 @@ def greedy(
         name, i = max(reversed(trials), key=lambda trial: trials[trial])
         gone[name].append(i)
         rounds.append({"removed": f"{name}.{i}", "scores": {f"{n}.{j}": value for (n, j), value in trials.items()}})
-    return gone, {"rounds": rounds}
+    return gone, DepthFacts(method="greedy", rounds=tuple(rounds))
 
 
 def judged_without(model: nn.Module, gone: Gone, score: Score) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.heads import Heads, KeptHeads, held_in_state, keep_heads, uncut
@@ -31,12 +31,21 @@ from enginewright.passes.traits import HeadedAttention, layers_of
 Scores = dict[str, list[float]]
 
 
+class HeadFacts(Facts):
+    """What heads were judged by."""
+
+    importance: str = Field(description="that was asked for")
+    scores: dict[str, list[float]] = Field(description="by layer, of its heads")
+    calibration_batches: int = Field(0, description="calls, where the importance needs some")
+
+
 class PruneHeads(Pass):
     """Remove the weakest heads of every attention layer; the model's own width stays."""
 
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "attention layers whose heads can be told apart"
     decisions: ClassVar[tuple[type[Decision], ...]] = (KeptHeads,)
+    facts: ClassVar[type[Facts]] = HeadFacts
 
     share: float = Field(
         default=0.25,
@@ -75,9 +84,9 @@ class PruneHeads(Pass):
         choice = {path: choose(score, numbers[path]) for path, score in scores.items() if numbers[path]}
         stronger = f"its heads are all stronger than those that a share of {self.share} takes elsewhere"
         skipped |= {path: stronger for path in scores if path not in choice}
-        facts: dict[str, object] = {"importance": self.importance, "scores": scores}
+        facts = HeadFacts(importance=self.importance, scores=scores)
         if self.importance == "taylor":
-            facts["calibration_batches"] = len(context.calibration)
+            facts = facts.model_copy(update={"calibration_batches": len(context.calibration)})
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
     def rewrite(self, model: nn.Module, plan: Plan[KeptHeads]) -> nn.Module:

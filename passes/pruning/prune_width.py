@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.audit import without_proof
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.hidden_units import (
@@ -49,12 +49,23 @@ class RemovedUnits(Decision):
     of: int = Field(description="hidden units that it has")
 
 
+class WidthFacts(Facts):
+    """What hidden units were judged by."""
+
+    importance: str = Field(description="that was asked for")
+    scope: str = Field(description="in which units compete")
+    scores: dict[str, dict[str, float]] = Field(description="by layer, of its units")
+    units: dict[str, int] = Field(description="how many there are, and how many go")
+    calibration_batches: int = Field(0, description="calls, where the importance needs some")
+
+
 class PruneWidth(Pass):
     """Remove the weakest hidden units of every feed-forward; the model's own width stays."""
 
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, FREE_WEIGHTS)
     looks_for: ClassVar[str] = "feed-forwards that a family knows"
     decisions: ClassVar[tuple[type[Decision], ...]] = (RemovedUnits,)
+    facts: ClassVar[type[Facts]] = WidthFacts
 
     share: float = Field(0.25, ge=0, lt=1, description="fraction of hidden units removed")
     scope: Literal["layer", "global"] = Field(
@@ -93,13 +104,13 @@ class PruneWidth(Pass):
                 skipped[path] = f"its units are all stronger than those that a share of {self.share} takes elsewhere"
             else:
                 choice[path], judged[path] = choose(score, numbers[path])
-        facts: dict[str, object] = {"importance": self.importance, "scope": self.scope, "scores": judged}
-        facts["units"] = {
+        units = {
             "of": sum(map(len, scores.values())),
             "removed": sum(len(units.removed) for units in choice.values()),
         }
+        facts = WidthFacts(importance=self.importance, scope=self.scope, scores=judged, units=units)
         if self.importance in WITH_DATA:
-            facts["calibration_batches"] = len(context.calibration)
+            facts = facts.model_copy(update={"calibration_batches": len(context.calibration)})
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
     def rewrite(self, model: nn.Module, plan: Plan[RemovedUnits]) -> nn.Module:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FREE_WEIGHTS, TWO_IN_FOUR_ZEROS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.patterns import PATTERN
 from enginewright.passes.kernel.selection import check_patterns, excluded_by, other_matrices, refuse_meta
@@ -44,6 +44,13 @@ class SparseWeight(Decision):
     kept_norm: float = Field(description="L2 norm of the weight over what it was")
 
 
+class SparseFacts(Facts):
+    """How weights were chosen, and who gains."""
+
+    method: str = Field(description="that was asked for")
+    gains: str = Field(description="where sparse weights save time")
+
+
 class Sparsify24(Pass):
     """2:4 sparse linear layers; faster on GPUs with sparse tensor cores, and no faster on any CPU."""
 
@@ -52,6 +59,7 @@ class Sparsify24(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (FREE_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (SparseWeight,)
+    facts: ClassVar[type[Facts]] = SparseFacts
 
     method: Literal["magnitude", "sparsegpt"] = Field(
         "magnitude", description="magnitude keeps the two largest of four; sparsegpt also needs calibration inputs"
@@ -93,7 +101,7 @@ class Sparsify24(Pass):
                 arrays[f"{path}/weight"] = sparsegpt(weight, squares, where=path)
             norm = kept_norm(arrays[f"{path}/weight"] if self.method == "sparsegpt" else sparse(weight), weight)
             choice[path] = SparseWeight(pattern=PATTERN, kept_norm=norm)
-        facts = {"method": self.method, "gains": "time on GPUs with sparse tensor cores alone; none on a CPU"}
+        facts = SparseFacts(method=self.method, gains="time on GPUs with sparse tensor cores alone; none on a CPU")
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
     def rewrite(self, model: nn.Module, plan: Plan[SparseWeight]) -> nn.Module:

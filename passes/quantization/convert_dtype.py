@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, FULL_PRECISION, Fact
-from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Inputs, Part, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.distance import relative_l2
 from enginewright.passes.kernel.observe import Look, calls_of, evaluating, floats_in, looking, observe, tensors_in
@@ -48,6 +48,21 @@ class ConvertedLayer(Decision):
     dtype: Literal["float16", "bfloat16"] = Field(description="of its weights, and what it takes as input")
 
 
+class KeptLayer(Part):
+    """A layer that stays in fp32."""
+
+    wide: bool = Field(description="whether what it puts out stays in fp32 as well")
+
+
+class ConvertedFacts(Facts):
+    """What stays in fp32 around the converted layers."""
+
+    kept: dict[str, KeptLayer] = Field(description="layers that stay, by path")
+    constants: tuple[str, ...] = Field((), description="modules whose own constants are converted too")
+    error: float | None = Field(None, description="of the converted model, on the calibration inputs")
+    alone: bool = Field(False, description="whether other layers are of other types, so that each takes and gives fp32")
+
+
 class ConvertDtype(Pass):
     """Convert weights and computation to 16 bits, with a list of layers that stay in fp32."""
 
@@ -56,6 +71,7 @@ class ConvertDtype(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (FULL_PRECISION,)
     looks_for: ClassVar[str] = "weights in fp32"
     decisions: ClassVar[tuple[type[Decision], ...]] = (ConvertedLayer,)
+    facts: ClassVar[type[Facts]] = ConvertedFacts
 
     dtype: Literal["float16", "bfloat16"] = Field("float16", description="floating type to compute in")
     headroom: float = Field(2, ge=1, description="a layer stays in fp32 when its values times this would overflow")
@@ -65,7 +81,7 @@ class ConvertDtype(Pass):
     )
     exclude: tuple[str, ...] = Field((), description="glob patterns of module paths that stay in fp32")
 
-    def plan(self, model: nn.Module, context: Context) -> Plan[ConvertedLayer]:
+    def plan(self, model: nn.Module, context: Context) -> Plan[ConvertedLayer, ConvertedFacts]:
         """Run the calibration inputs through both types of every layer, then through the whole converted model.
 
         Raises:
@@ -91,7 +107,7 @@ class ConvertDtype(Pass):
 
     def settled(
         self, model: nn.Module, draft: Draft, own_error: Mapping[str, float], context: Context
-    ) -> Plan[ConvertedLayer]:
+    ) -> Plan[ConvertedLayer, ConvertedFacts]:
         """Give back to fp32 what makes the converted model wrong, until it is right."""
         trial = Trial(0.0, None)
         draft = self.with_constants(model, draft, context)
@@ -100,7 +116,7 @@ class ConvertDtype(Pass):
             plan = draft.plan()
             trial = self.tried(model, plan, context)
             if trial.faulty is None and trial.error <= self.max_error:
-                return replace(plan, facts={**plan.facts, "error": six_digits(trial.error)})
+                return replace(plan, facts=plan.facts.model_copy(update={"error": six_digits(trial.error)}))
             if trial.faulty is None:
                 fresh = worst_of([path for path in draft.owners if path not in draft.kept], own_error)
                 said = f"the model's error was {trial.error:.2g} with it, above {self.max_error:g}"
@@ -159,10 +175,10 @@ class ConvertDtype(Pass):
             return inside[-1]
         return None
 
-    def tried(self, model: nn.Module, plan: Plan[ConvertedLayer], context: Context) -> Trial:
+    def tried(self, model: nn.Module, plan: Plan[ConvertedLayer, ConvertedFacts], context: Context) -> Trial:
         """Run the converted model in true half precision, and the original beside it, on the calibration inputs."""
         converted = self.rewrite(share(model), plan)
-        owners = {*plan.choice, *plan.facts["kept"]}
+        owners = {*plan.choice, *plan.facts.kept}
         worst = 0.0
         with torch.no_grad(), evaluating(model), evaluating(converted):
             for inputs in calls_of(context, f"trying {self.dtype}"):
@@ -176,7 +192,7 @@ class ConvertDtype(Pass):
                 worst = max(worst, error)
         return Trial(worst, None)
 
-    def rewrite(self, model: nn.Module, plan: Plan[ConvertedLayer]) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[ConvertedLayer, ConvertedFacts]) -> nn.Module:
         """Convert the weights of each planned layer, and have every layer take its input in its own type.
 
         A plan whose facts say ``alone`` converts some layers among others, each with a cast before and behind it.
@@ -191,17 +207,17 @@ class ConvertDtype(Pass):
             for name, statistics in running(module).items():
                 module._buffers[name] = statistics.to(dtype)
             take(module)
-            if plan.facts.get("alone"):  # among layers of other types: what it gives is what they take
+            if plan.facts.alone:  # among layers of other types: what it gives is what they take
                 give(module, torch.float32)
-        for path in plan.facts.get("constants", ()):
+        for path in plan.facts.constants:
             module = model.get_submodule(path)
             module._buffers |= {name: buffer.to(dtype) for name, buffer in constants(module).items()}
-        for path, entry in plan.facts["kept"].items():
+        for path, entry in plan.facts.kept.items():
             module = model.get_submodule(path)
             take(module)
-            if not entry["wide"]:
+            if not entry.wide:
                 give(module, dtype)
-        if not plan.facts.get("alone"):
+        if not plan.facts.alone:
             for network in networks_of(model).values():
                 give(network, torch.float32)
         return model
@@ -230,12 +246,13 @@ class Draft:
         kept = self.kept | {path: reason for path in paths if path not in self.kept}
         return replace(self, kept=kept, wide=self.wide | (dict.fromkeys(paths, True) if wide else {}))
 
-    def plan(self) -> Plan[ConvertedLayer]:
+    def plan(self) -> Plan[ConvertedLayer, ConvertedFacts]:
         """The plan that converts all but the kept layers."""
         choice = {path: ConvertedLayer(dtype=self.dtype) for path in self.owners if path not in self.kept}
-        held = {path: {"wide": bool(self.wide.get(path))} for path in self.kept}
-        more = {"constants": sorted(self.constants)} if self.constants else {}
-        return Plan(choice=choice, skipped=dict(self.kept), facts={"kept": held, **more})
+        facts = ConvertedFacts(kept={path: KeptLayer(wide=bool(self.wide.get(path))) for path in self.kept})
+        if self.constants:
+            facts = facts.model_copy(update={"constants": tuple(sorted(self.constants))})
+        return Plan(choice=choice, skipped=dict(self.kept), facts=facts)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
-from enginewright.passes.kernel.scales import scale_of
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
+from enginewright.passes.kernel.scales import CalibrationFacts, scale_of
 from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.quantization.fp8 import Fp8Linear
 from enginewright.passes.quantization.grouping import Chosen, DividedNorm, QuantizedLayer, plan_groups, rewrite_layers
@@ -39,6 +39,7 @@ class QuantizeFp8(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (Fp8Layer,)
+    facts: ClassVar[type[Facts]] = CalibrationFacts
 
     observer: Literal["max", "percentile"] = Field(
         "max", description="how an activation's scale is chosen: largest value, or a percentile"

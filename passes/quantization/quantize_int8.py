@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
-from enginewright.passes.kernel.scales import Int8Product, arithmetic, scale_of
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
+from enginewright.passes.kernel.scales import CalibrationFacts, Int8Product, arithmetic, scale_of
 from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.quantization.grouping import Chosen, DividedNorm, QuantizedLayer, plan_groups, rewrite_layers
 from enginewright.passes.quantization.linear import QuantizedLinear
@@ -37,6 +37,7 @@ class QuantizeInt8(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (Int8Layer, DividedNorm)
+    facts: ClassVar[type[Facts]] = CalibrationFacts
 
     observer: Literal["max", "percentile", "mse"] = Field(
         "max", description="how an activation's scale is chosen: largest value, a percentile, or least squared error"

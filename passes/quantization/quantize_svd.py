@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
-from enginewright.passes.kernel.scales import scale_of
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
+from enginewright.passes.kernel.scales import CalibrationFacts, scale_of
 from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.kernel.surgery import linear_like
 from enginewright.passes.quantization.blocks import BlockLinear, in_blocks
@@ -52,6 +52,7 @@ class QuantizeSvd(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (SplitLayer, DividedNorm)
+    facts: ClassVar[type[Facts]] = CalibrationFacts
 
     rank: int = Field(32, ge=1, description="singular directions that stay in floats, at most a quarter of all")
     residual: Literal["int4", "int8"] = Field(
@@ -128,6 +129,7 @@ class BranchedLinear(nn.Module):
 
     def __init__(self, down: Tensor, up: Tensor, residual: nn.Module, inverse: Tensor | None) -> None:
         super().__init__()
+        self.in_features, self.out_features = down.shape[1], up.shape[0]
         self.down = nn.Parameter(down, requires_grad=False)
         self.up = nn.Parameter(up, requires_grad=False)
         self.residual = residual

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
-from enginewright.passes.kernel.scales import scale_of
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
+from enginewright.passes.kernel.scales import CalibrationFacts, scale_of
 from enginewright.passes.kernel.statistics import InputStatistics
 from enginewright.passes.quantization.awq import awq_factors
 from enginewright.passes.quantization.blocks import FORMATS, BlockLinear, Blocks, Weights, in_blocks
@@ -52,6 +52,7 @@ class QuantizeWeights(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (RoundedLayer, DividedNorm)
+    facts: ClassVar[type[Facts]] = CalibrationFacts
 
     weights: Weights = Field("int4", description="format of the weights")
     algorithm: Algorithm = Field(

@@ -26,8 +26,10 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, Fact
 from enginewright.passes.contract import (
     Context,
+    Curve,
     Decision,
     Declared,
+    Facts,
     Inputs,
     Json,
     Pass,
@@ -42,6 +44,7 @@ from enginewright.passes.kernel.rounding import weight_scales
 from enginewright.passes.kernel.scales import as_bytes
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.quantization.budget import Option, Trade, at_most, best_trades, within
+from enginewright.passes.quantization.convert_dtype import ConvertedFacts
 from enginewright.passes.quantization.grouping import DividedNorm, QuantizedLayer
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.quantize_int8 import Int8Layer
@@ -98,6 +101,20 @@ class DeclaredMix(Declared):
         return picked.model_copy(update={"decision": decided})
 
 
+class PrecisionFacts(Facts):
+    """What a search of precisions found."""
+
+    sensitivity: dict[str, list[float]] = Field(
+        description="by layer, of each candidate: the relative L2 error of the model with that layer alone changed"
+    )
+    error: float = Field(description="predicted for the choice")
+    error_in_pytorch: float = Field(description="measured for the choice")
+    cost_share: float = Field(description="of the choice, of what the layers were")
+    uniform: list[dict[str, Json]] = Field(
+        description="each candidate everywhere: its pass, its share of the cost, its error"
+    )
+
+
 class SearchPrecision(Pass):
     """Mix precisions layer by layer: least error within a budget, or least cost within an error."""
 
@@ -106,6 +123,7 @@ class SearchPrecision(Pass):
     destroys: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS,)
     looks_for: ClassVar[str] = "linear layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (PickedDecision,)
+    facts: ClassVar[type[Facts]] = PrecisionFacts
 
     candidates: tuple[dict[str, Any], ...] = Field(
         ({"pass": "quantize_int8"},),
@@ -136,7 +154,7 @@ class SearchPrecision(Pass):
         """Its own, and what the candidates declare; the version grows with any of theirs."""
         own, candidates = super().declared, tuple(made(table).declared for table in self.candidates)
         version = own.version + sum(each.version - 1 for each in candidates)
-        return DeclaredMix(name=own.name, kinds=own.kinds, version=version, candidates=candidates)
+        return DeclaredMix(name=own.name, kinds=own.kinds, version=version, facts=own.facts, candidates=candidates)
 
     def plan(self, model: nn.Module, context: Context) -> Plan[PickedDecision]:
         """Measure every layer in every precision, and choose.
@@ -156,24 +174,24 @@ class SearchPrecision(Pass):
         return Plan(
             choice={path: search.decision(path, candidate) for path, candidate in picked.items()},
             skipped={**search.skipped, **dict.fromkeys(kept, "more exact as it is")},
-            facts={
-                "sensitivity": {
+            facts=PrecisionFacts(
+                sensitivity={
                     path: [six_digits(math.sqrt(option.error)) for option in found[1:]]
                     for unit, found in options.items()
                     for path in unit
                     if path not in search.norms
                 },
-                "error": six_digits(search.error_of(chosen)),
-                "error_in_pytorch": six_digits(search.distance(search.changed(picked))),
-                "cost_share": six_digits(cost_of(options, chosen) / now),
-                "uniform": [self.uniform_fact(search, options, i, now) for i in range(1, len(search.plans) + 1)],
-                "curve": {
-                    "x": f"{self.cost} of the layers, as a share of what they were",
-                    "y": "predicted relative L2 error",
-                    "points": [[six_digits(t.cost / now), six_digits(math.sqrt(t.error))] for t in thinned(trades)],
-                    "chosen": [six_digits(cost_of(options, chosen) / now), six_digits(search.error_of(chosen))],
-                },
-            },
+                error=six_digits(search.error_of(chosen)),
+                error_in_pytorch=six_digits(search.distance(search.changed(picked))),
+                cost_share=six_digits(cost_of(options, chosen) / now),
+                uniform=[self.uniform_fact(search, options, i, now) for i in range(1, len(search.plans) + 1)],
+                curve=Curve(
+                    x=f"{self.cost} of the layers, as a share of what they were",
+                    y="predicted relative L2 error",
+                    points=tuple((six_digits(t.cost / now), six_digits(math.sqrt(t.error))) for t in thinned(trades)),
+                    chosen=(six_digits(cost_of(options, chosen) / now), six_digits(search.error_of(chosen))),
+                ),
+            ),
             arrays=search.arrays(picked),
         )
 
@@ -232,7 +250,7 @@ def rewritten(step: Pass, model: nn.Module, choice: Mapping[str, Decision], arra
     """The model with some layers as a candidate decided; what is measured and what is shipped come from here."""
     if not choice:
         return model
-    return step.rewrite(model, Plan(choice=choice, arrays=arrays, facts={"kept": {}, "alone": True}))
+    return step.rewrite(model, Plan(choice=choice, arrays=arrays, facts=ConvertedFacts(kept={}, alone=True)))
 
 
 @dataclass

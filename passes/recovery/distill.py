@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import FLOAT_WEIGHTS, STATELESS_CALLS, Fact
-from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan, digest_of
+from enginewright.passes.contract import Context, Decision, Facts, Inputs, Pass, Plan, digest_of
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.feeding import Cycled, Generated
@@ -49,12 +49,25 @@ class TrainedWeights(Decision):
         return {f"{path}.{weight}".removeprefix(".") for weight in self.weights}
 
 
+class TrainedFacts(Facts):
+    """How training went."""
+
+    data: str = Field(description="what it was on")
+    steps: int = Field(description="updates")
+    loss: list[float] = Field(description="at the start and at the end")
+    relative_error: dict[str, float] = Field(description="to the original, before and after")
+    aligned: dict[str, dict[str, int]] = Field(description="by teacher: how many places were compared, by loss")
+    not_aligned: dict[str, dict[str, str]] = Field(description="by teacher: what could not be, and why")
+    alignment_stopped_at: int | None = Field(description="update from which only outputs were compared; null: none")
+
+
 class Distill(Pass):
     """Recover a changed model by distillation from the original; weights change, structure never does."""
 
     requires: ClassVar[tuple[Fact, ...]] = (FLOAT_WEIGHTS, STATELESS_CALLS)
     looks_for: ClassVar[str] = "weights that could be trained"
     decisions: ClassVar[tuple[type[Decision], ...]] = (TrainedWeights,)
+    facts: ClassVar[type[Facts]] = TrainedFacts
 
     steps: int = Field(1000, ge=1, description="updates of the weights")
     batch: int = Field(8, ge=1, description="calls of the model in each step; run as one where the inputs allow")
@@ -141,17 +154,17 @@ class Distill(Pass):
             folder = context.folder / self.checkpoint if self.checkpoint else None
             training.run(context, folder=folder, made_for=self.made_for(model, guides, context) if folder else "")
             after = relative_error(student, guides[0].module, judged)
-        facts = {
-            "data": kind,
-            "steps": self.steps,
-            "loss": [six_digits(loss) for loss in training.state.losses],
-            "relative_error": {"before": six_digits(before), "after": six_digits(after)},
-            "aligned": {label_of(g.teacher): counts(g) for g in guides if g.aligns},
-            "not_aligned": {label_of(g.teacher): dict(g.apart) for g in guides if g.apart},
-            "alignment_stopped_at": training.state.stopped,
-        }
+        facts = TrainedFacts(
+            data=kind,
+            steps=self.steps,
+            loss=[six_digits(loss) for loss in training.state.losses],
+            relative_error={"before": six_digits(before), "after": six_digits(after)},
+            aligned={label_of(g.teacher): counts(g) for g in guides if g.aligns},
+            not_aligned={label_of(g.teacher): dict(g.apart) for g in guides if g.apart},
+            alignment_stopped_at=training.state.stopped,
+        )
         if after > before and self.judged_by_outputs():
-            facts["notes"] = [worse(before, after)]
+            facts = facts.model_copy(update={"notes": (worse(before, after),)})
             return decision(model, model, names, skipped, facts)
         return decision(model, student, names, skipped, facts)
 
@@ -269,7 +282,7 @@ def frozen_copy(module: nn.Module, devices: Devices) -> nn.Module:
 
 
 def decision(
-    model: nn.Module, student: nn.Module, names: list[str], skipped: dict[str, str], facts: dict[str, object]
+    model: nn.Module, student: nn.Module, names: list[str], skipped: dict[str, str], facts: Facts
 ) -> Plan[TrainedWeights]:
     """The plan: every weight that is not what it was."""
     changed: dict[str, list[str]] = {}

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import UNTOUCHED, Fact
 from enginewright.ground.reading import read_tensors
-from enginewright.passes.contract import Context, Decision, Inputs, NewInput, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Inputs, NewInput, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.recovery.devices import Devices
 from enginewright.passes.recovery.distill import (
@@ -75,6 +75,17 @@ class StyledEmbedding(TrainedWeights):
         return super().array_names(path) | {f"{path}.{part}" for part in PARTS}
 
 
+class MergedFacts(Facts):
+    """How training went."""
+
+    data: str = Field(description="what it was on")
+    steps: int = Field(description="updates")
+    loss: list[float] = Field(description="at the start and at the end")
+    relative_error: dict[str, dict[str, float]] = Field(
+        description="by teacher: of the mean of weights, and before and after training"
+    )
+
+
 class MergeModels(Pass):
     """Train one model to answer like each of several of its kind, as an input ``style`` says, and like mixtures."""
 
@@ -82,6 +93,7 @@ class MergeModels(Pass):
     intends: ClassVar[str] = "its teachers, weighed by the style"
     requires: ClassVar[tuple[Fact, ...]] = (UNTOUCHED,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (TrainedWeights, StyledEmbedding)
+    facts: ClassVar[type[Facts]] = MergedFacts
 
     teachers: tuple[str, ...] = Field(
         (), description="model strings, or safetensors files of weights; each is a style, in this order"
@@ -166,13 +178,13 @@ class MergeModels(Pass):
             after = errors_by_teacher(student, guides, judged)
         for number, error in enumerate(errors):
             error |= {"before": before[number], "after": after[number]}
-        facts = {
-            "data": kind,
-            "steps": self.steps,
-            "loss": [six_digits(loss) for loss in training.state.losses],
-            "relative_error": dict(zip(teachers, errors, strict=True)),
-            "notes": [teacher_line(text, error) for text, error in zip(teachers, errors, strict=True)],
-        }
+        facts = MergedFacts(
+            data=kind,
+            steps=self.steps,
+            loss=[six_digits(loss) for loss in training.state.losses],
+            relative_error=dict(zip(teachers, errors, strict=True)),
+            notes=tuple(teacher_line(text, error) for text, error in zip(teachers, errors, strict=True)),
+        )
         return with_styles(decision(model, student, names, skipped, facts), student, places, len(guides))
 
     def guide(self, text: str, module: nn.Module, student: nn.Module, inputs: Inputs) -> Guide:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError, require
-from enginewright.ground.reading import first_line, read_json
+from enginewright.ground.reading import first_line, read_json, read_tensors
 from enginewright.passes.contract import Decision
 from enginewright.passes.kernel.plain import is_turned_linear
 from enginewright.passes.kernel.surgery import share
@@ -113,6 +113,117 @@ class Adapter:
         return {"lokr_w1", "lokr_w2"} <= self.parts.keys()
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """The adapters of one file, by the file's own path of the layer that each adapts.
+
+    Args:
+        name: of the file, as the user wrote it.
+        adapters: what it holds.
+        strange: its keys that are no part of an adapter, and halves of one.
+        config: what peft's configuration beside it says.
+        default_alpha: lora_alpha where neither the file nor the configuration says it.
+    """
+
+    name: str
+    adapters: Mapping[str, Adapter]
+    strange: tuple[str, ...]
+    config: Mapping[str, Any]
+    default_alpha: float | None
+
+    def placed(self, places: Mapping[str, str]) -> tuple[dict[str, Adapter], list[str]]:
+        """Adapters by module path, given the paths by each name that a file may use; and all that matches nothing.
+
+        Raises:
+            ToolchainError: two entries are for one layer.
+        """
+        found: dict[str, Adapter] = {}
+        strange = list(self.strange)
+        for path, adapter in self.adapters.items():
+            if path not in places:
+                strange.append(path)
+            elif places[path] in found:
+                raise ToolchainError(f"{self.name!r} adapts this layer under two names", where=places[path])
+            else:
+                found[places[path]] = adapter
+        return found, strange
+
+    def refuse_unmatched(self, found: Collection[str], strange: Sequence[str], *, partly: bool) -> None:
+        """Raise ``ToolchainError`` where no layer was found, or not all entries may be left out (``partly``)."""
+        if not found:
+            raise ToolchainError(f"no key of {self.name!r} adapts a layer of this model", help=listed(strange))
+        if strange and not partly:
+            raise ToolchainError(f"{len(strange)} entries of {self.name!r} match no layer", help=listed(strange))
+
+    def kind_of(self, path: str, adapter: Adapter) -> Kind:
+        """An adapter's kind. Raises ``ToolchainError`` where the configuration says otherwise than the file."""
+        said = self.config.get("peft_type", "LORA")
+        if self.config and said.lower() != (adapter.kind or "").replace("dora", "lora"):
+            raise ToolchainError(f"{CONFIG} is of {said!r}, the file holds a {adapter.kind}", where=path)
+        if self.config.get("use_dora") and adapter.kind == "lora":
+            raise ToolchainError(f"{CONFIG} says use_dora, and {self.name!r} has no magnitudes", where=path)
+        assert adapter.kind is not None, "halves are strange keys"
+        return adapter.kind
+
+    def factor(self, path: str, adapter: Adapter) -> float:
+        """What a layer's product is multiplied by: alpha / r, or alpha / sqrt(r) with ``use_rslora``.
+
+        Raises:
+            ToolchainError: nobody says alpha, or the configuration says otherwise than the file.
+        """
+        config, alpha, rank = self.config, adapter.alpha, adapter.rank
+        if adapter.is_whole and alpha is not None:
+            return 1.0
+        if alpha is None and config:
+            wanted = by_pattern(config.get("rank_pattern"), path, config.get("r"))
+            if adapter.is_whole:
+                rank = wanted
+            if wanted != rank or not is_number(wanted) or wanted < 1:
+                raise ToolchainError(f"{CONFIG} says rank {wanted}, the file has {rank}", where=path)
+            default = config.get("lora_alpha" if adapter.kind in ("lora", "dora") else "alpha")
+            alpha = by_pattern(config.get("alpha_pattern"), path, default)
+        alpha = self.default_alpha if alpha is None else alpha
+        if alpha is None and adapter.needs_alpha:
+            raise ToolchainError(
+                f"neither {self.name!r} nor {CONFIG!r} beside it says the adapter's alpha",
+                where=path,
+                help=f"put {CONFIG} beside the file, or give alpha: the lora_alpha that it was trained with",
+            )
+        alpha = rank if alpha is None else alpha
+        if not is_number(alpha):
+            raise ToolchainError(f"{CONFIG} says lora_alpha {alpha!r}, which is no number", where=path)
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def read_adapters(name: str, folder: Path, *, of: Any, alpha: float | None) -> AdapterFile:
+    """The adapters of a safetensors file.
+
+    Args:
+        name: its path, as the user wrote it.
+        folder: where that starts.
+        of: the configuration of the network that it is for, where diffusers knows one; else None.
+        alpha: lora_alpha, where nobody else says it.
+
+    Raises:
+        ToolchainError: it is not there or cannot be read, or its keys cannot be renamed.
+    """
+    absent = f"there is no adapter file {name!r}"
+    tensors = read_tensors(folder / name, what=repr(name), absent=absent)
+    adapters, strange = adapters_in(renamed(tensors, of))
+    config = config_of(folder / name)
+    return AdapterFile(name=name, adapters=adapters, strange=tuple(strange), config=config, default_alpha=alpha)
+
+
+def network_config(model: nn.Module) -> Any:
+    """The configuration of a network of diffusers; None for another."""
+    return getattr(getattr(model, "inner", model), "config", None)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of some names."""
+    return f"unmatched: {', '.join(sorted(names)[:12])}{', …' if len(names) > 12 else ''}" if names else ""
+
+
 def adapters_in(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Adapter], list[str]]:
     """Adapters by the file's own path, and keys that are no part of one."""
     found: dict[str, Adapter] = {}
@@ -145,17 +256,26 @@ def shape_of(adapter: Adapter) -> list[int]:
 
 def places_in(model: nn.Module) -> dict[str, str]:
     """Paths of the layers that can be adapted, by each name that a file may give them."""
+    modules = model.named_modules()
+    return named_by_files(path for path, module in modules if isinstance(module, ADAPTED) or is_turned_linear(module))
+
+
+def named_by_files(paths: Iterable[str]) -> dict[str, str]:
+    """Module paths by each name that a file may give them."""
     found: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, ADAPTED) or is_turned_linear(module):
-            name = path.removeprefix("inner.")
-            found |= {f"{prefix}{name}": path for prefix in ("", *PREFIXES) if f"{prefix}{name}" not in found}
-            found |= {f"{prefix}{name.replace('.', '_')}": path for prefix in FLAT_PREFIXES}
+    for path in paths:
+        name = path.removeprefix("inner.")
+        found |= {f"{prefix}{name}": path for prefix in ("", *PREFIXES) if f"{prefix}{name}" not in found}
+        found |= {f"{prefix}{name.replace('.', '_')}": path for prefix in FLAT_PREFIXES}
     return found
 
 
-def renamed(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def renamed(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     """A file's tensors by the names of diffusers' layers, where its keys are those of an original network.
+
+    Args:
+        tensors: of the file.
+        config: of the network that the adapter is for; None where it has none.
 
     Raises:
         ToolchainError: diffusers takes the keys for those of a network that it knows, and cannot rename them.
@@ -163,7 +283,6 @@ def renamed(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
     tensors = dict(tensors)
     flux = any(part in key for key in tensors for part in ("double_blocks", "single_blocks"))
     blocks = any(part in key for key in tensors for part in ("input_blocks", "middle_block", "output_blocks"))
-    config = getattr(getattr(model, "inner", model), "config", None)
     if not flux and not (blocks and hasattr(config, "layers_per_block")):
         return tensors
     converters: Any = require("diffusers.loaders.lora_conversion_utils", extra="diffusers")

@@ -28,7 +28,7 @@ class Bound:
     """A constant in the place of an input.
 
     Args:
-        value: a number, or nested lists of them: what every row has.
+        value: a number, nested lists of them, or a tensor: what every row has.
         dtype: of the input, such as ``int64``.
         shape: of the input in the call that it was taken from.
         like: a kept input.
@@ -47,7 +47,7 @@ class Bound:
         dtype: torch.dtype = getattr(torch, self.dtype)
         if dtype.is_floating_point and other.is_floating_point():
             dtype = other.dtype  # half precision reaches all floating inputs alike
-        value = torch.tensor(self.value, dtype=dtype, device=other.device)
+        value = torch.as_tensor(self.value, dtype=dtype, device=other.device)
         return value.expand((*other.shape[: self.shared], *self.shape[self.shared :]))
 
 
@@ -83,8 +83,14 @@ def bind(name: str, value: Json, example: Inputs, bound: Sequence[str]) -> Bound
     if not input.is_floating_point() and (tensor != tensor.round()).any():
         raise ToolchainError(f"{name} is bound to {value!r}; it takes whole numbers ({dtype})")
     kept = {other: call for other, call in example.items() if other not in bound}
-    common = {other: common_dimensions(input, call, input.ndim - tensor.ndim) for other, call in kept.items()}
+    return placed(value, input, kept, most=input.ndim - tensor.ndim)
+
+
+def placed(value: Any, input: Tensor, kept: Inputs, *, most: int) -> Bound:
+    """A constant in the place of an input, which takes leading sizes, at most so many, from one that is kept."""
+    common = {other: common_dimensions(input, call, most) for other, call in kept.items()}
     like = max(common, key=lambda other: common[other])
+    dtype = str(input.dtype).removeprefix("torch.")
     return Bound(value=value, dtype=dtype, shape=tuple(input.shape), like=like, shared=common[like])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from enginewright.ground.errors import ToolchainError, unknown
-from enginewright.passes.contract import Context, Decision, Pass, Plan, counted
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan, counted
 from enginewright.passes.kernel.observe import Look, looking
 from enginewright.passes.kernel.stacks import stacks_of
 from enginewright.passes.kernel.surgery import share
@@ -39,12 +39,19 @@ class DroppedNorm(Decision):
     dropped: Literal[True] = Field(description="it gives what it is given")
 
 
+class CutFacts(Facts):
+    """What was asked of the norm behind the last block."""
+
+    final_norm: str = Field(description="whether it stays")
+
+
 class CutAfter(Pass):
     """Leave out every block after the one whose result is used."""
 
     intends: ClassVar[str] = "the original up to a layer"
     by_layer: ClassVar[bool] = False
     decisions: ClassVar[tuple[type[Decision], ...]] = (CutStack, DroppedNorm)
+    facts: ClassVar[type[Facts]] = CutFacts
 
     layer: int = Field(default=-2, description="last state used, as an index of hidden_states; -2 is one block early")
     final_norm: Literal["keep", "drop"] = Field(
@@ -70,7 +77,7 @@ class CutAfter(Pass):
         choice: dict[str, CutStack | DroppedNorm] = {path: CutStack(kept=kept, of=count)}
         if self.final_norm == "drop" and (norm := norm_after(model, found, context)):
             choice[norm] = DroppedNorm(dropped=True)
-        plan = Plan(choice=choice, facts={"final_norm": self.final_norm})
+        plan = Plan(choice=choice, facts=CutFacts(final_norm=self.final_norm))
         self.refuse_uncallable(model, plan, context)
         return plan
 

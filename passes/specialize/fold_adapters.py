@@ -11,8 +11,7 @@ refused. The sum is made in double precision and rounded once. Linear layers, em
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -20,11 +19,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.reading import read_tensors
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.specialize import adapter_files
-from enginewright.passes.specialize.adapter_files import CONFIG, Adapter, FoldedAdapter
+from enginewright.passes.specialize.adapter_files import Adapter, AdapterFile, FoldedAdapter
+
+
+class AdapterFacts(Facts):
+    """How an adapter's file fits the model."""
+
+    fusable: bool = Field(description="whether each of its tensors has a layer")
+    unmatched: tuple[str, ...] = Field(description="its tensors that have none")
 
 
 class FoldAdapters(Pass):
@@ -32,6 +37,7 @@ class FoldAdapters(Pass):
 
     intends: ClassVar[str] = "the original with adapters beside its layers"
     decisions: ClassVar[tuple[type[Decision], ...]] = (FoldedAdapter,)
+    facts: ClassVar[type[Facts]] = AdapterFacts
 
     file: str = Field(default="", description="safetensors file with the adapter")
     scale: float = Field(default=1.0, description="multiplies the adapter's product")
@@ -51,69 +57,32 @@ class FoldAdapters(Pass):
         Raises ``ToolchainError`` for a file that is not there, shapes that do not fit, entries that match nothing or
         are half an adapter (unless ``partly``), and a file without an adapter for this model.
         """
-        adapters, strange = adapter_files.adapters_in(adapter_files.renamed(self.read(context), model))
-        config = adapter_files.config_of(context.folder / self.file)
-        places = adapter_files.places_in(model)
+        if not self.file:
+            raise ToolchainError(f"{self.name()} needs file: a safetensors file with an adapter")
+        of = adapter_files.network_config(model)
+        file = adapter_files.read_adapters(self.file, context.folder, of=of, alpha=self.alpha)
+        placed, strange = file.placed(adapter_files.places_in(model))
         choice: dict[str, FoldedAdapter] = {}
         arrays: dict[str, Tensor] = {}
-        for path, adapter in adapters.items():
-            if path not in places:
-                strange.append(path)
-                continue
-            place = places[path]
-            if place in choice:
-                raise ToolchainError(f"{self.file!r} adapts this layer under two names", where=place)
+        for place, adapter in placed.items():
             layer = model.get_submodule(place)
-            choice[place] = self.decision(place.removeprefix("inner."), adapter, config)
+            choice[place] = self.decision(place.removeprefix("inner."), adapter, file)
             if adapter.kind == "lokr":
-                factor = adapter_files.decompose_factor(layer, adapter, config, place)
+                factor = adapter_files.decompose_factor(layer, adapter, file.config, place)
                 choice[place] = choice[place].model_copy(update={"decompose_factor": factor})
             adapter_files.adapted(layer, choice[place], adapter.parts, place)  # raises where it does not fit
             arrays |= {f"{place}.{part}": tensor for part, tensor in adapter.parts.items()}
-        if not choice:
-            raise ToolchainError(f"no key of {self.file!r} adapts a layer of this model", help=listed(strange))
-        if strange and not self.partly:
-            raise ToolchainError(f"{len(strange)} entries of {self.file!r} match no layer", help=listed(strange))
-        return Plan(choice=choice, facts={"fusable": not strange, "unmatched": sorted(strange)}, arrays=arrays)
+        file.refuse_unmatched(choice, strange, partly=self.partly)
+        facts = AdapterFacts(
+            fusable=not strange, unmatched=tuple(sorted(strange)), notes=(in_words(self.file, choice, strange),)
+        )
+        return Plan(choice=choice, facts=facts, arrays=arrays)
 
-    def decision(self, path: str, adapter: Adapter, config: Mapping[str, Any]) -> FoldedAdapter:
-        """What a layer's adapter is: its rank, what its product is multiplied by, and its kind unless a plain LoRA.
-
-        Raises:
-            ToolchainError: nobody says alpha, or the configuration says otherwise than the file.
-        """
-        said = config.get("peft_type", "LORA")
-        if config and said.lower() != (adapter.kind or "").replace("dora", "lora"):
-            raise ToolchainError(f"{CONFIG} is of {said!r}, the file holds a {adapter.kind}", where=path)
-        if config.get("use_dora") and adapter.kind == "lora":
-            raise ToolchainError(f"{CONFIG} says use_dora, and {self.file!r} has no magnitudes", where=path)
-        kind = {} if adapter.kind == "lora" else {"kind": adapter.kind}
-        return FoldedAdapter(rank=adapter.rank, factor=self.scale * self.strength(path, adapter, config), **kind)
-
-    def strength(self, path: str, adapter: Adapter, config: Mapping[str, Any]) -> float:
-        """What a layer's product is multiplied by: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
-        alpha, rank = adapter.alpha, adapter.rank
-        if adapter.is_whole and alpha is not None:
-            return 1.0
-        if alpha is None and config:
-            wanted = adapter_files.by_pattern(config.get("rank_pattern"), path, config.get("r"))
-            if adapter.is_whole:
-                rank = wanted
-            if wanted != rank or not adapter_files.is_number(wanted) or wanted < 1:
-                raise ToolchainError(f"{CONFIG} says rank {wanted}, the file has {rank}", where=path)
-            default = config.get("lora_alpha" if adapter.kind in ("lora", "dora") else "alpha")
-            alpha = adapter_files.by_pattern(config.get("alpha_pattern"), path, default)
-        alpha = self.alpha if alpha is None else alpha
-        if alpha is None and adapter.needs_alpha:
-            raise ToolchainError(
-                f"neither {self.file!r} nor {CONFIG!r} beside it says the adapter's alpha",
-                where=path,
-                help=f"put {CONFIG} beside the file, or give alpha: the lora_alpha that it was trained with",
-            )
-        alpha = rank if alpha is None else alpha
-        if not adapter_files.is_number(alpha):
-            raise ToolchainError(f"{CONFIG} says lora_alpha {alpha!r}, which is no number", where=path)
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    def decision(self, path: str, adapter: Adapter, file: AdapterFile) -> FoldedAdapter:
+        """What a layer's adapter is: its rank, what its product is multiplied by, and its kind unless a plain LoRA."""
+        found = file.kind_of(path, adapter)
+        kind = {} if found == "lora" else {"kind": found}
+        return FoldedAdapter(rank=adapter.rank, factor=self.scale * file.factor(path, adapter), **kind)
 
     def rewrite(self, model: nn.Module, plan: Plan[FoldedAdapter]) -> nn.Module:
         """Give each adapted layer a new weight, in place. Raises ``ToolchainError`` where it does not fit."""
@@ -132,13 +101,6 @@ class FoldAdapters(Pass):
             beside = adapter_files.adapted(layer, adapter, parts_of(plan, path), path)
             layer.register_forward_hook(partial(run_beside, beside))
         return result
-
-    def read(self, context: Context) -> dict[str, Tensor]:
-        """The file's tensors."""
-        if not self.file:
-            raise ToolchainError(f"{self.name()} needs file: a safetensors file with an adapter")
-        absent = f"there is no adapter file {self.file!r}"
-        return read_tensors(context.folder / self.file, what=repr(self.file), absent=absent)
 
 
 def parts_of(plan: Plan, path: str) -> dict[str, Tensor]:
@@ -167,6 +129,8 @@ def run_beside(beside: Any, layer: Any, args: Any, result: Tensor) -> Tensor:
     return beside.to(layer.weight.device, layer.weight.dtype)(*args)
 
 
-def listed(names: list[str]) -> str:
-    """The first of some names."""
-    return f"unmatched: {', '.join(sorted(names)[:12])}{', …' if len(names) > 12 else ''}" if names else ""
+def in_words(file: str, folded: Sized, strange: Sized) -> str:
+    """What became of an adapter."""
+    if strange:
+        return f"{file!r} is fusable in part: {len(folded)} layers; {len(strange)} of its entries are left out"
+    return f"{file!r} is fusable: it went into the weights of {len(folded)} layers; graph and cost are the base's"

@@ -17,7 +17,7 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.ground.facts import UNPARTED, Fact
 from enginewright.ground.program import Hoisted
 from enginewright.ground.signature import Role
-from enginewright.passes.contract import Context, Decision, Inputs, Pass, Plan, macs, macs_by_module
+from enginewright.passes.contract import Context, Decision, Facts, Inputs, Pass, Plan, macs, macs_by_module
 from enginewright.passes.networks import given_to, hoist, local, networks_of, place_of, program_of
 from enginewright.passes.specialize.binding import call_with, constant_modules
 
@@ -31,6 +31,15 @@ class HoistedModule(Decision):
     macs: int = Field(description="multiply-accumulates of one call of it")
 
 
+class HoistedFacts(Facts):
+    """What stays the same over a run, and what that saves."""
+
+    constant: tuple[str, ...] = Field(description="inputs that stay the same")
+    macs_once: int = Field(description="multiply-accumulates that a run does once")
+    macs_per_step: int = Field(description="multiply-accumulates that are left for each step")
+    bytes_once: int = Field(description="of weights that a run reads once")
+
+
 class HoistConstants(Pass):
     """Two engines of each network: one prepares what hangs on a run's constant inputs alone, one does the steps."""
 
@@ -38,12 +47,13 @@ class HoistConstants(Pass):
     requires: ClassVar[tuple[Fact, ...]] = (UNPARTED,)
     destroys: ClassVar[tuple[Fact, ...]] = (UNPARTED,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (HoistedModule,)
+    facts: ClassVar[type[Facts]] = HoistedFacts
 
     constant: tuple[str, ...] = Field(
         default=(), description="inputs that stay the same over a run; empty: conditions, guidance, masks and positions"
     )
 
-    def plan(self, model: nn.Module, context: Context) -> Plan[HoistedModule]:
+    def plan(self, model: nn.Module, context: Context) -> Plan[HoistedModule, HoistedFacts]:
         """Follow one call, and name the outermost modules that depend on constant inputs and on no other.
 
         Raises ``ToolchainError`` for an unknown input, when no input changes, or when there is no call to follow.
@@ -69,26 +79,26 @@ class HoistConstants(Pass):
         share = 100 * once / max(whole, 1)
         return Plan(
             choice={path: HoistedModule(macs=cost) for path, cost in costs.items()},
-            facts={
-                "constant": list(resolved.constant),
-                "macs_once": once,
-                "macs_per_step": whole - once,
-                "bytes_once": saved,
-                "notes": [
+            facts=HoistedFacts(
+                constant=resolved.constant,
+                macs_once=once,
+                macs_per_step=whole - once,
+                bytes_once=saved,
+                notes=(
                     f"{once:,} of {whole:,} multiply-accumulates ({share:.3g} %) and {saved:,} bytes of weights are "
-                    f"needed once for a run of constant {names}"
-                ],
-            },
+                    f"needed once for a run of constant {names}",
+                ),
+            ),
         )
 
-    def rewrite(self, model: nn.Module, plan: Plan[HoistedModule]) -> nn.Module:
+    def rewrite(self, model: nn.Module, plan: Plan[HoistedModule, HoistedFacts]) -> nn.Module:
         """Mark the model for the export; in PyTorch it stays whole."""
         if not plan.choice:
             return model
         found = {}
         for name in networks_of(model):
             takes = program_of(model).networks[name].takes
-            constant = tuple(each for each in plan.facts["constant"] if takes is None or each in takes)
+            constant = tuple(each for each in plan.facts.constant if takes is None or each in takes)
             if modules := tuple(local(plan.choice, place_of(model, name))):
                 found[name] = Hoisted(constant=constant, modules=modules)
         return hoist(model, found)

@@ -2,7 +2,8 @@
 
 Source: Ho and Salimans 2022, arXiv:2207.12598, equation 6, written as e = e_u + w (e_c - e_u) with w = 1 + their w.
 Departures: none for one output; where a model predicts a variance too, ``channels`` says how many leading channels are
-guided, and the rest is that of the row with the condition.
+guided, and the rest is that of the row with the condition. Of several networks those run both rows that the condition
+reaches, directly or by what others give; each of the two has state tensors of its own (``passes/kernel/twofold.py``).
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import SINGLE_ROWS, STATELESS_CALLS, UNBLENDED_ATTENTION, Fact
-from enginewright.passes.contract import Context, Decision, Inputs, Json, NewInput, Pass, Plan
+from enginewright.ground.facts import INDEPENDENT_ROWS, SINGLE_ROWS, UNBLENDED_ATTENTION, Fact
+from enginewright.ground.program import Program
+from enginewright.passes.contract import Context, Decision, Facts, Inputs, Json, NewInput, Pass, Plan
 from enginewright.passes.kernel.roles import input_of
 from enginewright.passes.kernel.rows import Repeating, shared_inputs, two_of_each
 from enginewright.passes.kernel.surgery import share
+from enginewright.passes.kernel.twofold import ALONE, Twofold, twofold
 from enginewright.passes.kernel.wrap import Call, wrap
-from enginewright.passes.networks import each_network
+from enginewright.passes.networks import called_by, each_network, program_of, taking
 
 SCALE = "guidance_scale"
 
@@ -41,9 +44,10 @@ class MergeGuidance(Pass):
 
     intends: ClassVar[str] = "the original guided by two calls"
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, STATELESS_CALLS)
+    requires: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS, UNBLENDED_ATTENTION, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (SINGLE_ROWS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (GuidedRows,)
+    facts: ClassVar[type[Facts]] = Facts
 
     condition: str = Field(default="", description="input that carries the condition; empty: the one of that role")
     none: Any = Field(default=None, description="its value for no condition: a number, or lists of what a row has")
@@ -54,8 +58,10 @@ class MergeGuidance(Pass):
     )
 
     def plan(self, model: nn.Module, context: Context) -> Plan[GuidedRows]:
-        """Check what was asked. Raises ``ToolchainError`` for an unknown condition or a value that does not fit it."""
-        del model
+        """Check what was asked.
+
+        Raises ``ToolchainError`` for an unknown condition, a value that does not fit it, or one that decides nothing.
+        """
         example = next(iter(context.calibration), context.example)
         if not example:
             raise ToolchainError(f"{self.name()} looks at one call of the model and got none")
@@ -72,6 +78,7 @@ class MergeGuidance(Pass):
         except (RuntimeError, TypeError, ValueError) as cause:
             shape = tuple(example[condition].shape[1:])
             raise ToolchainError(f"none is {self.none!r}, which is no row of {condition}, {shape}") from cause
+        guided_networks(program_of(model), condition)
         shared = shared_inputs(context, example, like=condition)
         how = GuidedRows(condition=condition, none=self.none, channels=self.channels, shared=shared)
         return Plan(choice={"": how})
@@ -79,21 +86,35 @@ class MergeGuidance(Pass):
     def rewrite(self, model: nn.Module, plan: Plan[GuidedRows]) -> nn.Module:
         """Let each call run both rows at once; paths of modules stay as they were."""
         how = plan.choice[""]
-        return each_network(model, lambda net, _: guided(net, how, self.scale, fixed=self.fixed, at_once=True))
+        parts, program = guided_networks(program_of(model), how.condition)
+
+        def change(network: nn.Module, name: str) -> nn.Module:
+            if name not in parts:
+                return network
+            # A network that takes all of a call is given the scale too, though another may be the one to use it.
+            given = not self.fixed and (parts[name].ends or program.networks[name].takes is None)
+            wrap(network, Guided(how=how, scale=self.scale, fixed=not given, part=parts[name], copies=2))
+            return network
+
+        ends = [] if self.fixed else [name for name, part in parts.items() if part.ends]
+        return called_by(each_network(model, change), taking(program, dict.fromkeys(ends, (SCALE,))))
 
     def new_inputs(self, plan: Plan) -> tuple[NewInput, ...]:
         """The scale, if it is not baked in."""
         return () if self.fixed else (NewInput(name=SCALE, default=self.scale),)
 
     def intended(self, model: nn.Module, plan: Plan[GuidedRows], context: Context) -> nn.Module:
-        """Two calls of the original."""
-        return guided(share(model), plan.choice[""], self.scale, fixed=self.fixed, at_once=False)
+        """Two calls of the original; one of twice the rows where it keeps a state, so that each row has its own."""
+        model = share(model)
+        copies = 2 if program_of(model).states else 1
+        wrap(model, Guided(how=plan.choice[""], scale=self.scale, fixed=self.fixed, copies=copies))
+        return model
 
 
-def guided(model: nn.Module, how: GuidedRows, scale: float, *, fixed: bool, at_once: bool) -> nn.Module:
-    """Let a model guide its own output, in place."""
-    wrap(model, Guided(how=how, scale=scale, fixed=fixed, copies=2 if at_once else 1))
-    return model
+def guided_networks(program: Program, condition: str) -> tuple[dict[str, Twofold], Program]:
+    """The networks that a condition reaches, and how they are then called. Raises as ``twofold`` does."""
+    taking_it = [name for name, own in program.networks.items() if own.takes is None or condition in own.takes]
+    return twofold(program, taking_it, what=f"the condition {condition}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +125,14 @@ class Guided(Repeating):
         how: as the plan has it.
         scale: w where a call says nothing.
         fixed: whether a call cannot.
+        part: of several networks, what comes to this one for both and what it gives.
         copies: 2: both in one call, the rows of one after those of the other; 1: in two calls.
     """
 
     how: GuidedRows
     scale: float
     fixed: bool
+    part: Twofold = ALONE
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -118,20 +141,26 @@ class Guided(Repeating):
 
     def answer(self, forward: Call, inputs: dict[str, Any]) -> Any:
         """Answer a call."""
-        given, how = inputs.pop(SCALE, None), self.how
+        given, how, part = inputs.pop(SCALE, None), self.how, self.part
         scale = self.scale if given is None else given
-        condition: Tensor = inputs[how.condition]
-        none = torch.tensor(how.none, dtype=condition.dtype, device=condition.device).expand_as(condition)
-        if self.copies == 1:
-            with_it, without = forward(**inputs), forward(**{**inputs, how.condition: none})
+
+        def together(with_it: Any, without: Any) -> Any:
             return combined(with_it, without, scale, how.channels)
-        twice: Inputs = two_of_each(inputs, how.shared)
-        twice[how.condition] = torch.cat([condition, none])
+
+        none: Inputs = {}
+        if how.condition in inputs:  # else only what other networks give depends on it
+            condition: Tensor = inputs[how.condition]
+            row = torch.tensor(how.none, dtype=condition.dtype, device=condition.device)
+            none[how.condition] = row.expand_as(condition)
+        if self.copies == 1:
+            return together(forward(**inputs), forward(**{**inputs, **none}))
+        twice: Inputs = two_of_each(inputs, (*how.shared, *part.shared, *part.both)) | part.rows(inputs)
+        twice |= {name: torch.cat([inputs[name], row]) for name, row in none.items()}
         leaves, form = pytree.tree_flatten(forward(**twice))
         # Not ``chunk``, which rounds: what it asks of an open number of rows the exporter cannot prove.
         halves = [leaf.unflatten(0, (2, -1)).unbind(0) for leaf in leaves]
         with_it, without = (pytree.tree_unflatten([half[i] for half in halves], form) for i in (0, 1))
-        return combined(with_it, without, scale, how.channels)
+        return part.answer(with_it, without, together)
 
 
 def combined(with_it: Any, without: Any, scale: Tensor | float, channels: int | None) -> Any:

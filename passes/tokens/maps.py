@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from enginewright.passes.contract import Context, Inputs
+from enginewright.passes.contract import Context, Inputs, TokenMap
 from enginewright.passes.tokens.dropping import keep_maps
 
 SHOWN = 4
 """Inputs that are shown."""
 
 
-def token_maps(model: nn.Module, context: Context, *, leading: int) -> list[dict[str, Any]]:
-    """For the first inputs: ``left``, rows of how many borders each token passed, ``borders``, and ``picture``.
+def token_maps(model: nn.Module, context: Context, *, leading: int) -> list[TokenMap]:
+    """Which tokens of the first inputs stayed.
 
     Args:
         model: with its borders, all in one stack.
@@ -30,19 +29,14 @@ def token_maps(model: nn.Module, context: Context, *, leading: int) -> list[dict
     if any(parameter.is_meta for parameter in model.parameters()):
         return []
     calls = list(context.calibration[:SHOWN]) or ([context.example] if context.example else [])
-    shown: list[dict[str, Any]] = []
+    shown: list[TokenMap] = []
     for call in calls:
         maps = keep_maps(model, call)[:, :, leading:]  # (B, borders, N)
         for number, left in enumerate(maps.sum(dim=1)[: SHOWN - len(shown)]):
             side = math.isqrt(len(left))
             rows = left.reshape(side, side) if side * side == len(left) else left[None]
-            shown.append(
-                {
-                    "left": rows.tolist(),
-                    "borders": maps.shape[1],
-                    "picture": thumbnail(call, number, (rows.shape[0], rows.shape[1])),
-                }
-            )
+            picture = thumbnail(call, number, (rows.shape[0], rows.shape[1]))
+            shown.append(TokenMap(left=rows.tolist(), borders=maps.shape[1], picture=picture))
     return shown
 
 

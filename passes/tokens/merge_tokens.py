@@ -19,13 +19,14 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.ground.facts import ALL_TOKENS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.ground.facts import ALL_TOKENS, INDEPENDENT_ROWS, Fact
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.matching import Form, clipped, match
 from enginewright.passes.tokens.running import (
     Found,
     Step,
+    TokenFacts,
     Tokens,
     blocks_of,
     refuse_lost_tokens,
@@ -67,9 +68,10 @@ class MergeTokens(Pass):
     """Merge r tokens in every block; shapes fall, and with them the work."""
 
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (MergedTokens,)
+    facts: ClassVar[type[Facts]] = TokenFacts
 
     r: int = Field(8, ge=0, description="tokens merged in a block; never more than half of those there")
     schedule: Literal["constant", "linear"] = Field(
@@ -99,7 +101,7 @@ class MergeTokens(Pass):
         for found in stacks:
             refuse_lost_tokens(found, restore=self.restore)
             self.decide(found, choice, skipped)
-        facts = {"tokens": {found.path: found.tokens for found in stacks}}
+        facts = TokenFacts(tokens={found.path: found.tokens for found in stacks})
         return Plan(choice=choice, skipped=skipped, facts=facts)
 
     def decide(self, found: Found, choice: dict[str, MergedTokens], skipped: dict[str, str]) -> None:

@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from enginewright.ground.facts import ALL_TOKENS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.ground.facts import ALL_TOKENS, INDEPENDENT_ROWS, Fact
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.matching import Form, Matching, cell_corners, match, rows
 from enginewright.passes.tokens.running import (
     Found,
     Step,
+    TokenFacts,
     Tokens,
     blocks_of,
     joined,
@@ -94,9 +95,10 @@ class MergeUnmergeTokens(Pass):
     """Merge a share of the tokens before attention (or the whole block), and copy the results back after."""
 
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (ShrunkBlock,)
+    facts: ClassVar[type[Facts]] = TokenFacts
 
     ratio: float = Field(
         0.5, ge=0, le=0.75, description="share of all tokens that is merged; at most 3 in each cell of 4"
@@ -123,7 +125,7 @@ class MergeUnmergeTokens(Pass):
                     skipped[path] = reason
                 else:
                     choice[path] = ShrunkBlock(ratio=self.ratio, over=self.over)
-        return Plan(choice=choice, skipped=skipped, facts={"tokens": {f.path: f.tokens for f in stacks}})
+        return Plan(choice=choice, skipped=skipped, facts=TokenFacts(tokens={f.path: f.tokens for f in stacks}))
 
     def reason_to_skip(self, found: Found, largest: int) -> str:
         """Why the blocks of a stack are left alone; empty when they are not.

@@ -13,15 +13,16 @@ rounding after two borders, with a fused token and without.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ALL_TOKENS, Fact
+from enginewright.ground.facts import ALL_TOKENS, INDEPENDENT_ROWS, Fact
 from enginewright.ground.reading import read_tensors
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.dropping import DropStep, Kept, KeptCount, KeptShare, PolicyStep, whole
 from enginewright.passes.tokens.fitting import counted, fitted
@@ -30,6 +31,7 @@ from enginewright.passes.tokens.maps import token_maps
 from enginewright.passes.tokens.running import (
     Found,
     Step,
+    TokenFacts,
     blocks_of,
     refuse_lost_tokens,
     replace_stacks,
@@ -38,13 +40,22 @@ from enginewright.passes.tokens.running import (
 from enginewright.passes.traits import TokenStack
 
 
+class PrunedFacts(TokenFacts):
+    """The tokens of each stack; by a stack's path, what its interpreters were fitted on."""
+
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, dict[str, int]]
+
+
 class PruneTokens(Pass):
     """Keep the same number of tokens of every input; [CLS] and its like always stay."""
 
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (KeptShare, KeptCount)
+    facts: ClassVar[type[Facts]] = PrunedFacts
 
     method: Literal["attention", "policy"] = Field(
         "attention", description="score by the block's own attention (EViT), or by an interpreter (IA-RED2)"
@@ -95,7 +106,7 @@ class PruneTokens(Pass):
         stacks, skipped = token_stacks(model, context)
         choice: dict[str, Kept] = {}
         arrays: dict[str, Tensor] = {}
-        facts: dict[str, Any] = {"tokens": {found.path: found.tokens for found in stacks}}
+        told: dict[str, Any] = {"tokens": {found.path: found.tokens for found in stacks}}
         for found in stacks:
             if found.stack.joint:
                 skipped |= dict.fromkeys(
@@ -109,16 +120,17 @@ class PruneTokens(Pass):
             if self.method == "policy" and entries:
                 borders = list(entries)
                 learned = self.trained(found, borders, context) or fitted(model, found, borders, context)
-                facts[found.path] = {"calibration_calls": len(context.calibration)}
+                told[found.path] = {"calibration_calls": len(context.calibration)}
                 if self.quantile is not None:
                     counts = counted(model, found, borders, context, learned, quantile=self.quantile)
                     entries |= {border: KeptCount(count=count) for border, count in zip(borders, counts, strict=True)}
                 arrays |= learned
             choice |= {found.block(border): kept for border, kept in entries.items()}
-        plan = Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
+        plan = Plan(choice=choice, skipped=skipped, facts=PrunedFacts(**told), arrays=arrays)
         if choice and len(stacks) == 1:
             pruned = self.rewrite(share(model), plan)
-            facts["maps"] = token_maps(pruned, context, leading=stacks[0].stack.leading)
+            maps = token_maps(pruned, context, leading=stacks[0].stack.leading)
+            return replace(plan, facts=plan.facts.model_copy(update={"maps": tuple(maps)}))
         return plan
 
     def refuse(self, context: Context) -> None:

@@ -11,15 +11,22 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import Context, Plan, macs
-from enginewright.passes.kernel.audit import Call, disagreement, first_call, quietly, repeats, see, signature
+from enginewright.passes.contract import Context, Facts, Plan, macs
+from enginewright.passes.kernel.audit import Call, disagreement, first_call, quietly, see, unlike
 from enginewright.passes.kernel.observe import Look, looking
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.tokens.matching import rows
 from enginewright.passes.traits import TokenBlock, TokenStack, layers_of
+
+
+class TokenFacts(Facts):
+    """The tokens of each stack."""
+
+    tokens: dict[str, int | None] = Field(description="by its path; null: the example call never reaches it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +217,7 @@ def arriving(model: nn.Module, stack: TokenStack, context: Context) -> tuple[int
 
 def token_stacks(model: nn.Module, context: Context) -> tuple[list[Found], dict[str, str]]:
     """The stacks of a model; or, where there is none, why it is left alone, by module path."""
-    stacks = {path_of(owner, stack): stack for owner, stack in layers_of(model, TokenStack)}
+    stacks = {stack.path_in(owner): stack for owner, stack in layers_of(model, TokenStack)}
     skipped = {path: reason for path, stack in stacks.items() if (reason := refuted(model, path, stack, context))}
     found = []
     for path, stack in stacks.items():
@@ -221,14 +228,9 @@ def token_stacks(model: nn.Module, context: Context) -> tuple[list[Found], dict[
     return found, skipped if stacks else {"": none}
 
 
-def path_of(owner: str, stack: TokenStack) -> str:
-    """The path of a stack's list of blocks, which the module at ``owner`` answered for."""
-    return f"{owner}.{stack.path}".strip(".")
-
-
 def stack_at(model: nn.Module, path: str) -> TokenStack:
     """The stack whose list of blocks is at a path."""
-    return next(stack for owner, stack in layers_of(model, TokenStack) if path_of(owner, stack) == path)
+    return next(stack for owner, stack in layers_of(model, TokenStack) if stack.path_in(owner) == path)
 
 
 def refuted(model: nn.Module, path: str, stack: TokenStack, context: Context) -> str:
@@ -240,18 +242,9 @@ def refuted(model: nn.Module, path: str, stack: TokenStack, context: Context) ->
     seen = see(model, paths, context)
     if seen is None or not all(each in seen.calls for each in paths):
         return ""
-    looks = f"looks like a block that is known, and this {type(stack.blocks[0]).__name__} does not compute like one"
-    proven: set[Any] = set()
-    for each, block in zip(paths, stack.blocks, strict=True):
-        call, key = seen.calls[each][0], signature(block)
-        if key in proven:
-            continue
-        proven.add(key)
-        if not repeats(seen, call, block):
-            continue
-        with quietly(block):
-            if said := disagreement(seen, call, TokenRun([Step(block, stack.block)], restore=True)):
-                return f"{looks}: taken apart, {said}"
+    blocks = dict(zip(paths, stack.blocks, strict=True))
+    if reasons := unlike(seen, blocks, lambda block: TokenRun([Step(block, stack.block)], restore=True)):
+        return next(iter(reasons.values()))
     twin = share(model)
     whole = stack_at(twin, path)
     whole.replace_blocks(TokenRun([Step(block, whole.block) for block in whole.blocks], restore=True))
@@ -277,7 +270,7 @@ def replace_stacks(
         restore: give as many tokens back as came in.
     """
     for owner, stack in list(layers_of(model, TokenStack)):
-        path = path_of(owner, stack)
+        path = stack.path_in(owner)
         if any(f"{path}.{i}" in plan.choice for i in range(len(stack.blocks))):
             steps = [step(stack, block, f"{path}.{i}") for i, block in enumerate(stack.blocks)]
             stack.replace_blocks(TokenRun(steps, restore=restore))

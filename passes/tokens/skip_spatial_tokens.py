@@ -20,19 +20,19 @@ Gathering and putting back are TopK and Gather alone, which every target builds;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.ground.facts import ALL_TOKENS, STATELESS_CALLS, Fact
-from enginewright.passes.contract import Context, Decision, Pass, Plan
+from enginewright.ground.facts import ALL_TOKENS, INDEPENDENT_ROWS, STATELESS_CALLS, Fact
+from enginewright.passes.contract import Context, Decision, Facts, Pass, Plan
 from enginewright.passes.kernel.digits import six_digits
 from enginewright.passes.kernel.selection import check_patterns, excluded_by
 from enginewright.passes.tokens.interpreter import interpreter
-from enginewright.passes.tokens.running import Found, Step, blocks_of, path_of, replace_stacks, token_stacks
+from enginewright.passes.tokens.running import Found, Step, blocks_of, replace_stacks, token_stacks
 from enginewright.passes.tokens.skipping import SkipStep, counted, fitted
 from enginewright.passes.traits import TokenStack, layers_of
 
@@ -49,14 +49,24 @@ class RunTokens(Decision):
     of: int = Field(description="content tokens that there are")
 
 
+class RoutedFacts(Facts):
+    """What the routers were fitted on; by a block's path, how well its router does."""
+
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, dict[str, float]]
+    calibration_calls: int = Field(description="calls")
+
+
 class SkipSpatialTokens(Pass):
     """Feed-forwards run on the same number of tokens of every sample: those that a fitted router picks."""
 
     needs_calibration: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
-    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, STATELESS_CALLS)
+    requires: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS, STATELESS_CALLS, INDEPENDENT_ROWS)
     destroys: ClassVar[tuple[Fact, ...]] = (ALL_TOKENS,)
     decisions: ClassVar[tuple[type[Decision], ...]] = (RunTokens,)
+    facts: ClassVar[type[Facts]] = RoutedFacts
 
     ratio: float = Field(0.5, ge=0, lt=1, description="share of the content tokens that pass a feed-forward by")
     quantile: float = Field(
@@ -77,11 +87,11 @@ class SkipSpatialTokens(Pass):
         check_patterns(self.exclude, blocks_of(stacks), what="block")
         choice: dict[str, RunTokens] = {}
         arrays: dict[str, Tensor] = {}
-        facts: dict[str, Any] = {"calibration_calls": len(context.calibration)}
+        told: dict[str, dict[str, float]] = {}
         counts = counted(model, [found for found in stacks if found.stack.block.routed], context)
         for found in stacks:
             if found.stack.block.routed:
-                choice |= self.routed(found, counts, skipped, facts)
+                choice |= self.routed(found, counts, skipped, told)
                 continue
             entries = self.entries(found, skipped)
             wanted = {number: entry.tokens for number, entry in entries.items()}
@@ -92,9 +102,10 @@ class SkipSpatialTokens(Pass):
                     skipped[path] = "the calibration inputs never reach it"
                     continue
                 router = routers[number]
-                facts[path] = router.facts
+                told[path] = router.facts
                 arrays |= {f"{path}.router.weight": router.weight, f"{path}.router.bias": router.bias}
                 choice[path] = entry
+        facts = RoutedFacts(calibration_calls=len(context.calibration), **told)
         return Plan(choice=choice, skipped=skipped, facts=facts, arrays=arrays)
 
     def entries(self, found: Found, skipped: dict[str, str]) -> dict[int, RunTokens]:
@@ -117,7 +128,7 @@ class SkipSpatialTokens(Pass):
         return chosen
 
     def routed(
-        self, found: Found, counts: Mapping[str, Tensor], skipped: dict[str, str], facts: dict[str, Any]
+        self, found: Found, counts: Mapping[str, Tensor], skipped: dict[str, str], told: dict[str, dict[str, float]]
     ) -> dict[str, RunTokens]:
         """For each block, by path, room for as many tokens as its own router lets run of the samples (B,) counted."""
         chosen = {}
@@ -130,7 +141,7 @@ class SkipSpatialTokens(Pass):
             else:
                 content, needed = found.tokens - found.stack.leading, counts[path].double()
                 count = max(int(torch.quantile(needed, self.quantile, interpolation="higher")), 1)
-                facts[path] = {
+                told[path] = {
                     "tokens_let_run": six_digits(float(needed.mean())),
                     "samples_with_more_above_half": six_digits(float((needed > count).double().mean())),
                 }
@@ -145,7 +156,7 @@ class SkipSpatialTokens(Pass):
 
         Raises ``ToolchainError`` for a model that lacks a block of the plan.
         """
-        known = {f"{path_of(o, s)}.{i}" for o, s in layers_of(model, TokenStack) for i in range(len(s.blocks))}
+        known = {f"{s.path_in(o)}.{i}" for o, s in layers_of(model, TokenStack) for i in range(len(s.blocks))}
         for path in plan.choice:
             if path not in known:
                 raise ToolchainError(f"the plan is for another model: {path!r} is no block of this one")

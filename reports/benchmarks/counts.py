@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from enginewright.ground.errors import require
+from enginewright.models.adapters import disenbooth, splitflux
+from enginewright.models.blocks.low_rank import products
 from enginewright.models.diffusion import dit, li_dit
 from enginewright.passes import contract
+from enginewright.passes.attention.couple_streams import CoupleStreams
+from enginewright.passes.attention.coupling import CoupledBlock
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.moe.dense_to_moe import DenseToMoe
 from enginewright.passes.pruning.elements import carry_out, elements_of
@@ -37,6 +42,26 @@ VIT = {
     "L": {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24},
 }
 """What these vision transformers for 224 px do not share with the defaults of transformers; DeiT's are the same."""
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+SD21 = {
+    "sample_size": 64,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+"""What Stable Diffusion 2.1-base does not share with the defaults of diffusers."""
 SIT_PROJECTOR, TEACHER = 2048, 768
 """Width of HASTE's projector, and features of its teacher."""
 
@@ -115,6 +140,9 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "LI-DiT-1B": lambda: li_dit.DiT(li_dit.PUBLISHED["1B"]),
     "LI-DiT-10B": lambda: li_dit.DiT(li_dit.PUBLISHED["10B"]),
     "SD1.5": unet,
+    "SD2.1-base": lambda: diffusers().UNet2DConditionModel(**SD21),
+    "SDXL": lambda: diffusers().UNet2DConditionModel(**SDXL),
+    "DiT-XL/2": lambda: dit.build(dit.PUBLISHED["XL/2"]),
     "SD1.5, 8 styles": lambda: with_styles(unet(), 8),
     "SiT-B/2": lambda: sit("B/2"),
     "SiT-XL/2": lambda: sit("XL/2"),
@@ -149,6 +177,22 @@ def parameter_count(network: nn.Module) -> int:
 def parameters(of: str) -> float:
     """Parameters of a network."""
     return parameter_count(made(of))
+
+
+def splitflux_adapters(of: str) -> float:
+    """Parameters of SplitFlux's adapters (``dev``), or of the plain ones that it compares itself with."""
+    config = splitflux.PUBLISHED["dev"]
+    if of != "dev":  # rank 64 beside every single block
+        config = replace(config, content=range(0), boundary=range(0), style=range(config.single), residual_rank=0)
+    with torch.device("meta"):
+        return sum(map(parameter_count, products(splitflux.build(config))))
+
+
+def disenbooth_parts(of: str) -> float:
+    """Parameters of what DisenBooth adds to Stable Diffusion 2.1: the ``unet``'s adapters, or the ``image`` adapter."""
+    with torch.device("meta"):
+        model = disenbooth.build(disenbooth.PUBLISHED["sd2.1"])
+    return sum(map(parameter_count, products(model) if of == "unet" else [model.irrelevant]))
 
 
 def block_matrices(of: str) -> float:
@@ -270,7 +314,7 @@ def merged_macs(of: str) -> float:
     step = MergeTokens(r=int(r), restore=False, form="scatter")
     result = step.apply(share(classifier), contract.Context(example=PICTURE))
     config: Any = classifier.net.config
-    ((_, tokens),) = result.plan.facts["tokens"].items()
+    ((_, tokens),) = result.plan.facts.tokens.items()
     matching = 0
     for entry in result.plan.choice.values():
         receive = tokens // 2
@@ -284,7 +328,7 @@ def tokens_left(of: str) -> float:
     """Tokens that reach the end of such a vision transformer (``S, 13``)."""
     size, r = of.split(", ")
     plan = MergeTokens(r=int(r), restore=False).plan(Classifier(size), contract.Context(example=PICTURE))
-    ((_, tokens),) = plan.facts["tokens"].items()
+    ((_, tokens),) = plan.facts.tokens.items()
     return tokens - sum(entry.merge for entry in plan.choice.values())
 
 
@@ -326,3 +370,126 @@ def parameters_saved(of: str) -> float:
     """The share of parameters that the second of two networks (``BERT-base, DistilBERT``) does without."""
     whole, small = of.split(", ")
     return 1 - parameters(small) / parameters(whole)
+
+
+def flux_call(rows: int, tokens: int) -> contract.Inputs:
+    """A call of FLUX.1-dev, without values."""
+    return {
+        "hidden_states": torch.empty(rows, tokens, 64),
+        "encoder_hidden_states": torch.empty(rows, 512, 4096),
+        "pooled_projections": torch.empty(rows, 768),
+        "timestep": torch.empty(rows),
+        "img_ids": torch.empty(tokens, 3),
+        "txt_ids": torch.empty(512, 3),
+        "guidance": torch.empty(rows),
+    }
+
+
+def unet_call(rows: int, width: int) -> contract.Inputs:
+    """A call of a U-Net at 512 px that reads texts of this width, without values."""
+    return {
+        "sample": torch.empty(rows, 4, 64, 64),
+        "timestep": torch.empty(rows),
+        "encoder_hidden_states": torch.empty(rows, 77, width),
+    }
+
+
+def dit_call(rows: int) -> contract.Inputs:
+    """A call of DiT at 256 px, without values."""
+    return {"x": torch.empty(rows, 4, 32, 32), "t": torch.empty(rows), "y": torch.empty(rows, dtype=torch.int64)}
+
+
+class Alone(nn.Module):
+    """SDXL's U-Net with its sizes and pooled text given: its mapping of further inputs is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = NETWORKS["SDXL"]()
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """(B, 4, h, w), (B,), (B, N, 2048) -> (B, 4, h, w)."""
+        rows = len(sample)
+        more = {"text_embeds": sample.new_empty(rows, 1280), "time_ids": sample.new_empty(rows, 6)}
+        return self.net(sample, timestep, encoder_hidden_states, added_cond_kwargs=more).sample
+
+
+VITAL = (0, 1, 2, 17, 18, 25, 28, 53, 54, 56)
+"""FreeCus' layers of FLUX.1-dev: 19 double blocks, then the single ones."""
+COUPLED: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], contract.Inputs], dict[str, Any]]] = {
+    "alignedgen": (
+        NETWORKS["FLUX.1-dev"],
+        lambda: flux_call(2, 4096),
+        {"layers": ("single_*",), "adain": True, "key_scale": 1.1, "shift": (0, 64)},
+    ),
+    "freecus": (
+        NETWORKS["FLUX.1-dev"],
+        lambda: flux_call(2, 1024),
+        {
+            "layers": tuple(
+                f"transformer_blocks.{i}" if i < 19 else f"single_transformer_blocks.{i - 19}" for i in VITAL
+            ),
+            "key_scale": 1.1,
+            "text_key_scale": 1.1,
+            "foreground": 1024,
+        },
+    ),
+    "attenst": (
+        Alone,
+        lambda: unet_call(3, 2048),
+        {
+            "mode": "replace",
+            "layers": ("net.up_blocks.1.attentions.[12].*",),
+            "streams": 3,
+            "content": 0,
+            "source": 1,
+            "share": 0.75,
+            "temperature": 1.5,
+        },
+    ),
+    "diffstyler": (
+        NETWORKS["SD2.1-base"],
+        lambda: unet_call(3, 1024),
+        {
+            "mode": "blend",
+            "layers": ("up_blocks.1.attentions.[12].*", "up_blocks.[23].*"),
+            "streams": 3,
+            "share": 1.0,
+            "features": ("up_blocks.1.resnets.1.conv2",),
+        },
+    ),
+    "stylesculptor": (
+        NETWORKS["DiT-XL/2"],
+        lambda: dit_call(4),
+        {"mode": "channel_split", "streams": 4, "content": 0, "source": 2, "scores": 3, "keep": 1000},
+    ),
+}
+"""Methods that couple rows, at the sizes that they are released for: network, call and settings."""
+
+
+def coupled(of: str) -> contract.Result:
+    """What coupling does to the network of a method."""
+    build, call, settings = COUPLED[of]
+    with torch.device("meta"):
+        network, example = build().eval(), call()
+    return CoupleStreams(**settings).apply(network, contract.Context(example=example))
+
+
+def coupled_blocks(of: str) -> float:
+    """Blocks that a method couples."""
+    return sum(isinstance(each, CoupledBlock) for each in coupled(of).plan.choice.values())
+
+
+def coupled_macs(of: str) -> float:
+    """Multiply-accumulates that a method's coupling adds to a call of all of its rows; below 0 what it saves."""
+    result = coupled(of)
+    assert result.before.macs is not None
+    assert result.after.macs is not None
+    return result.after.macs - result.before.macs
+
+
+def coupled_ratio(of: str) -> float:
+    """Multiply-accumulates of a call of all rows of a method over those of as many rows alone."""
+    result = coupled(of)
+    assert result.before.macs is not None
+    assert result.after.macs is not None
+    return result.after.macs / result.before.macs

@@ -76,9 +76,9 @@ def compiled(net: dydit.DyDiT, buckets: int) -> tuple[nn.Module, dict[str, Any]]
     tokens = SkipSpatialTokens().apply(width.model, context)
     facts = {
         "buckets": buckets,
-        "table": width.plan.facts["table"],
-        "width_share_needed": width.plan.facts["share_needed"],
-        "width_share_computed": width.plan.facts["share_computed"],
+        "table": list(width.plan.facts.table),
+        "width_share_needed": width.plan.facts.share_needed,
+        "width_share_computed": width.plan.facts.share_computed,
         "tokens": {path: [entry.tokens, entry.of] for path, entry in tokens.plan.choice.items()},
         "macs_of_width": share_of(width.after.macs, width.before.macs),
         "macs": share_of(tokens.after.macs, width.before.macs),

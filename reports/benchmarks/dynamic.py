@@ -126,14 +126,18 @@ def sliced(folder: Path, samples: int, model: nn.Module) -> dict[str, Any]:
     """Networks by timestep."""
     step = SliceWidthByTimestep(share=SHARE, steps=STEPS, importance="activation", groups=12, rows=1)
     result = applied(step, model)
-    facts = {name: value for name, value in result.plan.facts.items() if name.startswith("share") or name == "table"}
+    facts = {
+        name: value
+        for name, value in result.plan.facts.as_json().items()
+        if name.startswith("share") or name == "table"
+    }
     return {"share": SHARE, "bound_ratio": round(BOUND, 4), **measured(folder, samples, model, result), **facts}
 
 
 def reusing(folder: Path, samples: int, model: nn.Module) -> dict[str, Any]:
     """Half of the blocks left out at two steps of three."""
     result = applied(ReuseBlocks(interval=3, steps=STEPS, rows=1), model)
-    facts = {"table": result.plan.facts["table"], "blocks": result.plan.choice["blocks"].blocks}
+    facts = {"table": list(result.plan.facts.table), "blocks": result.plan.choice["blocks"].blocks}
     return {"interval": 3, **measured(folder, samples, model, result), **facts}
 
 

@@ -142,7 +142,7 @@ def compare(tokens: int, threads: int, samples: int, folder: Path) -> dict[str, 
     cpu = cpu_seconds(opened(1), inputs, samples)
     found: dict[str, Any] = {}
     for name, (model, plan) in made.items():
-        [facts], [dealt] = plan.facts["layers"].values(), plan.choice.values()
+        [facts], [dealt] = plan.facts.layers.values(), plan.choice.values()
         with torch.no_grad():
             masked = built(plan, DenseToMoe(form="masked"))(calls[0]["x"]).numpy()
         found[name] = {

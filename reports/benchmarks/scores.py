@@ -15,7 +15,10 @@ from enginewright.models.blocks.transformer import Block
 from enginewright.models.vision import fit
 from enginewright.passes.contract import Context
 from enginewright.passes.quantization.quantize_weights import QuantizeWeights
+from enginewright.targets.pytorch_engine import EagerRunner
 from enginewright.training.transformer_programs import accuracy
+from enginewright.validation.contract import ClassifyingTask
+from enginewright.validation.metrics.accuracy import Accuracy
 
 SEQUENCES, SEED = 5_000, 77
 SHORT, LONG, GROUP = 1_024, 16_384, 256
@@ -28,6 +31,21 @@ def labels_right(size: str) -> float:
     """The share of labels that a Transformer Program of this size gets right, sequences of all lengths alike."""
     program = sources.load(f"transformer_programs:{size}").module
     return accuracy(program, *TASKS[size].sequences(SEQUENCES, seed=SEED))  # type: ignore[arg-type]
+
+
+def points_behind(size: str) -> float:
+    """How far one of the networks that read glosses is behind the other one's share told right, 800 held out."""
+    right = {each: _right(f"wide_attention:{each}") for each in ("glosses-wide", "glosses-deep")}
+    return max(right.values()) - right[size]
+
+
+def _right(model: str) -> float:
+    """The share of what is held out whose class a network that ships tells."""
+    loaded = sources.load(model)
+    task = loaded.task
+    assert isinstance(task, ClassifyingTask)
+    told = task.sample(EagerRunner(loaded.module, threads=torch.get_num_threads(), outputs=loaded.outputs), 800, SEED)
+    return Accuracy().measure(task, told, told)
 
 
 def power_of_length(kind: str) -> float:

@@ -19,8 +19,19 @@ TIMES = ("t", "timestep")
 SCORE = "score.py:closeness"
 
 SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "adapters_as_inputs": (
+        {"files": ["{adapter}"], "alpha": 2.0, "inputs": "strength"},
+        {"files": ["{adapter}"], "alpha": 2.0, "rank": 3},
+        {"layers": ["*"], "rank": 2},
+    ),
     "approximate_by_accuracy": ({"score": SCORE, "tolerance": 0.05}, {"score": SCORE, "tolerance": 10.0}),
     "convert_dtype": ({}, {"dtype": "bfloat16"}),
+    "couple_streams": (
+        {},
+        {"mode": "blend", "share": 1.0},
+        {"mode": "channel_split", "streams": 4, "content": 0, "source": 2, "scores": 3, "keep": 9},
+        {"streams": 3, "adain": True, "gate": True, "key_scale": "input"},
+    ),
     "cut_after": ({}, {"layer": -1, "final_norm": "keep"}),
     "dense_to_moe": ({}, {"experts": 4, "top_k": 1}, {"form": "nonzero"}, {"form": "masked", "gate": "one"}),
     "distill": (
@@ -95,7 +106,7 @@ def step_for(name: str, settings: Mapping[str, Any], model: Model, text: str, fo
         "condition": next((each for each in CONDITIONS if each in inputs), inputs[-1]),
         "time": next((each for each in TIMES if each in inputs), "timestep"),
         "model": text,
-        "adapter": str(adapter(model.module, folder)) if name == "fold_adapters" else "",
+        "adapter": str(adapter(model.module, folder)) if name in ("adapters_as_inputs", "fold_adapters") else "",
     }
     return catalog.pass_class(name)(**filled(settings, words))
 

@@ -67,7 +67,7 @@ def test_two_passes_are_refused_or_right_together(first: str, second: str, netwo
     except ToolchainError:
         return  # in words, which is an answer
     for _, result, _ in run.results:
-        assert result.plan.choice or result.plan.skipped or result.plan.facts.get("notes"), "a silent nothing"
+        assert result.plan.choice or result.plan.skipped or result.plan.facts.notes, "a silent nothing"
     replayed = again(run)
     arrays = run.exported.batches(1, 5)[0]
     for got, wanted in zip(call(replayed, arrays), call(module, arrays), strict=True):

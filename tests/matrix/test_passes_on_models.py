@@ -107,7 +107,7 @@ def test_a_pass_changes_something_or_says_why_not(name: str, model: str, shelf: 
         except ToolchainError:
             continue  # said in words, which is an answer
         plan = run.results[0][1].plan
-        assert plan.choice or plan.skipped or plan.facts.get("notes"), f"{settings}: did nothing, and gave no reason"
+        assert plan.choice or plan.skipped or plan.facts.notes, f"{settings}: did nothing, and gave no reason"
         assert all(len(reason) > 5 for reason in plan.skipped.values())
         model_now = run.exported
         for outputs in (call(module, arrays) for arrays in model_now.batches(1, 5)):

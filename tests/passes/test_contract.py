@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from enginewright import catalog, sources
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import WORDS, Context, Decision, Pass, Plan, as_json, cost, macs, without
+from enginewright.passes.contract import WORDS, AnyFacts, Context, Decision, Pass, Plan, as_json, cost, macs, without
 from enginewright.passes.kernel.graph_module import GraphModule
 from enginewright.passes.networks import networks_of
 from enginewright.targets.pytorch_engine import flat
@@ -24,16 +24,21 @@ from enginewright.validation.inputs import draw
 from tests.graphs import mixed
 
 PARAMETERS: dict[str, dict[str, Any]] = {
+    "adapters_as_inputs": {"layers": ("blocks.0.attn.proj",), "rank": 2},
     "distill": {"steps": 2},
     "approximate_by_accuracy": {"score": "smallness"},
     "select_heads": {"score": "smallness"},
     "fix_inputs": {"inputs": {"t": 500.0}},
     "fold_adapters": {"file": "adapter.safetensors", "alpha": 2.0},
+    "fold_own_adapters": {"branch": "content"},
     "merge_models": {"teachers": ("1", "2"), "steps": 1, "batch": 1},
     "hoist_constants": {"constant": ["y"]},
     "merge_guidance": {"condition": "y", "none": 4, "scale": 3.0},
 }
 """What passes are tried with where no default could fit every model, or would take too long."""
+
+MODELS = {"fold_own_adapters": "splitflux:tiny"}
+"""Passes that find nothing in ``dit:tiny``, and where they do."""
 
 EXPORTED_OTHERWISE = {"hoist_constants"}
 """Passes that change what is exported, and nothing of what the module computes."""
@@ -47,9 +52,11 @@ def example_of(name: str) -> Pass:
 
 
 def model_and_context(step: type[Pass], folder: Path) -> tuple[torch.nn.Module, Context]:
-    model = sources.load("dit:tiny" if step.works_on == "module" else f"onnx:{mixed(folder / 'm.onnx')}")
+    text = MODELS.get(step.name(), "dit:tiny") if step.works_on == "module" else f"onnx:{mixed(folder / 'm.onnx')}"
+    model = sources.load(text)
     calls = [{k: torch.from_numpy(v) for k, v in draw(model.inputs, seed=i).items()} for i in range(2)]
-    original = sources.load("dit:tiny", seed=1).module  # of other weights, so that there is something to learn
+    other = text if step.works_on == "module" else "dit:tiny"
+    original = sources.load(other, seed=1).module  # of other weights, so that there is something to learn
     factors = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(32, 2)}
     adapter = {f"blocks.0.attn.proj.{half}.weight": tensor for half, tensor in factors.items()}
     save_file(adapter, folder / "adapter.safetensors")
@@ -94,7 +101,9 @@ def call_after(step: Pass, plan: Plan, context: Context) -> dict[str, torch.Tens
     These are 2: at strength 1 a guided network gives what it gave unguided, but for rounding, which is a machine's own.
     """
     rows = len(next(iter(context.calibration[0].values())))
-    new = {each.name: torch.full((rows, *each.shape), 2.0) for each in step.new_inputs(plan)}
+    new = {
+        each.name: torch.full(each.shape if each.shared else (rows, *each.shape), 2.0) for each in step.new_inputs(plan)
+    }
     return {**without(context, step.removed_inputs(plan)).calibration[0], **new}
 
 
@@ -116,6 +125,14 @@ def test_every_pass_declares_what_it_decides_and_its_plans_keep_to_that(name: st
     assert {path: type(decision) for path, decision in again.choice.items()} == {
         path: type(decision) for path, decision in plan.choice.items()
     }
+
+    assert step.facts is not AnyFacts, "no kind of facts is declared"
+    assert type(plan.facts) is type(again.facts) is step.facts
+    assert all(field.description for field in step.facts.model_fields.values())
+    stranger = {**plan.facts.as_json(), "notes": 5}
+    with pytest.raises(ToolchainError, match=f"the facts of {name}") as caught:
+        Plan.from_json(json.dumps({**json.loads(plan.as_json()), "facts": stranger}), plan.arrays, by=step.declared)
+    assert caught.value.where == "facts.notes"
 
     path, decision = next(iter(plan.choice.items()))
     spoiled = replace(plan, choice={path: {**as_json(decision), "made_up": 1}})

@@ -15,6 +15,7 @@ from enginewright.calibration import tensors
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, macs
 from enginewright.passes.kernel.surgery import share
+from enginewright.passes.networks import program_of
 from enginewright.sources.contract import Model
 from enginewright.targets.pytorch_engine import flat
 
@@ -46,6 +47,13 @@ def test_half_precision_meets_states_rotary_tables_and_whole_numbers(model: str)
         ("cut_after", "vevo-decoder", {}, "cannot be called any more when it is cut: ValueError"),
         ("distill", "vevo-tokenizers", {}, "gives whole numbers alone"),
         ("fix_inputs", "vevo-decoder", {"inputs": {"position": 0}}, "says where in its sequence a call goes on"),
+        (
+            "fix_inputs",
+            "vevo-decoder",
+            {"inputs": {"ids": 1}},
+            "position would be left, which all rows of a call share",
+        ),
+        ("fix_inputs", "styleswin", {"inputs": {"z": 0.0}}, "every input is bound"),
     ],
 )
 def test_what_cannot_be_done_is_said(name: str, model: str, more: dict[str, Any], said: str) -> None:
@@ -78,9 +86,10 @@ def test_heads_whose_keys_are_a_state_stay() -> None:
         step.plan(share(loaded.module), context_of(loaded))
 
 
+@pytest.mark.parametrize("model", ["tnt", "dydit"])
 @pytest.mark.parametrize("name", ["factorize", "quantize_svd"])
-def test_a_layer_in_the_place_of_another_need_not_know_its_width(name: str) -> None:
-    loaded = sources.load("tnt:tiny")
+def test_a_layer_in_the_place_of_another_need_not_know_its_width(name: str, model: str) -> None:
+    loaded = sources.load(f"{model}:tiny")
     context = context_of(loaded)
     result = catalog.pass_class(name)(smallest=0).apply(share(loaded.module), context)
     assert result.changed
@@ -95,3 +104,43 @@ def test_products_of_a_program_are_counted_where_shapes_depend_on_values() -> No
     assert routed.changed
     assert context.example is not None
     assert 0 < macs(routed.model, context.example) < macs(loaded.module, context.example)
+
+
+def test_guidance_and_perturbed_heads_reach_the_networks_of_a_generator() -> None:
+    """Styles of both rows go from the mapping to the synthesis; heads are those of the synthesis alone."""
+    loaded = sources.load("styleswin:tiny")
+    context = context_of(loaded)
+    guided = catalog.pass_class("merge_guidance")(condition="z", none=0.0, scale=2.0).apply(
+        share(loaded.module), context
+    )
+    perturbed = catalog.pass_class("perturb_heads")(u=0.5, guidance=True, w=2.0).apply(share(loaded.module), context)
+    worse = catalog.pass_class("perturb_heads")(u=0.5).apply(share(loaded.module), context)
+    for rows in (1, 3):
+        z = torch.randn(rows, 32)
+        with torch.no_grad():
+            plain, none, spoiled = loaded.module(z=z), loaded.module(z=torch.zeros(rows, 32)), worse.model(z=z)
+            torch.testing.assert_close(guided.model(z=z), none + 2 * (plain - none), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(perturbed.model(z=z), plain + 2 * (plain - spoiled), atol=1e-5, rtol=1e-4)
+
+
+def test_a_guided_decoder_keeps_two_caches_for_each_row() -> None:
+    loaded = sources.load("vevo-decoder:tiny")
+    context = context_of(loaded)
+    guided = catalog.pass_class("merge_guidance")(condition="ids", none=3, scale=2.0).apply(
+        share(loaded.module), context
+    )
+    perturbed = catalog.pass_class("perturb_heads")(u=0.5, guidance=True, w=2.0).apply(share(loaded.module), context)
+    worse = catalog.pass_class("perturb_heads")(u=0.5).apply(share(loaded.module), context)
+    assert {(s.shape, s.grows) for s in program_of(guided.model).states} == {((2, 2, 4, 64, 16), 4)}
+    for rows in (1, 3):
+        ids = torch.randint(48, (rows, 7))
+        calls = [(ids[:, :4], 0), (ids[:, 4:5], 4), (ids[:, 5:6], 5)]
+        runs = [share(loaded.module), share(loaded.module), share(worse.model), guided.model, perturbed.model]
+        for given, place in calls:
+            none = torch.full_like(given, 3)
+            tokens = [given, none, given, given, given]
+            with torch.no_grad():
+                said = [net(ids=each, position=torch.tensor(place)) for net, each in zip(runs, tokens, strict=True)]
+            plain, without, spoiled, got_guided, got_perturbed = said
+            torch.testing.assert_close(got_guided, without + 2 * (plain - without), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(got_perturbed, plain + 2 * (plain - spoiled), atol=1e-5, rtol=1e-4)

@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from pydantic import Field
 from torch import nn
 
 from enginewright.ground.errors import ToolchainError
-from enginewright.passes.contract import Context, Decision, Declared, Plan
+from enginewright.passes.contract import Context, Decision, Declared, Facts, Plan
 from enginewright.passes.quantization.grouping import DividedNorm
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 
@@ -193,3 +194,50 @@ def test_the_version_of_a_pass_grows_with_any_of_its_kinds() -> None:
 
     assert Older().declared.version == 1
     assert Newer().declared.version == 3
+
+
+class Met(Facts):
+    """What a cut rests on."""
+
+    calls: int
+    scores: Mapping[str, float] = Field(default={})
+
+
+def met(**facts: object) -> Plan:
+    """A plan read from text that has these facts."""
+    choice = {"a": {"kept": [0, 2], "of": 3}}
+    text = json.dumps({"choice": choice, "skipped": {}, "facts": facts})
+    return Plan.from_json(text, by=Declared(name="cut", kinds=(Cut, Gone), version=1, facts=Met))
+
+
+def test_facts_are_read_as_they_are_declared_and_their_text_stays() -> None:
+    plan = met(calls=2, notes=["one"])
+    assert plan.facts == Met(calls=2, notes=("one",))
+    assert plan.facts.scores == {}
+    assert json.loads(plan.as_json())["facts"] == {"calls": 2, "notes": ["one"]}, "what was never set is not written"
+    assert plan.digest() == Plan.from_json(plan.as_json()).digest(), "typed or not"
+
+
+@pytest.mark.parametrize(
+    ("facts", "where", "message"),
+    [
+        ({}, "facts.calls", "calls"),
+        ({"calls": "two"}, "facts.calls", "'two'"),
+        ({"calls": 2, "made_up": 1}, "facts.made_up", "the facts of cut has no setting 'made_up'"),
+        ({"calls": 2, "scores": {"a": "high"}}, "facts.scores.a", "'high'"),
+    ],
+)
+def test_other_facts_are_refused_by_field(facts: dict[str, object], where: str, message: str) -> None:
+    with pytest.raises(ToolchainError, match=message) as caught:
+        met(**facts)
+    assert caught.value.where == where
+
+
+def test_a_plan_that_decides_nothing_may_lack_facts_and_one_of_a_pass_that_declares_none_any() -> None:
+    declared = Declared(name="cut", kinds=(Cut, Gone), version=1, facts=Met)
+    empty = declared.checked(Plan(choice={}, skipped={"": "none"}))
+    assert isinstance(empty.facts, Met)
+    assert empty.facts.as_json() == {}
+    free = Declared(name="free", kinds=(), version=1).checked(Plan(choice={"a": 1}, facts={"mine": [1, 2]}))
+    assert free.facts.as_json() == {"mine": [1, 2]}
+    assert free.facts.notes == ()

@@ -27,6 +27,8 @@ pytest.importorskip("transformers")
         "SD3.5-medium": 2_243_171_520,
         "SD3.5-large": 8_056_627_520,
         "SD1.5": 859_520_964,
+        "SD2.1-base": 865_910_724,
+        "SDXL": 2_567_463_684,
         "SD1.5, 8 styles": 862_810_564,
         "SiT-XL/2": 675_111_184,
         "SiT-XL/2 in training": 683_242_512,
@@ -39,6 +41,16 @@ pytest.importorskip("transformers")
 def test_parameters_are_counted_on_the_meta_device(of: str, parameters: int) -> None:
     assert all(parameter.is_meta for parameter in counts.made(of).parameters())
     assert counts.parameters(of) == parameters
+
+
+@pytest.mark.parametrize(("of", "parameters"), [("dev", 43_646_976), ("LoRA-Flux", 44_826_624)])
+def test_adapters_of_splitflux_are_counted(of: str, parameters: int) -> None:
+    assert counts.splitflux_adapters(of) == parameters
+
+
+@pytest.mark.parametrize(("of", "parameters"), [("unet", 829_952), ("image", 2_100_224)])
+def test_what_disenbooth_adds_is_counted(of: str, parameters: int) -> None:
+    assert counts.disenbooth_parts(of) == parameters
 
 
 def test_a_style_adds_a_row_to_the_table_and_nothing_else() -> None:
@@ -101,6 +113,26 @@ def test_products_of_a_small_transformer() -> None:
 @pytest.mark.parametrize(("of", "gmacs"), {"S, 13": 2.70, "B, 13": 10.37, "L, 8": 30.96}.items())
 def test_merging_saves_what_the_card_counts(of: str, gmacs: float) -> None:
     assert counts.merged_macs(of) == pytest.approx(gmacs * 1e9, abs=0.005e9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of", "blocks", "macs"),
+    [
+        ("alignedgen", 38, 2 * (512 + 4096) * 4096 * 3072 * 38),
+        ("freecus", 10, 2 * (512 + 1024) * 1024 * 3072 * 10),
+        ("attenst", 4, 0),
+        ("stylesculptor", 28, 0),
+        (
+            "diffstyler",  # of two rows: queries times keys, and the projections that make them
+            8,
+            -2 * sum(c * (n * n * w + 2 * n * w * w) for n, w, c in ((4096, 320, 3), (1024, 640, 3), (256, 1280, 2))),
+        ),
+    ],
+)
+def test_what_coupled_rows_cost_beside_rows_alone(of: str, blocks: int, macs: int) -> None:
+    assert counts.coupled_blocks(of) == blocks
+    assert counts.coupled_macs(of) == macs
 
 
 def test_the_missing_package_is_named(monkeypatch: Any) -> None:

@@ -88,3 +88,20 @@ def test_the_quota_of_a_container_is_found_in_both_versions_of_control_groups(
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "groups")
     monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
     assert machine.core_quota() == cores
+
+
+def test_free_memory_is_what_is_available_within_the_control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    assert machine.free_memory() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 3000 kB\n")
+    assert machine.free_memory() == 3000 * 1024
+    (tmp_path / "own").write_text("0::/job\n")
+    (tmp_path / "job").mkdir()
+    for limit, wanted in (("max", 3000 * 1024), ("1000000", 400_000), ("500000", 0)):
+        (tmp_path / "job" / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "job" / "memory.current").write_text("600000\n")
+        assert machine.free_memory() == wanted

@@ -53,6 +53,18 @@ def test_a_branch_at_size_1_is_found_before_an_engine_is_built(target: str, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_large_graph_is_run_on_its_own_where_memory_is_free_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_sizes, "LARGEST_GRAPH", 0)
+    monkeypatch.setattr(at_sizes.machine, "free_memory", lambda: 10**12)
+    with pytest.raises(ToolchainError, match="at batch = 1 the exported graph does not compute what the model does"):
+        export(tmp_path, BRANCH_ON_ONE)
+    monkeypatch.setattr(at_sizes.machine, "free_memory", lambda: 10)
+    report, _ = export(tmp_path, BRANCH_ON_ONE)
+    assert "larger than 2 GB and than a quarter of the memory that is free" in report.validation["graph"]
+
+
 def test_a_size_frozen_inside_the_graph_is_named_with_its_node(tmp_path: Path) -> None:
     body = """
     class Net(nn.Module):

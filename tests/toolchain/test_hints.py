@@ -108,6 +108,15 @@ def test_a_step_that_takes_the_zeros_away_says_so_and_no_target_hears_of_them(tm
     assert "blocks.0.attn.proj" in note
 
 
+def test_what_was_said_of_a_layer_stays_with_it_when_another_comes_around_it(tmp_path: Path) -> None:
+    adapters = {"pass": "adapters_as_inputs", "layers": ["*.qkv"], "rank": 2}
+    run = run_of({"pass": "quantize_int8", "smallest": 0}, adapters, folder=tmp_path)
+    module = run.optimize()
+    told = run.hints.of(module, module)
+    assert told["blocks.0.attn.qkv.base"].precision == "int8"
+    assert "blocks.0.attn.qkv" not in told
+
+
 def test_the_pattern_is_told_by_hand_made_weights() -> None:
     assert is_two_in_four(torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 3]]))
     assert not is_two_in_four(torch.tensor([[1.0, 1, 2, 0, 0, 0, 0, 3]]))

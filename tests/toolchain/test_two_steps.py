@@ -163,7 +163,7 @@ def files(tmp_path: Path) -> Path:
 def test_distilling_does_not_train_away_what_a_step_means_to_change(case: str, files: Path) -> None:
     run, module = done(*MEANT[case], TRAIN, folder=files)
     _, untrained = done(*MEANT[case], folder=files)
-    error = run.results[-1][1].plan.facts["relative_error"]
+    error = run.results[-1][1].plan.facts.relative_error
     if case != "merged models":  # which come near what they intend, and do not reach it
         assert error["before"] < 1e-6, "it learns from what the step before means to give"
     call = run.example(run.intended, batch=3)
@@ -216,7 +216,7 @@ def test_training_that_does_harm_is_undone_and_said() -> None:
     _, before = done(step("prune_heads", share=0.5))
     plan = run.results[1][1].plan
     assert plan.choice == {}
-    assert plan.facts["notes"][0].startswith("training made it worse")
+    assert plan.facts.notes[0].startswith("training made it worse")
     call = run.example(batch=2)
     assert torch.equal(first(module, call), first(before, call))
 

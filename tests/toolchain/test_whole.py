@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.progress import Progress
 from enginewright.recipe import make
 from enginewright.reports import record
+from enginewright.sources.jobs import Job
+from tests.shared import made_once
 from tests.toolchain.sources import tiny_diffusers as tiny
 
 pytest.importorskip("diffusers")
@@ -29,14 +33,23 @@ GATES = ["whole.onnxruntime: fidelity.cosine >= 0.99", "unet.onnxruntime: fideli
 
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "sd"
-    torch.manual_seed(0)
-    tiny.stable_diffusion(folder)
-    return folder
+    """A small pipeline of diffusers. Read only."""
+
+    def write(folder: Path) -> None:
+        torch.manual_seed(0)
+        tiny.stable_diffusion(folder / "sd")
+
+    return made_once(tmp_path_factory, "pipeline", write) / "sd"
 
 
 @pytest.fixture(scope="module")
-def out(pipeline_folder: Path) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> Path:
+    """Its artifact. Read only."""
+    return made_once(tmp_path_factory, "whole", lambda folder: export(pipeline_folder, folder / "out")) / "out"
+
+
+def export(pipeline_folder: Path, place: Path) -> None:
+    """The artifact of the pipeline, with its denoiser in 8 bits."""
     recipe = make(
         {
             "model": f"diffusers:{pipeline_folder}",
@@ -48,10 +61,8 @@ def out(pipeline_folder: Path) -> Path:
             "targets": [{"target": "onnxruntime"}],
         }
     )
-    place = pipeline_folder.parent / "out"
     _, code = whole.export(recipe, place, force=False, progress=Progress(quiet=True))
     assert code == 0
-    return place
 
 
 PARTS = ["unet", "text_encoder", "vae_decoder", "vae_encoder"]
@@ -74,6 +85,7 @@ def test_each_part_is_an_artifact_and_the_whole_one_report(out: Path) -> None:
     whole_target = report.targets[0]
     assert whole_target.bytes == sum(t.bytes or 0 for t in report.targets[1:])
     assert whole_target.latency is not None
+    assert whole_target.latency.threads == 1, "as the recipe says, whatever this machine has"
     assert 0 < whole_target.fidelity[0].relative_l2 < 0.1  # the 8-bit network is seen in the pictures
     assert report.samples[0].target == "whole.onnxruntime"
     assert "vae_encoder takes no part in the whole job" in report.notes
@@ -109,6 +121,7 @@ def test_an_artifact_of_several_networks_names_them_where_one_is_wanted(out: Pat
 def test_it_is_checked_against_a_baseline_replaced_with_force_and_damage_is_seen(
     out: Path, tmp_path: Path, enginewright: Command
 ) -> None:
+    out = Path(shutil.copytree(out, tmp_path / "out"))
     baseline = tmp_path / "baseline.json"
     assert enginewright("check", str(out), "--baseline", str(baseline), "--update").returncode == 0
     figures = json.loads(baseline.read_text())["figures"]
@@ -170,6 +183,26 @@ def test_a_job_that_cannot_be_run_is_said_and_fails_no_gate_of_others(tmp_path: 
     assert (told, pictures) == ([target.reason], [])
     with pytest.raises(ToolchainError, match="draws classes and reads no texts"):
         sources.job_of(f"diffusers:{folder}", prompts=("a door",), steps=1, arguments={})
+
+
+def test_the_whole_job_runs_on_the_recipes_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def load(folder: Path, target: str, *, threads: int | None, trust_code: bool) -> SimpleNamespace:
+        asked.append(threads)
+        return SimpleNamespace(runner=None)
+
+    monkeypatch.setattr(whole, "load", load)
+    job = Job(parts=("a",), calls=(), assemble=dict, run=lambda made: lambda call: call, models={"a": "dit:tiny"})
+    whole.engines(job, Path(), "whole.onnxruntime", threads=3, trust_code=False)
+    assert asked == [3]
+    assert whole.originals(job, 3)["a"].threads == 3  # type: ignore[attr-defined]
+    assert make({"model": "dit:tiny", "validation": {"threads": 3}}).threads == 3
+
+
+def test_networks_that_do_nothing_together_have_no_job() -> None:
+    with pytest.raises(ToolchainError, match="source 'onnx' has no whole job"):
+        sources.job_of("onnx:net.onnx", prompts=(), steps=1, arguments={})
 
 
 def test_a_gate_on_a_job_that_was_not_run_is_not_met() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,29 @@ def some_rows(call: Mapping[str, Any], rows: Any, shared: Collection[str]) -> Va
     return {name: value if name in shared else value[rows] for name, value in call.items()}
 
 
+def in_groups(
+    calls: Sequence[Mapping[str, Any]], shared: Collection[str], of: int, join: Callable[[Sequence[Any]], Any]
+) -> list[Values]:
+    """As many calls, each with a multiple of so many rows: those of calls that follow it are put behind its own.
+
+    Args:
+        calls: of tensors or arrays.
+        shared: inputs that all rows of a call share.
+        of: rows that belong together.
+        join: puts tensors or arrays behind one another.
+    """
+    found: list[Values] = []
+    for number, call in enumerate(calls):
+        rowed = {name: value.shape for name, value in call.items() if name not in shared}
+        rows = next(iter(rowed.values()))[0] if rowed else of
+        more = [calls[(number + i) % len(calls)] for i in range(of // math.gcd(rows, of))]
+        alike = all(other[name].shape == shape for other in more for name, shape in rowed.items())
+        parts = more if alike else [call] * len(more)
+        joined = {name: join([part[name] for part in parts]) for name in rowed} if len(parts) > 1 else {}
+        found.append({**call, **joined})
+    return found
+
+
 def some_input(program: Program, inputs: Values) -> Any:
     """An input that has a row for each sample."""
     return next(value for name, value in inputs.items() if name not in program.shared)
@@ -153,13 +177,13 @@ class Driver:
         return place if all(name in self.memory.states for name in way.reads) else way.otherwise
 
     def follow(self, way: Way, inputs: Values) -> Values:
-        """Go one way."""
+        """Go one way. An input that the call leaves out is left out for the networks too: they may do without."""
         known = {**inputs, **{name: self.memory.states[name] for name in way.reads}}
         kept: Values = {}
         outputs: Values = {}
         for call in way.calls:
             takes, gives = self.program.networks[call.network].takes, self.program.given_by(call.network)
-            given = dict(known) if takes is None else {name: known[name] for name in takes}
+            given = dict(known) if takes is None else {name: known[name] for name in takes if name in known}
             outputs = dict(self.once(call, given) if call.once else self.networks[call.network](given))
             kept |= {name: self.kept(name, outputs.pop(output), inputs) for output, name in gives.items()}
             known |= outputs

@@ -37,6 +37,7 @@ UNBLENDED_ATTENTION = Fact("plain attention", "attention that is blended by an i
 ALL_TOKENS = Fact("blocks that run on every token", "blocks that run on fewer tokens")
 ALL_INPUTS = Fact("every input of the original", "no input that was bound")
 SINGLE_ROWS = Fact("a call that runs every row once", "a call that runs every row twice")
+INDEPENDENT_ROWS = Fact("rows of a call that do not read one another", "rows that read one another")
 ONE_NETWORK = Fact("one network for all timesteps", "several networks by timestep")
 STATELESS_CALLS = Fact("calls that keep nothing from one to the next", "a state between calls")
 UNPARTED = Fact("networks that are exported whole", "networks that are exported as two graphs each")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -9,8 +10,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from enginewright.ground.errors import ToolchainError
+
 Role = Literal[
-    "sample", "timestep", "condition", "guidance", "mask", "positions", "noise", "state", "strength", "unknown"
+    "sample",
+    "timestep",
+    "condition",
+    "guidance",
+    "mask",
+    "positions",
+    "noise",
+    "state",
+    "strength",
+    "adapter",
+    "unknown",
 ]
 """What an input is for: what passes ask for, whatever its name."""
 
@@ -33,10 +46,20 @@ NAMES: Mapping[Role, tuple[str, ...]] = {
         "aspect_ratio",
     ),
     "guidance": ("guidance", "guidance_scale"),
-    "mask": ("attention_mask", "encoder_attention_mask", "pixel_mask", "input_features_mask", "mask"),
+    "mask": ("attention_mask", "encoder_attention_mask", "pixel_mask", "input_features_mask", "mask", "couple_bias"),
     "positions": ("position_ids", "img_ids", "txt_ids", "image_rotary_emb", "image_rotary_emb_0", "image_rotary_emb_1"),
     "noise": ("noise",),
-    "strength": ("strength", "lora_scale", "pag_u", "pag_w", "style"),
+    "strength": (
+        "strength",
+        "lora_scale",
+        "pag_u",
+        "pag_w",
+        "style",
+        "couple_gate",
+        "couple_rate",
+        "couple_scale",
+        "couple_features",
+    ),
     "sample": (
         "sample",
         "hidden_states",
@@ -92,7 +115,8 @@ class InputSpec:
         low: smallest value; ``None`` means a standard normal for floats, and both values, mixed, for booleans.
         high: for integers one past the largest value, for floats the largest.
         guessed: whether nobody said which values it takes, so that the range is a guess.
-        default: every element, where a caller leaves the input out; it is never drawn. None: it must be given.
+        default: every element, where a caller leaves the input out. None: it must be given.
+        drawn: whether values are drawn in spite of a default, because equal elements would show nothing.
         corners: the last axis holds boxes, as (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1.
         role: what it is for; where nobody says, its name does.
     """
@@ -105,6 +129,7 @@ class InputSpec:
     default: float | None = None
     guessed: bool = False
     corners: bool = False
+    drawn: bool = False
     role: Role = "unknown"
 
     def __post_init__(self) -> None:
@@ -141,6 +166,31 @@ def shared_by_rows(specs: Sequence[InputSpec]) -> tuple[str, ...]:
     """Names of the inputs that have no row for each sample: all samples of a call share them."""
     rows = rows_of(specs)
     return tuple(spec.name for spec in specs if not spec.shape or spec.shape[0] != rows)
+
+
+def in_multiples(specs: Sequence[InputSpec], of: int) -> tuple[InputSpec, ...]:
+    """The same inputs, where every call has a multiple of so many rows.
+
+    Raises:
+        ToolchainError: no call within the declared range has.
+    """
+    rows = rows_of(specs)
+    if rows is None or of == 1:
+        return tuple(specs)
+    if isinstance(rows, int):
+        if rows % of:
+            raise ToolchainError(f"a call has {rows} rows, and {of} of them would have to belong together")
+        return tuple(specs)
+    step = math.lcm(of, rows.multiple_of)
+    low, typical = (-(-size // step) * step for size in (rows.low, rows.typical))
+    high = rows.high // step * step
+    if low > high:
+        raise ToolchainError(f"{rows.name} is at most {rows.high}, and {step} rows would have to belong together")
+    changed = replace(rows, low=low, typical=min(typical, high), high=high, multiple_of=step)
+    return tuple(
+        replace(spec, shape=tuple(changed if isinstance(d, Dim) and d.name == rows.name else d for d in spec.shape))
+        for spec in specs
+    )
 
 
 def role_of(name: str) -> Role:

@@ -87,3 +87,9 @@ def log_mel(sounds: Array, *, rate: int, window: int, hop: int, bands: int) -> F
     """
     found = np.sqrt(np.square(magnitudes(sounds, window=window, hop=hop)) + 1e-9)  # (n, K, T)
     return np.log(np.maximum(mel_filters(rate=rate, window=window, bands=bands) @ found, QUIETEST))
+
+
+def log_mel_of_sounds(sounds: Array, *, rate: int) -> Floats:
+    """The same of 80 bands, in windows of 40 ms, one for each 10 ms: (n, S) -> (n, 80, T)."""
+    hop = rate // 100
+    return log_mel(sounds, rate=rate, window=4 * hop, hop=hop, bands=80)

@@ -84,8 +84,14 @@ def job_of(text: str, **settings: Any) -> Job:
         ToolchainError: there is none, or it cannot be run here, and why.
     """
     prefix = text.partition(":")[0]
-    name = f"{prefix}_source" if prefix in prefixes() else "reference"
-    found: Job = importlib.import_module(f"enginewright.sources.{name}").job(text, **settings)
+    source = importlib.import_module(
+        f"enginewright.sources.{f'{prefix}_source' if prefix in prefixes() else 'reference'}"
+    )
+    if not hasattr(source, "job"):
+        from enginewright.ground.errors import ToolchainError
+
+        raise ToolchainError(f"the networks of {text!r} do nothing together: source {prefix!r} has no whole job")
+    found: Job = source.job(text, **settings)
     return found
 
 

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from enginewright.models.diffusion.dit import Config, DiT
 from enginewright.passes.contract import Context, Plan, macs
 from enginewright.passes.dynamic.reuse_blocks import ReuseBlocks, ReusedBlocks
 from enginewright.passes.networks import Networks, networks_of
+from enginewright.passes.specialize.merge_guidance import MergeGuidance
+from enginewright.targets.pytorch_engine import flat
 from tests.engines import built, exported, in_onnxruntime
 from tests.passes.conftest import SUBJECTS, Subject, randomise
 
@@ -83,26 +86,50 @@ def test_a_run_is_that_of_all_blocks_with_the_contribution_replaced(name, parame
     subject, time = subject_of(name), TIMES[name]
     _, result = reusing(subject, time, **parameters)
     facts, ((path, entry),) = result.plan.facts, result.plan.choice.items()
-    reference = EveryBlock(subject.copy(), path, entry.blocks, facts["table"])
-    found, wanted = (a_run(model, subject, time, facts["timesteps"]) for model in (result.model, reference))
-    plain = a_run(subject.model, subject, time, facts["timesteps"])
+    reference = EveryBlock(subject.copy(), path, entry.blocks, facts.table)
+    found, wanted = (a_run(model, subject, time, facts.timesteps) for model in (result.model, reference))
+    plain = a_run(subject.model, subject, time, facts.timesteps)
     for step, (got, want, base) in enumerate(zip(found, wanted, plain, strict=True)):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-        assert torch.equal(got, base) == (1 not in facts["table"][: step + 1])
+        assert torch.equal(got, base) == (1 not in facts.table[: step + 1])
     assert (found[-1] - plain[-1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "condition"), [("deep_dit", "y"), ("diffusers_dit_sdpa", "class_labels")])
+def test_guided_rows_reuse_each_what_is_its_own(name, condition):
+    subject, time = subject_of(name), TIMES[name]
+    _, result = reusing(subject, time)
+    with_it, without = copy.deepcopy(result.model), copy.deepcopy(result.model)
+    step = MergeGuidance(condition=condition, none=4, scale=3.0, fixed=True)
+    guided = step.apply(result.model, Context(calibration=[subject.inputs], example=subject.inputs)).model
+    assert [state.shape[0] for state in guided.program.states] == [2]
+
+    def two_runs(**inputs):
+        none = {**inputs, condition: torch.full_like(inputs[condition], 4)}
+        given, plain = (flat(model(**call))[0] for model, call in ((with_it, inputs), (without, none)))
+        return plain + 3 * (given - plain)
+
+    times = result.plan.facts.timesteps
+    for got, want in zip(a_run(guided, subject, time, times), a_run(two_runs, subject, time, times), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    both = {**subject.inputs, time: torch.full((2,), times[1])}
+    _, short = networks_of(guided)
+    kept = torch.zeros(2, *guided.program.states[0].shape)
+    with torch.no_grad():
+        assert flat(networks_of(guided)[short](**both, reused=kept))[0].shape == flat(guided(**both))[0].shape
 
 
 def test_steps_and_blocks_are_those_asked_for(deep):
     _, result = reusing(deep, interval=3, blocks=(1, 4))
-    assert result.plan.facts["table"] == [0, 1, 1, 0, 1, 1]
+    assert list(result.plan.facts.table) == [0, 1, 1, 0, 1, 1]
     assert result.plan.choice == {"blocks": ReusedBlocks(blocks=(1, 2, 3, 4), of=6)}
-    assert reusing(deep, whole=(0, 1, 4))[1].plan.facts["table"] == [0, 0, 1, 1, 0, 1]
+    assert list(reusing(deep, whole=(0, 1, 4))[1].plan.facts.table) == [0, 0, 1, 1, 0, 1]
 
 
 def test_without_calibration_the_middle_is_left_out(deep):
     _, result = reusing(deep, calibrated=False, share=1 / 3)
     assert result.plan.choice["blocks"].blocks == (2, 3)
-    assert result.plan.facts["chosen"] == "the middle"
+    assert result.plan.facts.chosen == "the middle"
 
 
 @pytest.mark.parametrize("still", [0, 3])
@@ -114,14 +141,14 @@ def test_blocks_that_do_not_change_with_the_timestep_are_those_left_out(deep, st
             deep.model.blocks[number].mlp.fc2.weight.zero_()  # only its bias is left to add, the same at any timestep
     _, result = reusing(deep, share=1 / 3)
     assert result.plan.choice["blocks"].blocks == (still, still + 1)
-    assert result.plan.facts["changes"][f"{still} to {still + 1}"] < 1e-5
-    assert len(result.plan.facts["changes"]) == 5
+    assert result.plan.facts.changes[f"{still} to {still + 1}"] < 1e-5
+    assert len(result.plan.facts.changes) == 5
 
 
 def test_multiply_accumulates_are_counted_by_step_and_over_the_run(deep):
     _, result = reusing(deep, interval=3, blocks=(2, 3))
     block = 2 * (16 * 12 * 32 * 32 + 2 * 16 * 16 * 32 + 6 * 32 * 32)  # two rows: projections, attention, modulation
-    found = result.plan.facts["macs"]
+    found = result.plan.facts.macs
     assert found["whole_step"] == macs(deep.model, deep.inputs) == result.before.macs
     assert found["reusing_step"] == found["whole_step"] - 2 * block
     assert found["run"] == 2 * found["whole_step"] + 4 * found["reusing_step"]
@@ -144,7 +171,7 @@ def test_an_interval_of_1_changes_nothing_and_says_so(deep):
 
 def test_only_a_run_along_the_schedule_reuses(deep):
     _, result = reusing(deep)
-    times, model = result.plan.facts["timesteps"], result.model
+    times, model = result.plan.facts.timesteps, result.model
 
     def whole(t, rows=2, y=None):
         inputs = {name: value[:rows] for name, value in deep.inputs.items()}

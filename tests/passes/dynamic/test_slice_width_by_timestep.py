@@ -30,7 +30,7 @@ def sliced(subject, input="t", **parameters):
 def masked(step, subject, plan):
     """The form that saves nothing: one network with all units, silent where the masks say so."""
     choice = {path: SlicedLayer(of=entry.of, kept=(tuple(range(entry.of)),)) for path, entry in plan.choice.items()}
-    whole = replace(plan, choice=choice, facts={**plan.facts, "table": [0] * len(plan.facts["table"])})
+    whole = replace(plan, choice=choice, facts=plan.facts.model_copy(update={"table": (0,) * len(plan.facts.table)}))
     return step.rewrite(subject.copy(), whole)
 
 
@@ -41,7 +41,7 @@ def test_cut_networks_are_the_masked_one_at_every_timestep(name, importance):
     step, result = sliced(subject, time, importance=importance)
     reference = masked(step, subject, result.plan)
     full = 0
-    for t in result.plan.facts["timesteps"]:
+    for t in result.plan.facts.timesteps:
         subject.inputs[time] = torch.full((2,), t)
         wanted = subject.output(reference)
         torch.testing.assert_close(subject.output(result.model), wanted, atol=1e-5, rtol=0)
@@ -49,14 +49,14 @@ def test_cut_networks_are_the_masked_one_at_every_timestep(name, importance):
     assert full > 1e-2
     subject.inputs[time] = torch.tensor([999.0, 0.0])  # rows of two networks
     torch.testing.assert_close(subject.output(result.model), subject.output(reference), atol=1e-5, rtol=0)
-    assert len({*result.plan.facts["table"]}) == 3
+    assert len({*result.plan.facts.table}) == 3
 
 
 @pytest.mark.parametrize("number", range(8))
 def test_a_mask_is_silence_before_the_projection(dit, number):
     """By hand: zero columns of the untouched model at one timestep."""
     _, result = sliced(dit)
-    dit.inputs["t"] = torch.full((2,), result.plan.facts["timesteps"][number])
+    dit.inputs["t"] = torch.full((2,), result.plan.facts.timesteps[number])
     model = dit.copy()
     for path in result.plan.choice:
         mask = result.plan.arrays[f"{path}.mask"][number].bool()
@@ -70,8 +70,8 @@ def test_a_mask_is_silence_before_the_projection(dit, number):
 def test_what_is_computed_keeps_to_the_share(dit):
     for share in (0.9, 0.5):
         _, result = sliced(dit, share=share)
-        assert result.plan.facts["share_needed"] <= result.plan.facts["share_computed"] <= share
-    table = torch.tensor(result.plan.facts["table"])
+        assert result.plan.facts.share_needed <= result.plan.facts.share_computed <= share
+    table = torch.tensor(result.plan.facts.table)
     for path, entry in result.plan.choice.items():
         mask = result.plan.arrays[f"{path}.mask"].bool()
         assert mask.any(dim=1).all()
@@ -79,7 +79,7 @@ def test_what_is_computed_keeps_to_the_share(dit):
             assert list(kept) == mask[table == number].any(dim=0).nonzero().flatten().tolist()
     blocks = 2 * 2 * 16 * (12 * 32 * 32 + 2 * 16 * 32)  # rows, layers, tokens
     assert result.before.macs - result.after.macs == pytest.approx(
-        blocks * (1 - result.plan.facts["share_computed"]), rel=1e-3
+        blocks * (1 - result.plan.facts.share_computed), rel=1e-3
     )
 
 
@@ -173,10 +173,10 @@ def test_flux_is_cut_to_the_masked_form_where_heads_and_hidden_units_share_a_pro
     calls = flux_calls(subject)
     step = SliceWidthByTimestep(steps=5, importance="activation")
     result = step.apply(subject.copy(), Context(calibration=calls, signature=sharing("img_ids", "txt_ids")))
-    assert result.plan.facts["timesteps"] == [1, 0.75, 0.5, 0.25, 0]
+    assert list(result.plan.facts.timesteps) == [1, 0.75, 0.5, 0.25, 0]
     assert {"single_transformer_blocks.0", "single_transformer_blocks.0:ffn"} <= set(result.changed)
     reference = masked(step, subject, result.plan)
-    for t in result.plan.facts["timesteps"]:
+    for t in result.plan.facts.timesteps:
         subject.inputs["timestep"] = torch.full((2,), t)
         wanted = subject.output(reference)
         torch.testing.assert_close(subject.output(result.model), wanted, atol=1e-5, rtol=1e-5)
@@ -189,9 +189,9 @@ def test_flux_is_cut_to_the_masked_form_where_heads_and_hidden_units_share_a_pro
 def test_the_timestep_is_found_by_its_name(name):
     subject = SUBJECTS[name]()
     _, result = sliced(subject, "")
-    assert result.plan.facts["input"] == TIMES[name]
+    assert result.plan.facts.input == TIMES[name]
     reused = ReuseBlocks(steps=4).plan(subject.model, Context(calibration=[subject.inputs], example=subject.inputs))
-    assert reused.facts["input"] == TIMES[name] if reused.choice else reused.skipped
+    assert reused.facts.input == TIMES[name] if reused.choice else reused.skipped
 
 
 def test_a_model_without_a_timestep_is_refused_with_its_inputs():

@@ -4,11 +4,21 @@ import pytest
 import torch
 from torch import nn
 
+from enginewright import sources
+from enginewright.calibration import tensors
 from enginewright.models.blocks.llama import Attention, GatedMlp, Rotary
 from enginewright.models.blocks.transformer import Mlp, SelfAttention
+from enginewright.models.vision.fcaformer import ForwardCrossAttention
+from enginewright.models.vision.fit import Reading
+from enginewright.passes.contract import Context
 from enginewright.passes.families.reference_blocks import attention, stack
+from enginewright.passes.kernel.surgery import share
+from enginewright.passes.pruning.prune_heads import PruneHeads
+from enginewright.passes.pruning.prune_width import PruneWidth
 from enginewright.passes.traits import (
     BlockStack,
+    DeclaredAttention,
+    DeclaredFeedForward,
     FeedForward,
     FixedAttention,
     FusedAttention,
@@ -16,6 +26,7 @@ from enginewright.passes.traits import (
     StreamBlock,
     layer_at,
 )
+from enginewright.targets.pytorch_engine import flat
 
 
 def test_counts_follow_the_heads_and_heads_can_go_twice(dit):
@@ -93,6 +104,57 @@ def test_a_layer_that_is_left_out_whole_is_answered_for_by_one_tensor():
     model = nn.ModuleDict({"attn": Attention(8, 4)})
     layer_at(model, "attn", HeadedAttention).silence(model, "attn")
     assert torch.equal(model["attn"](torch.randn(2, 5, 8), (), causal=True), torch.zeros(2, 5, 8))
+
+
+CROSSED = {
+    "latents that read tokens": lambda: (Reading(8, 6, inner=8, heads=4), (torch.randn(2, 3, 8), torch.randn(2, 5, 6))),
+    "with summaries": lambda: (
+        ForwardCrossAttention(8, 4, 3, summaries=5),
+        (torch.randn(2, 9, 8), torch.randn(2, 5, 8)),
+    ),
+    "without summaries": lambda: (ForwardCrossAttention(8, 4, 3, summaries=0), (torch.randn(2, 9, 8), None)),
+}
+
+
+@pytest.mark.parametrize("case", CROSSED)
+def test_heads_of_attention_to_other_tokens_go_with_their_biases(case):
+    torch.manual_seed(0)
+    layer, call = CROSSED[case]()
+    for parameter in layer.requires_grad_(False).parameters():
+        parameter.copy_(torch.randn(parameter.shape))
+    quiet = copy.deepcopy(layer)
+    quiet.proj.weight[:, 2:4] = 0  # nothing reads head 1
+    wanted = quiet(*call)
+    assert (wanted - layer(*call)).abs().max() > 1e-3
+    found = layer_at(nn.ModuleDict({"attn": layer}), "attn", HeadedAttention)
+    assert found.streams == (), "its values are of other tokens, so that none stands for its own"
+
+    found.keep_heads([0, 2, 3])
+
+    assert layer.heads == 3
+    torch.testing.assert_close(layer(*call), wanted)
+
+
+def test_a_bias_that_has_not_an_entry_for_each_head_is_an_obstacle():
+    layer = ForwardCrossAttention(8, 4, 3, summaries=0)
+    layer.position_bias = nn.Parameter(torch.zeros(3, 3, 3))
+    assert attention(layer) == FixedAttention("its 'position_bias' has not an entry for each of its 4 heads")
+
+
+@pytest.mark.parametrize(("model", "heads", "units"), [("fcaformer:tiny", 4, 6), ("fit:tiny", 12, 7)])
+def test_every_attention_of_these_models_can_lose_heads_and_every_feed_forward_units(model, heads, units):
+    loaded = sources.load(model)
+    calls = tensors(loaded.batches(1, 3))
+    context = Context(calibration=calls, example=calls[0])
+    for step, kind, count in (
+        (PruneHeads(share=0.5), DeclaredAttention, heads),
+        (PruneWidth(share=0.5), DeclaredFeedForward, units),
+    ):
+        result = step.apply(share(loaded.module), context)
+        assert set(result.changed) == {path for path, m in loaded.module.named_modules() if isinstance(m, kind)}
+        assert (len(result.changed), result.plan.skipped) == (count, {})
+        with torch.no_grad():
+            assert all(each.isfinite().all() for each in flat(result.model(**calls[0])))
 
 
 @pytest.mark.parametrize("make", [Mlp, GatedMlp])

@@ -204,7 +204,7 @@ def test_it_refuses_a_module(graph: Path) -> None:
 def test_an_old_opset_is_raised(tmp_path: Path, opset: int) -> None:
     path = mixed(tmp_path / "old.onnx", opset=opset)
     result = quantized(path)
-    assert graph_of(result.model).opset_imports[""] == result.plan.facts["opset"] == 13
+    assert graph_of(result.model).opset_imports[""] == result.plan.facts.opset == 13
     [wanted], [got] = loaded(path)(**CALLS[0]), result.model(**CALLS[0])
     assert 0 < error(got, wanted) < 0.1
 

@@ -235,7 +235,7 @@ def test_blocks_before_the_first_chosen_head_run_once():
     assert late == 2 * whole - one_block
     assert early == 2 * whole
     plan = PerturbHeads(heads={"blocks.1.*": ()}, guidance=True).plan(net, Context())
-    assert plan.facts["blocks_before"] == {"blocks": 1}
+    assert plan.facts.blocks_before == {"blocks": 1}
 
 
 def test_only_leading_channels_are_guided_when_asked():
@@ -269,7 +269,7 @@ def test_a_plan_names_the_heads_in_the_order_of_the_input_and_is_replayed(model)
     plan = step.plan(model.model, Context())
     replayed = Plan.from_json(plan.as_json(), by=step.declared)
 
-    assert plan.facts["heads"] == [f"{path}:{head}" for path in model.paths for head in (1, 3)]
+    assert list(plan.facts.heads) == [f"{path}:{head}" for path in model.paths for head in (1, 3)]
     (new,) = step.new_inputs(replayed)
     assert (new.name, new.shape, new.dtype, new.default) == ("pag_u", (2 * len(model.paths),), "float32", 0)
     u = torch.rand(2, *new.shape)

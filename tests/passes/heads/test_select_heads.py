@@ -74,12 +74,12 @@ def test_the_search_is_greedy_as_found_by_hand(mode):
 
     plan = SelectHeads(mode=mode, rounds=3, score="mine").plan(Two(), context(score))
 
-    assert plan.facts["chosen"] == ["b:1", "b:2", "a:1"]
-    assert [entry["added"] for entry in plan.facts["rounds"]] == [["b:1"], ["b:2"], ["a:1"]]
-    assert (plan.facts["before"], plan.facts["after"]) == (0, 7)
-    assert plan.facts["rounds"][1]["tried"]["a:1"] == 2.5
+    assert list(plan.facts.chosen) == ["b:1", "b:2", "a:1"]
+    assert [entry["added"] for entry in plan.facts.rounds] == [["b:1"], ["b:2"], ["a:1"]]
+    assert (plan.facts.before, plan.facts.after) == (0, 7)
+    assert plan.facts.rounds[1]["tried"]["a:1"] == 2.5
     # In pruning, the layer b has one head left after two rounds; it is not tried.
-    assert [len(entry["tried"]) for entry in plan.facts["rounds"]] == [6, 5, 4 if mode == "perturb" else 3]
+    assert [len(entry["tried"]) for entry in plan.facts.rounds] == [6, 5, 4 if mode == "perturb" else 3]
     entry = plan.choice["b"]
     assert entry == (
         PerturbedHeads(heads=(1, 2), of=3, first=1) if mode == "perturb" else KeptHeads(kept=(0,), removed=(1, 2), of=3)
@@ -89,20 +89,20 @@ def test_the_search_is_greedy_as_found_by_hand(mode):
 def test_several_heads_a_round_are_the_best_ones_and_distinct():
     plan = SelectHeads(rounds=2, heads_per_round=2).plan(Two(), context(Table(**BY_HAND)))
 
-    assert plan.facts["rounds"][0]["added"] == ["b:1", "a:1"]
-    assert len(set(plan.facts["chosen"])) == 4
+    assert plan.facts.rounds[0]["added"] == ["b:1", "a:1"]
+    assert len(set(plan.facts.chosen)) == 4
 
 
 def test_pruning_several_heads_a_round_leaves_one_in_each_layer():
     plan = SelectHeads(mode="prune", heads_per_round=4).plan(Two(), context(Table(_6=3.0, _5=2.0, _4=1.0)))
 
-    assert plan.facts["chosen"] == ["b:2", "b:1", "a:0", "a:1"]
+    assert list(plan.facts.chosen) == ["b:2", "b:1", "a:0", "a:1"]
 
 
 def test_equal_scores_are_broken_by_place():
     plan = SelectHeads(heads_per_round=2).plan(Two(), context(lambda net: 1.0))
 
-    assert plan.facts["chosen"] == ["a:0", "a:1"]
+    assert list(plan.facts.chosen) == ["a:0", "a:1"]
 
 
 def test_the_result_is_perturb_heads_with_those_heads():
@@ -126,8 +126,8 @@ def test_a_baked_result_is_what_was_scored():
     result = step.apply(subject.copy(), context(score))
 
     assert step.new_inputs(result.plan) == ()
-    assert score(result.model) == pytest.approx(result.plan.facts["after"], rel=1e-4)
-    assert result.plan.facts["after"] != result.plan.facts["before"]
+    assert score(result.model) == pytest.approx(result.plan.facts.after, rel=1e-4)
+    assert result.plan.facts.after != result.plan.facts.before
 
 
 @pytest.mark.parametrize("name", JOINT)
@@ -140,8 +140,8 @@ def test_joint_attention_is_searched_too(name, mode):
 
     result = step.apply(subject.copy(), context(score))
 
-    assert len(set(result.plan.facts["chosen"])) == 2
-    assert score(result.model) == pytest.approx(result.plan.facts["after"], rel=1e-4)
+    assert len(set(result.plan.facts.chosen)) == 2
+    assert score(result.model) == pytest.approx(result.plan.facts.after, rel=1e-4)
     if mode == "prune":
         kept = sum(layer.heads for _, layer in layers_of(result.model, HeadedAttention))
         assert kept == 4 * len(subject.paths) - 2
@@ -157,7 +157,7 @@ def test_pruning_by_fidelity_finds_the_silent_heads():
 
     result = SelectHeads(mode="prune", rounds=2).apply(subject.copy(), context(score))
 
-    assert sorted(result.plan.facts["chosen"]) == ["blocks.0.attn:1", "blocks.1.attn:3"]
+    assert sorted(result.plan.facts.chosen) == ["blocks.0.attn:1", "blocks.1.attn:3"]
     by_hand = PruneHeads().rewrite(subject.copy(), Plan(choice=result.plan.choice))
     assert torch.equal(subject.output(result.model), subject.output(by_hand))
     torch.testing.assert_close(subject.output(result.model), wanted, atol=1e-5, rtol=0)
@@ -241,7 +241,7 @@ def test_candidates_are_drawn_by_the_seed():
     def tried(seed, of_recipe=0):
         step = SelectHeads(candidates=2, rounds=2, seed=seed)
         plan = step.plan(Two(), context(lambda net: 1.0, seed=of_recipe))
-        return [list(entry["tried"]) for entry in plan.facts["rounds"]]
+        return [list(entry["tried"]) for entry in plan.facts.rounds]
 
     assert tried(0) == tried(0)
     assert tried(1) == tried(0, of_recipe=1)
@@ -254,7 +254,7 @@ def test_only_the_layers_asked_for_are_searched():
 
     plan = SelectHeads(layers=("a",), rounds=2).plan(Two(), context(score))
 
-    assert plan.facts["chosen"] == ["a:1", "a:0"]
+    assert list(plan.facts.chosen) == ["a:1", "a:0"]
     assert plan.skipped == {"b": "it is not among the layers to choose from"}
 
 

@@ -66,7 +66,7 @@ def test_a_model_in_training_is_observed_without_dropout_and_goes_on_training() 
 
 def test_precision_is_chosen_without_dropout() -> None:
     model, x = Dropping().train(), torch.randn(16, 8)
-    plans = [ConvertDtype().plan(model, Context(calibration=[{"x": x}])).facts["error"] for _ in range(2)]
+    plans = [ConvertDtype().plan(model, Context(calibration=[{"x": x}])).facts.error for _ in range(2)]
     assert plans[0] == plans[1] < 0.01
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
-from enginewright.passes.moe import routers
+from enginewright.passes.moe import clusters, routers
 from enginewright.passes.moe.dense_to_moe import DenseToMoe
 from enginewright.passes.moe.experts import CapacityExperts, MixtureOfExperts, NonzeroExperts
 from enginewright.passes.traits import FeedForward, layers_of
@@ -52,7 +52,7 @@ def test_every_form_is_the_masked_form_while_all_find_a_slot(subject):
     plan = DenseToMoe(top_k=3).plan(subject.model, context(subject))
     masked = subject.output(converted(subject, plan, "masked"))
 
-    assert all(entry["overflow"] == 0 for entry in plan.facts["layers"].values())
+    assert all(entry["overflow"] == 0 for entry in plan.facts.layers.values())
     assert (masked - subject.output(subject.model)).abs().max() > 1e-2  # the comparisons below could fail
     apart = DenseToMoe(products="separate").rewrite(subject.copy(), plan)
     for model in (converted(subject, plan, "capacity"), converted(subject, plan, "nonzero"), apart):
@@ -68,7 +68,7 @@ def test_masking_the_dense_layers_units_is_the_masked_form(subject):
         module.router.register_forward_hook(lambda *call: seen.append(call[2].topk(2).indices.flatten().bincount()))
     subject.output(model)
 
-    for loads, facts in zip(seen, plan.facts["layers"].values(), strict=True):
+    for loads, facts in zip(seen, plan.facts.layers.values(), strict=True):
         padded = nn.functional.pad(loads, (0, 12 - len(loads)))
         assert padded.tolist() == facts["load"]
         assert sum(facts["load"]) == facts["samples"] * facts["tokens"] * 2
@@ -78,7 +78,7 @@ def test_the_layers_weights_are_kept_and_a_router_comes_on_top(subject):
     result = DenseToMoe().apply(subject.copy(), Context(calibration=[subject.inputs], example=subject.inputs))
 
     assert result.after.parameter_count == result.before.parameter_count + 2 * (32 * 12 + 12)
-    for facts in result.plan.facts["layers"].values():
+    for facts in result.plan.facts.layers.values():
         assert facts["active_share"] == 0.375  # a quarter shared, and 2 of 12 of the rest
 
 
@@ -90,7 +90,7 @@ def test_no_expert_leaves_the_pruned_layer(subject):
 
     for form in ("masked", "capacity", "nonzero"):
         torch.testing.assert_close(subject.output(converted(subject, plan, form)), subject.output(pruned))
-    assert all(facts["overflow"] == 0 for facts in plan.facts["layers"].values())
+    assert all(facts["overflow"] == 0 for facts in plan.facts.layers.values())
 
 
 def test_softmax_gates_are_not_normalised_over_the_chosen(dit):
@@ -149,7 +149,7 @@ def test_a_share_of_drops_buys_fewer_slots_and_is_reported(dit):
     roomy = DenseToMoe(headroom=2).plan(dit.model, context(dit))
     for path, entry in some.choice.items():
         assert entry.capacity <= exact.choice[path].capacity <= roomy.choice[path].capacity == 16
-        assert 0 <= some.facts["layers"][path]["overflow"] <= 0.5
+        assert 0 <= some.facts.layers[path]["overflow"] <= 0.5
 
     loads = routers.Loads(tokens=40)
     loads.add(torch.tensor([[[0]] * 30 + [[1]] * 10]), 2)
@@ -159,7 +159,7 @@ def test_a_share_of_drops_buys_fewer_slots_and_is_reported(dit):
 
 def test_overflow_is_told_of_calls_that_calibration_did_not_meet_and_can_be_limited(dit):
     met = context(dit)
-    told = DenseToMoe().plan(dit.model, met).facts["notes"]
+    told = DenseToMoe().plan(dit.model, met).facts.notes
     assert told[0].startswith("at most 0.00% of a layer's choices of experts find no slot on the calibration calls")
 
     def others(count, seed):
@@ -168,7 +168,7 @@ def test_overflow_is_told_of_calls_that_calibration_did_not_meet_and_can_be_limi
 
     new = replace(met, draw=others)
     two = DenseToMoe(experts=2, top_k=1, drop=0.9, router="random")  # of 16 tokens, 8 slots are the fewest
-    [note] = two.plan(dit.model, new).facts["notes"]
+    [note] = two.plan(dit.model, new).facts.notes
     share = float(note.removeprefix("at most ").partition("%")[0]) / 100
     assert 0 < share < 1
     assert "calls that calibration did not meet" in note
@@ -176,7 +176,7 @@ def test_overflow_is_told_of_calls_that_calibration_did_not_meet_and_can_be_limi
     with pytest.raises(ToolchainError, match="find no slot") as caught:
         two.model_copy(update={"max_overflow": share - 0.001}).plan(dit.model, new)
     assert "raise headroom" in caught.value.help
-    assert DenseToMoe(form="nonzero").plan(dit.model, new).facts["notes"] == []
+    assert list(DenseToMoe(form="nonzero").plan(dit.model, new).facts.notes) == []
 
 
 def alike(tensor, generator):
@@ -293,6 +293,41 @@ def test_strong_units_are_shared_and_the_others_dealt_in_turns(dit):
     assert by_chance.choice["blocks.0.mlp"].shared != tuple(range(40, 72))
 
 
+def test_units_that_answer_the_same_tokens_are_put_together_and_experts_are_of_one_size():
+    """Three kinds of unit, each awake on tokens of its own kind; five of the first kind, where four fit."""
+    kind = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 2])
+    rows = torch.arange(30).remainder(3)
+    sizes = (rows[:, None] == kind).float() * (1 + 0.1 * torch.rand(30, 12)) + 0.01 * torch.rand(30, 12)
+    found = clusters.clusters_of(sizes, 3)
+    assert sorted(unit for own in found for unit in own) == list(range(12))
+    assert [len(own) for own in found] == [4, 4, 4]
+    alike = [kind[own].bincount(minlength=3).max() for own in found]
+    assert sorted(alike) == [3, 4, 4]  # the fifth of the first kind goes where there is room
+    silent = torch.zeros(30, 12)
+    assert sorted(unit for own in clusters.clusters_of(silent, 3) for unit in own) == list(range(12))
+
+
+def test_clustered_experts_answer_more_like_the_dense_layer_than_those_dealt_in_turns(dit):
+    """Units of two directions: tokens of one direction need one expert where their units are together."""
+    model = dit.copy()
+    direction = torch.randn(32)
+    sign = torch.ones(128).index_fill(0, torch.randperm(128)[:64], -1)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.weight.copy_(sign[:, None] * direction + 0.05 * torch.randn(128, 32))
+            block.mlp.fc1.bias.zero_()
+    held = dit.output(model)
+    step = {"shared": 0.01, "experts": 2, "top_k": 1, "gate": "one", "form": "masked", "importance": "weight_norm"}
+    made = {
+        grouping: DenseToMoe(grouping=grouping, router="fitted", **step).apply(copy.deepcopy(model), context(dit))
+        for grouping in ("turns", "clustered")
+    }
+    dealt = made["clustered"].plan.choice["blocks.0.mlp"].experts
+    assert [len({float(sign[unit]) for unit in own}) for own in dealt] == [1, 1]
+    errors = {grouping: (dit.output(result.model) - held).norm() for grouping, result in made.items()}
+    assert errors["clustered"] < 0.5 * errors["turns"]
+
+
 def test_a_fitted_router_finds_the_expert_that_answers(dit):
     """Units that only some tokens wake are told from the tokens; a random router does not find them."""
     model = dit.copy()
@@ -345,8 +380,8 @@ def test_a_layer_that_never_runs_is_left_alone(dit):
     model = dit.copy()
     model.spare = copy.deepcopy(model.blocks[0])
     for importance in ("taylor", "weight_norm", "random"):
-        for router in ("balanced", "random"):
-            plan = DenseToMoe(importance=importance, router=router).plan(model, context(dit))
+        for router, grouping in (("balanced", "turns"), ("random", "clustered")):
+            plan = DenseToMoe(importance=importance, router=router, grouping=grouping).plan(model, context(dit))
             assert list(plan.choice) == ["blocks.0.mlp", "blocks.1.mlp"]
             assert plan.skipped == {"spare.mlp": "the calibration inputs never reach it"}
 

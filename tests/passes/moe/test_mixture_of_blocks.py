@@ -93,7 +93,7 @@ def test_silent_blocks_go(deep):
                 parameter.zero_()
     result = MixtureOfBlocks().apply(copy.deepcopy(deep), Context(calibration=calls()))
     assert result.plan.choice["blocks"] == KeptBlocks(kept=(1, 2, 5), of=6)
-    assert [row["agreement"]["blocks"] for row in result.plan.facts["buckets"]] == [1.0] * 4
+    assert [row.agreement["blocks"] for row in result.plan.facts.buckets] == [1.0] * 4
     assert torch.equal(run(result.model, calls()[0]), run(deep, calls()[0]))
 
 
@@ -124,22 +124,22 @@ def test_each_range_of_timesteps_keeps_what_matters_there():
     times = torch.tensor([10.0, 200, 499, 501, 700, 990, 1200])
     context = Context(calibration=[{"x": torch.ones(7, 3), "timestep": times}])
     plan = MixtureOfBlocks(buckets=2, bucket=1).plan(Timed(), context)
-    first, second = plan.facts["buckets"]
-    assert (first["kept"], second["kept"]) == ({"blocks": [0]}, {"blocks": [1]})
-    assert (first["samples"], second["samples"]) == (3, 4)
-    assert (first["from"], first["to"], second["to"]) == (0, 500, 1000)
+    first, second = plan.facts.buckets
+    assert (first.kept, second.kept) == ({"blocks": [0]}, {"blocks": [1]})
+    assert (first.samples, second.samples) == (3, 4)
+    assert (first.low, first.high, second.high) == (0, 500, 1000)
     assert plan.choice["blocks"].kept == (1,)
 
-    together = MixtureOfBlocks(buckets=1).plan(Timed(), context).facts["buckets"][0]
-    assert together["kept"] == {"blocks": [1]}
-    assert together["agreement"]["blocks"] == round(4 / 7, 6)
+    together = MixtureOfBlocks(buckets=1).plan(Timed(), context).facts.buckets[0]
+    assert together.kept == {"blocks": [1]}
+    assert together.agreement["blocks"] == round(4 / 7, 6)
 
 
 def test_a_range_that_no_sample_falls_into_takes_all_samples():
     context = Context(calibration=[{"x": torch.ones(3, 3), "timestep": torch.tensor([1.0, 2, 900])}])
-    rows = MixtureOfBlocks(buckets=4).plan(Timed(), context).facts["buckets"]
-    assert [row["samples"] for row in rows] == [2, 0, 0, 1]
-    assert [row["kept"]["blocks"] for row in rows] == [[0], [0], [0], [1]]
+    rows = MixtureOfBlocks(buckets=4).plan(Timed(), context).facts.buckets
+    assert [row.samples for row in rows] == [2, 0, 0, 1]
+    assert [row.kept["blocks"] for row in rows] == [[0], [0], [0], [1]]
 
 
 def test_one_timestep_may_serve_a_batch_and_a_last_group_may_be_short():
@@ -147,8 +147,8 @@ def test_one_timestep_may_serve_a_batch_and_a_last_group_may_be_short():
     model = Timed()
     model.blocks.append(Timed.Block(False))
     plan = MixtureOfBlocks(buckets=2).plan(model, context)
-    assert plan.facts["buckets"][1]["samples"] == 3
-    assert plan.facts["buckets"][1]["kept"]["blocks"] == [1, 2]
+    assert plan.facts.buckets[1].samples == 3
+    assert plan.facts.buckets[1].kept["blocks"] == [1, 2]
 
 
 def test_double_and_single_blocks_are_chosen_apart():
@@ -164,8 +164,8 @@ def test_double_and_single_blocks_are_chosen_apart():
         "img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3),
     }  # fmt: skip
     plan = MixtureOfBlocks(group=3, keep=2, high=1.0).plan(model, Context(calibration=[inputs]))
-    for row in plan.facts["buckets"]:
-        sizes = {path: len(kept) for path, kept in row["kept"].items()}
+    for row in plan.facts.buckets:
+        sizes = {path: len(kept) for path, kept in row.kept.items()}
         assert sizes == {"transformer_blocks": 2, "single_transformer_blocks": 3}
     with torch.no_grad():
         assert smaller(model, plan, 0)(**inputs).sample.isfinite().all()
@@ -246,9 +246,9 @@ def test_a_model_that_counts_timesteps_to_one_is_cut_there_and_empty_ranges_are_
     context = Context(calibration=[{"x": torch.ones(3, 3), "timestep": times}])
     for known in (context, replace(context, signature=sharing(timestep=(0, 1)))):
         plan = MixtureOfBlocks().plan(Timed(), known)
-        assert [row["to"] for row in plan.facts["buckets"]] == [0.25, 0.5, 0.75, 1]
-        assert [row["samples"] for row in plan.facts["buckets"]] == [2, 0, 0, 1]
-        assert "no calibration sample has a timestep of 0.25 to 0.5, 0.5 to 0.75" in plan.facts["notes"][0]
+        assert [row.high for row in plan.facts.buckets] == [0.25, 0.5, 0.75, 1]
+        assert [row.samples for row in plan.facts.buckets] == [2, 0, 0, 1]
+        assert "no calibration sample has a timestep of 0.25 to 0.5, 0.5 to 0.75" in plan.facts.notes[0]
 
 
 def test_what_holds_no_timestep_is_refused(deep):

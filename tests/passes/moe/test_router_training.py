@@ -117,7 +117,7 @@ def test_routers_alone_learn_to_answer_like_the_dense_layer(dit, gate):
 
     plan = Distill(steps=40, batch=1, lr=2e-2, balance=0, train=("*router",)).plan(student, taught(dit))
 
-    error = plan.facts["relative_error"]
+    error = plan.facts.relative_error
     assert error["after"] < 0.95 * error["before"]
     assert set(plan.choice) == {"blocks.0.mlp.router", "blocks.1.mlp.router"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
@@ -148,5 +148,5 @@ def test_the_weight_of_balance_spreads_the_load(dit, recompute):
 
 def test_a_whole_conversion_is_recovered(dit):
     student = converted(dit, form="nonzero")
-    error = Distill(steps=30, batch=1, lr=3e-3).plan(student, taught(dit)).facts["relative_error"]
+    error = Distill(steps=30, batch=1, lr=3e-3).plan(student, taught(dit)).facts.relative_error
     assert error["after"] < 0.6 * error["before"]

@@ -113,12 +113,12 @@ def test_what_a_target_lacks_is_found_and_the_rest_stays(dit):
     assert result.plan.choice["blocks.0.attn"].removed == (1, 2)
     torch.testing.assert_close(dit.output(result.model), dit.output(target), atol=1e-5, rtol=0)
     assert set(result.plan.skipped) == {"blocks.1.attn", "blocks.0.mlp"}
-    trials = result.plan.facts["trials"]
+    trials = result.plan.facts.trials
     assert [t["path"] for t in trials if t["what"] == "whole"] == [e.path for e in elements_of(dit.model)]
     assert [t["what"] for t in trials if t["path"] == "blocks.0.mlp"] == ["whole", "0-63", "64-127"]
     kept = [trial["score"] for trial in trials if trial["verdict"] == "kept"]
     assert kept == sorted(kept)
-    assert result.plan.facts["best"] == kept[-1]
+    assert result.plan.facts.best == kept[-1]
 
 
 def test_nothing_is_left_out_of_a_model_that_needs_everything(subject):
@@ -129,7 +129,7 @@ def test_nothing_is_left_out_of_a_model_that_needs_everything(subject):
 
     assert result.changed == ()
     assert list(result.plan.skipped.values()) == ["the model does worse without any of it"] * 4
-    assert [trial["verdict"] for trial in result.plan.facts["trials"]] == ["worse"] * 4
+    assert [trial["verdict"] for trial in result.plan.facts.trials] == ["worse"] * 4
     torch.testing.assert_close(result.model.state_dict(), before, atol=0, rtol=0)
 
 
@@ -137,8 +137,8 @@ def test_a_tolerance_is_kept_to_the_best_and_not_to_the_last(dit):
     """Each trial costs 1; with 1.5 to lose, only the first is kept."""
     step = ApproximateByAccuracy(score="mine", tolerance=1.5, gate=0)
     plan = step.plan(dit.model, scored(lambda model: -float(len(missing(model)))))
-    assert [trial["verdict"] for trial in plan.facts["trials"]] == ["kept", "worse", "worse", "worse"]
-    assert plan.facts["best"] == 0
+    assert [trial["verdict"] for trial in plan.facts.trials] == ["kept", "worse", "worse", "worse"]
+    assert plan.facts.best == 0
 
 
 @pytest.mark.parametrize(("gate", "trials"), [(0.5, 4 + 2 * 2 + 2 * 4), (0.1, 4)])
@@ -147,7 +147,7 @@ def test_parts_are_tried_only_where_the_whole_fails_narrowly(dit, gate, trials):
     size = sum(parameter.numel() for parameter in dit.model.parameters())
     score = scored(lambda model: -0.3 * (sum(parameter.numel() for parameter in model.parameters()) < size))
     plan = ApproximateByAccuracy(gate=gate, group=64).plan(dit.model, score)
-    assert len(plan.facts["trials"]) == trials
+    assert len(plan.facts.trials) == trials
     assert plan.choice == {}
 
 
@@ -158,14 +158,14 @@ def test_losses_pass_both_tests(dit):
 
     plan = ApproximateByAccuracy(losses="f.py:f", gate=0).plan(dit.model, context)
 
-    assert [(t["verdict"], t["loss"], t["no_worse"]) for t in plan.facts["trials"]] == [
+    assert [(t["verdict"], t["loss"], t["no_worse"]) for t in plan.facts.trials] == [
         ("worse, narrowly", 0.8, 2),
         ("kept", 0.95, 3),
         ("worse", 0.95, 4),
         ("worse", 9.0, 0),
     ]
     assert list(plan.choice) == ["blocks.1.attn"]
-    assert (plan.facts["start"], plan.facts["best"]) == (1, 0.95)
+    assert (plan.facts.start, plan.facts.best) == (1, 0.95)
 
 
 def test_hard_attention_comes_first_and_falls_away_with_the_layer(dit):
@@ -175,7 +175,7 @@ def test_hard_attention_comes_first_and_falls_away_with_the_layer(dit):
 
     plan = ApproximateByAccuracy(hard_attention=3, gate=0).plan(dit.model, scored(score))
 
-    assert [(t["path"], t["what"]) for t in plan.facts["trials"][:2]] == [
+    assert [(t["path"], t["what"]) for t in plan.facts.trials[:2]] == [
         ("blocks.0.attn", "hard"),
         ("blocks.1.attn", "hard"),
     ]
@@ -198,7 +198,7 @@ def test_a_layer_that_cannot_go_whole_is_tried_in_parts_and_keeps_the_last():
     model = nn.ModuleDict({"block": FluxSingleTransformerBlock(8, 2, 4, mlp_ratio=4.0)})
     context = scored(lambda model: -float(sum(p.numel() for p in model.parameters())))
     plan = ApproximateByAccuracy(group=16).plan(model, context)
-    trials = [t for t in plan.facts["trials"] if t["path"] == "block"]
+    trials = [t for t in plan.facts.trials if t["path"] == "block"]
     assert [(t["what"], t["verdict"]) for t in trials] == [
         ("whole", "cannot"),
         ("0-15", "kept"),

@@ -109,7 +109,7 @@ def test_influence_by_hand():
     numbers = (0.5, 0.1, 2.0, 0.3)
     plan = PruneDepth(count=2).plan(Stack(*numbers), Context(calibration=CALLS))
     wanted = {f"blocks.{i}": 1 - (1 + n * n) ** -0.5 for i, n in enumerate(numbers)}
-    assert plan.facts["influence"] == pytest.approx(wanted, rel=1e-4)
+    assert plan.facts.influence == pytest.approx(wanted, rel=1e-4)
     assert plan.choice == {"blocks": RemovedBlocks(removed=(1, 3), of=4)}
 
 
@@ -126,7 +126,7 @@ def test_greedy_removes_what_the_score_misses_least_and_logs_every_trial():
     plan = PruneDepth(count=2, method="greedy").plan(model, context)
 
     assert plan.choice == {"blocks": RemovedBlocks(removed=(0, 2), of=4)}
-    first, second = plan.facts["rounds"]
+    first, second = plan.facts.rounds
     assert (first["removed"], second["removed"]) == ("blocks.0", "blocks.2")
     assert [len(first["scores"]), len(second["scores"])] == [4, 3]
     assert second["scores"]["blocks.2"] == pytest.approx(1)
@@ -157,7 +157,7 @@ def test_of_two_streams_the_image_counts():
 
     for tokens in (3, 5):
         calls = [{"x": torch.randn(1, 3, 4), "text": torch.randn(1, tokens, 4)}]
-        found = PruneDepth(count=1).plan(Two(), Context(calibration=calls)).facts["influence"]
+        found = PruneDepth(count=1).plan(Two(), Context(calibration=calls)).facts.influence
         assert found == pytest.approx({"blocks.0": 0, "blocks.1": 0}, abs=1e-9)
 
 

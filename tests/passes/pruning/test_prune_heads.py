@@ -110,7 +110,7 @@ def test_taylor_finds_a_silent_head_that_weight_norm_takes_for_the_strongest(dit
     by_taylor = PruneHeads(importance="taylor").plan(model, Context(calibration=[dit.inputs]))
 
     assert all(entry.removed == (1,) for entry in by_taylor.choice.values())
-    assert all(max(scores) == scores[1] for scores in by_norm.facts["scores"].values())
+    assert all(max(scores) == scores[1] for scores in by_norm.facts.scores.values())
 
 
 def test_weight_norm_drops_a_head_whose_loud_values_taylor_hears(dit):
@@ -122,7 +122,7 @@ def test_weight_norm_drops_a_head_whose_loud_values_taylor_hears(dit):
     by_taylor = PruneHeads(importance="taylor").plan(model, Context(calibration=[dit.inputs]))
 
     assert all(entry.removed == (1,) for entry in by_norm.choice.values())
-    assert all(max(scores) == scores[1] for scores in by_taylor.facts["scores"].values())
+    assert all(max(scores) == scores[1] for scores in by_taylor.facts.scores.values())
 
 
 def test_taylor_of_a_last_linear_layer_is_what_leaving_a_head_out_changes():
@@ -137,7 +137,7 @@ def test_taylor_of_a_last_linear_layer_is_what_leaving_a_head_out_changes():
 
     plan = PruneHeads(importance="taylor").plan(layer, Context(calibration=[{"x": x}], seed=5))
 
-    torch.testing.assert_close(torch.tensor(plan.facts["scores"][""]), expected.detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(plan.facts.scores[""]), expected.detach(), rtol=1e-4, atol=0)
 
 
 def test_taylor_is_not_blind_behind_a_last_layer_norm():
@@ -149,7 +149,7 @@ def test_taylor_is_not_blind_behind_a_last_layer_norm():
     plan = PruneHeads(importance="taylor").plan(model, Context(calibration=[{"input": torch.randn(4, 5, 8)}]))
 
     assert removed(plan) == {"0": [2]}
-    assert sorted(plan.facts["scores"]["0"])[1] > 1
+    assert sorted(plan.facts.scores["0"])[1] > 1
 
 
 def test_equal_scores_are_broken_by_index():
@@ -214,8 +214,8 @@ def test_a_plan_is_repeatable_readable_and_replayed_without_data(subject, import
     models = [step.rewrite(subject.copy(), each) for each in (plan, replayed)]
 
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), atol=0, rtol=0)
-    assert set(plan.facts["scores"]) == set(subject.paths)
-    assert all(score == float(f"{score:.6g}") for scores in plan.facts["scores"].values() for score in scores)
+    assert set(plan.facts.scores) == set(subject.paths)
+    assert all(score == float(f"{score:.6g}") for scores in plan.facts.scores.values() for score in scores)
 
 
 def test_a_plan_can_be_replayed_where_there_are_no_weights(dit):
@@ -277,7 +277,7 @@ def test_progress_is_told():
     plan = PruneHeads(importance="taylor").plan(SelfAttention(8, 4), context)
 
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    assert plan.facts["calibration_batches"] == 3
+    assert plan.facts.calibration_batches == 3
 
 
 # What is left alone

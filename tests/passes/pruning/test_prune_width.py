@@ -111,7 +111,7 @@ def test_scores_by_hand():
         plan = PruneWidth(share=0.5, importance=importance).plan(nn.Sequential(layer), with_name(context))
         ranked = score.argsort().tolist()
         assert plan.choice["0"] == RemovedUnits(removed=tuple(sorted(ranked[:8])), of=16)
-        limits = plan.facts["scores"]["0"]
+        limits = plan.facts.scores["0"]
         assert limits["strongest_removed"] == pytest.approx(score[ranked[7]].item(), rel=1e-5)
         assert limits["weakest_kept"] == pytest.approx(score[ranked[8]].item(), rel=1e-5)
 
@@ -140,7 +140,7 @@ def test_taylor_by_hand():
 
     ranked = score.argsort().tolist()
     assert plan.choice[""].removed == tuple(sorted(ranked[:8]))
-    assert plan.facts["scores"][""]["strongest_removed"] == pytest.approx(score[ranked[7]].item(), rel=1e-4)
+    assert plan.facts.scores[""]["strongest_removed"] == pytest.approx(score[ranked[7]].item(), rel=1e-4)
 
 
 def test_both_projections_of_a_gated_layer_count():
@@ -180,7 +180,7 @@ def test_global_takes_the_weakest_wherever_they_are():
 
     assert plan.choice == {"1": RemovedUnits(removed=tuple(range(16)), of=32)}
     assert plan.skipped == {"0": "its units are all stronger than those that a share of 0.25 takes elsewhere"}
-    assert plan.facts["units"] == {"of": 64, "removed": 16}
+    assert plan.facts.units == {"of": 64, "removed": 16}
 
 
 def test_global_leaves_each_layer_its_floor():

@@ -136,7 +136,7 @@ def test_a_plan_is_repeatable_and_says_who_gains(dit, method):
     step, context = Sparsify24(method=method), Context(calibration=[dit.inputs], example=dit.inputs)
     plan = step.plan(dit.model, context)
     assert step.plan(dit.model, context).digest() == plan.digest()
-    assert "none on a CPU" in plan.facts["gains"]
+    assert "none on a CPU" in plan.facts.gains
     one = step.rewrite(dit.copy(), plan)
     two = step.rewrite(dit.copy(), Plan.from_json(plan.as_json(), plan.arrays, by=step.declared))
     torch.testing.assert_close(one.state_dict(), two.state_dict(), atol=0, rtol=0)

@@ -29,7 +29,7 @@ def test_every_family_computes_in_16_bits_and_answers_in_32(subject, dtype):
     assert 0 < error < (0.005 if dtype == "float16" else 0.05)
     assert result.after.bytes < 0.55 * result.before.bytes
     assert result.after.parameter_count == result.before.parameter_count
-    assert abs(result.plan.facts["error"] - error) < 1e-3
+    assert abs(result.plan.facts.error - error) < 1e-3
 
 
 class Filtered(nn.Module):
@@ -59,7 +59,7 @@ def test_a_constant_that_an_operator_takes_beside_converted_values_is_converted_
     wanted = model(**inputs)
     result = ConvertDtype().apply(model, context_for(inputs))
 
-    assert result.plan.facts["constants"] == ["fir"]
+    assert list(result.plan.facts.constants) == ["fir"]
     assert (result.model.fir.kernel.dtype, result.model.offset.dtype) == (torch.float16, torch.float32)
     torch.testing.assert_close(result.model(**inputs), wanted, atol=5e-3, rtol=5e-3)
 
@@ -224,7 +224,7 @@ def test_an_overflow_that_is_divided_by_is_found_and_its_layer_kept(kind, calm):
     result = ConvertDtype().apply(model, context_for(inputs))
     assert result.changed == ("other",)
     assert "come from within loud were not finite" in result.plan.skipped["loud"]
-    assert result.plan.facts["error"] < 0.01
+    assert result.plan.facts.error < 0.01
     with torch.no_grad():
         got = result.model(**inputs)
     assert float((got - wanted).norm() / wanted.norm()) < 0.01
@@ -257,10 +257,10 @@ def test_an_error_above_what_is_allowed_gives_layers_back_and_at_last_all(calm):
     context = context_for({"x": torch.randn(4, 32)})
     free = ConvertDtype(dtype="bfloat16").plan(Chain().eval(), context)
     assert len(free.choice) == 2
-    bound = free.facts["error"] * 0.95
+    bound = free.facts.error * 0.95
     tight = ConvertDtype(dtype="bfloat16", max_error=bound).plan(Chain().eval(), context)
     assert len(tight.choice) == 1
-    assert tight.facts["error"] <= bound
+    assert tight.facts.error <= bound
     assert any("the model's error was" in reason for reason in tight.skipped.values())
     none = ConvertDtype(dtype="bfloat16", max_error=1e-9).plan(Chain().eval(), context)
     assert none.choice == {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
-from enginewright.passes.kernel.scales import arithmetic, as_bytes, least_squares_limit, saturation
+from enginewright.passes.kernel.scales import Mix, arithmetic, as_bytes, least_squares_limit, saturation
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.quantize_int8 import QuantizeInt8
 
@@ -183,6 +183,6 @@ def test_the_plan_tells_the_mix_of_timesteps_that_it_was_calibrated_on(dit):
     calls = [{**dit.inputs, "t": torch.tensor([10, 20])}, {**dit.inputs, "t": torch.tensor([30, 900])}]
     plan = QuantizeInt8(smallest=0).plan(dit.model, Context(calibration=calls, example=calls[0]))
 
-    assert plan.facts["calibration_calls"] == 2
-    assert plan.facts["calibration_mix"]["t"] == {"samples": 4, "quantiles": [10.0, 17.5, 25.0, 247.5, 900.0]}
-    assert "x" not in plan.facts["calibration_mix"]
+    assert plan.facts.calibration_calls == 2
+    assert plan.facts.calibration_mix["t"] == Mix(samples=4, quantiles=[10.0, 17.5, 25.0, 247.5, 900.0])
+    assert "x" not in plan.facts.calibration_mix

@@ -49,10 +49,10 @@ def test_the_sensitive_layer_stays_and_the_others_go(chain):
 
     assert quantized(result.model) == {"a", "c"}
     assert result.plan.skipped == {"b": "more exact as it is"}
-    sensitivity = result.plan.facts["sensitivity"]
+    sensitivity = result.plan.facts.sensitivity
     assert sensitivity["b"][0] > 5 * max(sensitivity["a"][0], sensitivity["c"][0])
-    assert result.plan.facts["error"] <= 0.02
-    assert result.plan.facts["uniform"][0]["error"] > 0.02
+    assert result.plan.facts.error <= 0.02
+    assert result.plan.facts.uniform[0]["error"] > 0.02
     assert result.plan.choice["a"].pass_name == "quantize_int8"
 
 
@@ -64,7 +64,7 @@ def test_a_budget_is_kept_and_spent_where_it_matters(chain):
     result = SearchPrecision(candidates=(INT8,), budget=one_left).apply(model, context)
 
     assert quantized(result.model) == {"a", "c"}
-    assert result.plan.facts["cost_share"] <= one_left
+    assert result.plan.facts.cost_share <= one_left
     assert result.after.bytes <= one_left * result.before.bytes
 
 
@@ -72,12 +72,12 @@ def test_at_the_size_of_uniform_8_bits_it_is_never_worse(subject):
     calls = [subject.inputs]
     context = Context(calibration=calls, example=calls[0])
     free = SearchPrecision(candidates=(INT8,), budget=1.0).plan(subject.copy(), context)
-    [whole] = free.facts["uniform"]
+    [whole] = free.facts.uniform
     plan = SearchPrecision(candidates=(INT8,), budget=whole["cost_share"] + 1e-6).plan(subject.copy(), context)
 
-    assert plan.facts["cost_share"] <= whole["cost_share"]
-    assert plan.facts["error"] <= whole["error"]
-    assert free.facts["error"] == 0
+    assert plan.facts.cost_share <= whole["cost_share"]
+    assert plan.facts.error <= whole["error"]
+    assert free.facts.error == 0
     assert free.choice == {}
 
 
@@ -117,11 +117,11 @@ def test_cost_by_multiply_accumulates_weighs_calls(calm):
 
 def test_the_curve_falls_from_cheap_to_exact(chain):
     model, context = chain
-    points = SearchPrecision(candidates=(INT8,)).plan(model, context).facts["curve"]["points"]
+    points = SearchPrecision(candidates=(INT8,)).plan(model, context).facts.curve.points
     costs, errors = zip(*points, strict=True)
     assert list(costs) == sorted(costs)
     assert list(errors) == sorted(errors, reverse=True)
-    assert points[-1] == [1.0, 0.0]
+    assert points[-1] == (1.0, 0.0)
 
 
 def test_budgets_that_cannot_be_kept_and_passes_that_do_not_quantize_are_refused(chain):
@@ -195,14 +195,14 @@ def test_the_error_that_was_measured_is_that_of_the_model_that_comes_out(name, b
     result = step.apply(copy.deepcopy(model), context)
 
     assert result.changed
-    measured = result.plan.facts["error_in_pytorch"]
+    measured = result.plan.facts.error_in_pytorch
     assert measured > 1e-6
     assert error_of(result.model, original, context) == pytest.approx(measured, rel=1e-3)
     if not any(
         getattr(entry.decision, "rows", False) for entry in result.plan.choice.values()
     ):  # else engines compute more exactly
-        assert result.plan.facts["error"] == pytest.approx(measured, rel=1e-3)
-    assert result.plan.facts["uniform"][0]["error"] == pytest.approx(result.plan.facts["error"], rel=1e-3)
+        assert result.plan.facts.error == pytest.approx(measured, rel=1e-3)
+    assert result.plan.facts.uniform[0]["error"] == pytest.approx(result.plan.facts.error, rel=1e-3)
     replayed = step.rewrite(
         copy.deepcopy(model), Plan.from_json(result.plan.as_json(), result.plan.arrays, by=step.declared)
     )
@@ -321,7 +321,7 @@ def test_a_norm_is_divided_with_the_layers_behind_it_or_not_at_all(name, blocks)
     with torch.no_grad():
         model.blocks[0].a.weight *= 30  # so that one block is worth keeping
     free = SearchPrecision(candidates=(ALGORITHMS[name],), max_error=0.5).plan(copy.deepcopy(model), context)
-    everywhere = free.facts["uniform"][0]["error"]
+    everywhere = free.facts.uniform[0]["error"]
     result = SearchPrecision(candidates=(ALGORITHMS[name],), max_error=everywhere * 0.8).apply(
         copy.deepcopy(model), context
     )
@@ -329,13 +329,13 @@ def test_a_norm_is_divided_with_the_layers_behind_it_or_not_at_all(name, blocks)
         whole = {f"blocks.{number}.{child}" for child in ("norm", "a", "b")}
         assert whole <= set(result.changed) or not whole & set(result.changed), result.changed
     assert 0 < len(result.changed) < 8
-    assert error_of(result.model, model, context) == pytest.approx(result.plan.facts["error_in_pytorch"], rel=1e-3)
+    assert error_of(result.model, model, context) == pytest.approx(result.plan.facts.error_in_pytorch, rel=1e-3)
 
 
 def test_four_bits_cost_less_than_eight(blocks):
     model, context = blocks
     step = SearchPrecision(candidates=(INT8, ALGORITHMS["rounding"]), max_error=0.5)
-    eight, four = step.plan(copy.deepcopy(model), context).facts["uniform"]
+    eight, four = step.plan(copy.deepcopy(model), context).facts.uniform
     assert eight["cost_share"] == pytest.approx(0.28, abs=0.02)
     assert four["cost_share"] < 0.65 * eight["cost_share"]
     tight = SearchPrecision(candidates=(INT8, ALGORITHMS["rounding"]), budget=0.2).apply(model, context)
@@ -349,4 +349,4 @@ def test_candidates_of_other_kinds_stand_side_by_side(blocks):
     candidates = (ALGORITHMS["half precision"], ALGORITHMS["smoothquant"], ALGORITHMS["gptq"])
     result = SearchPrecision(candidates=candidates, budget=0.24, calls=3).apply(model, context)
     assert len({entry.pass_name for entry in result.plan.choice.values()}) > 1
-    assert error_of(result.model, original, context) == pytest.approx(result.plan.facts["error_in_pytorch"], rel=1e-3)
+    assert error_of(result.model, original, context) == pytest.approx(result.plan.facts.error_in_pytorch, rel=1e-3)

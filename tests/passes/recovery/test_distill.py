@@ -52,9 +52,9 @@ def test_a_pushed_student_comes_back(subject):
     left = (subject.output(result.model) - exact).norm() / (before - exact).norm()
     assert left < 0.6
     assert structure(result.model) == shape
-    error = result.plan.facts["relative_error"]
+    error = result.plan.facts.relative_error
     assert error["after"] < error["before"] * 0.6
-    assert result.plan.facts["loss"][1] < result.plan.facts["loss"][0]
+    assert result.plan.facts.loss[1] < result.plan.facts.loss[0]
     assert result.before == result.after
 
 
@@ -64,7 +64,7 @@ def test_a_student_that_equals_its_teacher_stays_as_it_is(subject):
 
     assert plan.choice == {}
     assert plan.arrays == {}
-    assert plan.facts["loss"] == [0, 0]
+    assert plan.facts.loss == [0, 0]
     owners = {name.rpartition(".")[0] for name, p in subject.model.named_parameters() if p.requires_grad}
     assert {plan.skipped[path] for path in owners} == {"training left its weights as they were"}
 
@@ -76,8 +76,8 @@ def test_every_loss_teaches_by_itself(subject):
     for name in ("features", "attention", "relation"):
         step = Distill(steps=12, batch=1, lr=2e-3, output=0, **{name: 1.0})
         plan = step.plan(student, taught(subject))
-        losses[name] = plan.facts["loss"]
-        assert plan.facts["aligned"] == {"the original": {name: 2}}
+        losses[name] = plan.facts.loss
+        assert plan.facts.aligned == {"the original": {name: 2}}
     if subject.paths[0] == "blocks.0.attn":  # weights of features follow the output loss, so theirs is no measure
         losses.pop("features")
     assert all(last < 0.8 * first for first, last in losses.values()), losses
@@ -107,8 +107,8 @@ def test_a_student_with_fewer_blocks_learns(dit):
         student, Context(calibration=[dit.inputs], original=deep)
     )
 
-    assert plan.facts["aligned"] == {"the original": {"features": 2, "attention": 2}}
-    assert plan.facts["relative_error"]["after"] < plan.facts["relative_error"]["before"] / 2
+    assert plan.facts.aligned == {"the original": {"features": 2, "attention": 2}}
+    assert plan.facts.relative_error["after"] < plan.facts.relative_error["before"] / 2
 
 
 def test_adapters_change_matrices_by_their_rank_and_nothing_else(dit):
@@ -162,7 +162,7 @@ def test_weights_in_16_bits_come_back_in_16_bits(calm):
     plan = Distill(steps=20, lr=1e-2).plan(student, context)
 
     assert plan.arrays["weight"].dtype == torch.bfloat16
-    assert plan.facts["relative_error"]["after"] < plan.facts["relative_error"]["before"]
+    assert plan.facts.relative_error["after"] < plan.facts.relative_error["before"]
 
 
 # Ways to compute
@@ -183,7 +183,7 @@ def test_bfloat16_products_teach_too(dit):
     plain, rough = (
         Distill(steps=15, batch=1, lr=3e-3, autocast=autocast).plan(student, taught(dit)) for autocast in (False, True)
     )
-    assert rough.facts["relative_error"]["after"] < rough.facts["relative_error"]["before"] / 2
+    assert rough.facts.relative_error["after"] < rough.facts.relative_error["before"] / 2
     assert plain.digest() != rough.digest()
 
 
@@ -225,17 +225,17 @@ def test_generated_calls_are_preferred_and_said(dit):
         return [dit.inputs] * count
 
     context = taught(dit, draw=draw)
-    assert Distill(steps=1, batch=2).plan(pushed(dit), context).facts["data"] == "generated"
+    assert Distill(steps=1, batch=2).plan(pushed(dit), context).facts.data == "generated"
     assert asked == [(32, 0)]
-    assert Distill(steps=1, data="calibration").plan(pushed(dit), context).facts["data"] == "calibration"
-    assert Distill(steps=1).plan(pushed(dit), taught(dit)).facts["data"] == "calibration"
+    assert Distill(steps=1, data="calibration").plan(pushed(dit), context).facts.data == "calibration"
+    assert Distill(steps=1).plan(pushed(dit), taught(dit)).facts.data == "calibration"
 
 
 def test_a_files_calls_are_those_of_the_context(dit):
     plan = Distill(steps=1, data="more.safetensors").plan(
         pushed(dit), Context(original=dit.model, calls_in={"more.safetensors": [dit.inputs]}.__getitem__)
     )
-    assert plan.facts["data"] == "file"
+    assert plan.facts.data == "file"
 
 
 def test_another_teacher_pulls_its_way(dit):

@@ -86,8 +86,8 @@ def test_teachers_that_equal_the_base_leave_it_bit_for_bit(dit):
     teachers = {"a": dit.model, "b": dit.copy()}
     result = MergeModels(teachers=("a", "b"), steps=3, lr=0.1, **FAST).apply(dit.copy(), world(dit, teachers))
 
-    assert result.plan.facts["loss"] == [0, 0]
-    for error in result.plan.facts["relative_error"].values():
+    assert result.plan.facts.loss == [0, 0]
+    for error in result.plan.facts.relative_error.values():
         assert set(error.values()) == {TINY_ERROR}
     assert set(result.plan.choice) == {"t_embedder"}
     for style in (torch.tensor([[1.0, 0.0]]), torch.tensor([[0.4, 0.6], [0.0, 1.0]])):
@@ -101,7 +101,7 @@ def test_two_teachers_are_nearer_in_their_styles_than_to_the_mean_of_their_weigh
     step = MergeModels(teachers=("base", "other"), steps=60, lr=4e-3, start=start, **FAST)
     result = step.apply(dit.copy(), world(dit, teachers))
 
-    errors = result.plan.facts["relative_error"]
+    errors = result.plan.facts.relative_error
     assert (errors["base"]["before"] == TINY_ERROR) is (start == "base")
     for number, (name, error) in enumerate(errors.items()):
         assert error["after"] < 0.5 * error["mean_of_weights"]
@@ -112,7 +112,7 @@ def test_two_teachers_are_nearer_in_their_styles_than_to_the_mean_of_their_weigh
         far = answer(dit, result.model, style=one_hot(1 - number, 2))
         assert (found - wanted).norm() / wanted.norm() == pytest.approx(error["after"], rel=1e-3)
         assert (found - wanted).norm() < 0.5 * (far - wanted).norm()
-    assert "to teacher 'other'" in result.plan.facts["notes"][1]
+    assert "to teacher 'other'" in result.plan.facts.notes[1]
 
 
 def test_features_alone_can_be_left_out_and_count_otherwise(dit):
@@ -120,7 +120,7 @@ def test_features_alone_can_be_left_out_and_count_otherwise(dit):
     losses = [
         MergeModels(teachers=("a", "b"), steps=1, features=weight, **FAST)
         .plan(dit.model, world(dit, teachers))
-        .facts["loss"][0]
+        .facts.loss[0]
         for weight in (0, 0.5)
     ]
     assert losses[1] > 1.1 * losses[0] > 0

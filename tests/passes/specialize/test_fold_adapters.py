@@ -14,19 +14,8 @@ from enginewright.passes.contract import Context
 from enginewright.passes.kernel import plain
 from enginewright.passes.specialize import fold_adapters
 from enginewright.passes.specialize.adapter_files import FoldedAdapter
-from enginewright.passes.specialize.fold_adapters import FoldAdapters
-
-PATHS = ("blocks.0.attn.qkv", "blocks.1.mlp.fc1", "x_embedder.proj")
-
-
-def factors(model, paths=PATHS, rank=3):
-    """Random A and B for each layer."""
-    found = {}
-    for path in paths:
-        weight = model.get_submodule(path).weight
-        rest = [1] * (weight.ndim - 2)
-        found[path] = torch.randn(rank, *weight.shape[1:]) / 4, torch.randn(weight.shape[0], rank, *rest) / 4
-    return found
+from enginewright.passes.specialize.fold_adapters import AdapterFacts, FoldAdapters
+from tests.passes.specialize.adapters import FORMS, PATHS, factors, flux, unet, written
 
 
 def beside(model, pairs, factor):
@@ -42,22 +31,6 @@ def beside(model, pairs, factor):
     return model
 
 
-FORMS = {
-    "peft": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
-    "peft_default": ("{}.lora_A.default.weight", "{}.lora_B.default.weight"),
-    "diffusers": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
-    "down_up": ("{}.lora_down.weight", "{}.lora_up.weight"),
-}
-
-
-def written(folder, pairs, form="peft", more=None):
-    down, up = FORMS[form]
-    tensors = {down.format(path): pair[0] for path, pair in pairs.items()}
-    tensors |= {up.format(path): pair[1] for path, pair in pairs.items()}
-    save_file({**tensors, **(more or {})}, folder / "lora.safetensors")
-    return Context(folder=folder)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_folded_adapter_is_one_that_runs_beside(dit, tmp_path, form):
     pairs = factors(dit.model)
@@ -70,7 +43,8 @@ def test_a_folded_adapter_is_one_that_runs_beside(dit, tmp_path, form):
     assert (wanted - before).abs().max() > 1e-2
     assert set(result.changed) == set(PATHS)
     assert result.before == result.after
-    assert result.plan.facts == {"fusable": True, "unmatched": []}
+    words = "'lora.safetensors' is fusable: it went into the weights of 3 layers; graph and cost are the base's"
+    assert result.plan.facts == AdapterFacts(fusable=True, unmatched=(), notes=(words,))
 
 
 @pytest.mark.parametrize(("key", "parameter", "factor"), [(None, None, 1), (None, 12, 4), (6.0, None, 2), (6.0, 12, 2)])
@@ -162,8 +136,9 @@ def test_what_matches_nothing_is_listed(dit, tmp_path):
         FoldAdapters(file="lora.safetensors", alpha=3).plan(dit.model, context)
     assert caught.value.help == "unmatched: blocks.9.attn.qkv (down only), text.bias"
     plan = FoldAdapters(file="lora.safetensors", alpha=3, partly=True).plan(dit.model, context)
-    assert plan.facts["fusable"] is False
-    assert plan.facts["unmatched"] == ["blocks.9.attn.qkv (down only)", "text.bias"]
+    assert plan.facts.fusable is False
+    assert plan.facts.unmatched == ("blocks.9.attn.qkv (down only)", "text.bias")
+    assert plan.facts.notes == ("'lora.safetensors' is fusable in part: 1 layers; 2 of its entries are left out",)
 
 
 def test_a_recipe_that_moves_takes_its_file_along():
@@ -291,15 +266,6 @@ def run_by_peft(model, same, alpha, *, dora=False):
     return adapted
 
 
-def flux():
-    from diffusers import FluxTransformer2DModel
-
-    torch.manual_seed(0)
-    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
-    more = {"joint_attention_dim": 16, "pooled_projection_dim": 16, "in_channels": 4, "axes_dims_rope": (4, 2, 2)}
-    return FluxTransformer2DModel(**sizes, **more).eval()
-
-
 def test_keys_of_kohya_for_the_original_flux_are_renamed_by_diffusers(tmp_path):
     def given(names):  # name -> (layers of diffusers, in the order that the original holds them in one)
         tensors, same = {}, {}
@@ -345,22 +311,6 @@ def test_keys_of_kohya_for_the_original_flux_are_renamed_by_diffusers(tmp_path):
     save_file(tensors | more, tmp_path / "lora.safetensors")
     with pytest.raises(ToolchainError, match="1 entries of 'lora.safetensors' match no layer"):  # noqa: RUF043
         step.plan(flux(), Context(folder=tmp_path))
-
-
-def unet():
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=2,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
 
 
 ATTENTION = "attentions.0.transformer_blocks.0.attn1.to_q"

@@ -143,9 +143,9 @@ def test_the_plan_names_what_hangs_on_constants_alone(name):
         }
         assert changed == cross
     facts = result.plan.facts
-    assert result.before.macs - result.after.macs == facts["macs_once"]
-    assert facts["macs_per_step"] == result.after.macs == macs(result.model, subject.inputs)
-    assert facts["bytes_once"] == sum(
+    assert result.before.macs - result.after.macs == facts.macs_once
+    assert facts.macs_per_step == result.after.macs == macs(result.model, subject.inputs)
+    assert facts.bytes_once == sum(
         4 * p.numel() for path in changed for p in subject.model.get_submodule(path).parameters()
     )
     assert program_of(result.model).hoisted[""].constant == constant
@@ -201,7 +201,7 @@ def test_weights_that_a_step_shares_are_not_counted_as_prepared():
 
     subject = Subject(model=Tied(), inputs={"x": torch.ones(2, 4), "y": torch.ones(2, 4)}, paths=())
     facts = applied(subject, ("y",)).plan.facts
-    assert (facts["bytes_once"], facts["macs_once"], facts["macs_per_step"]) == (0, 32, 32)
+    assert (facts.bytes_once, facts.macs_once, facts.macs_per_step) == (0, 32, 32)
 
 
 def test_both_graphs_build(dit, tmp_path):
@@ -221,7 +221,7 @@ def test_both_graphs_build(dit, tmp_path):
 
 def test_what_stays_the_same_over_a_run_is_known_by_its_role(dit):
     result = applied(dit, ())
-    assert result.plan.facts["constant"] == ["y"]
+    assert result.plan.facts.constant == ("y",)
     assert applied(dit, ("y",)).plan.digest() == result.plan.digest()
     with pytest.raises(ToolchainError, match="no input of the model is known to stay the same over a run"):
         HoistConstants().plan(nn.Linear(2, 2), Context(calibration=[{"input": torch.zeros(1, 2)}]))

@@ -26,7 +26,7 @@ FILE = "ic-lora-tiny.safetensors"
 @pytest.fixture(scope="module")
 def loaded() -> Any:
     """The network of the recipe that ships."""
-    return sources.load(f"py:{FOLDER}/tiny_denoisers.py:flux")
+    return sources.load(f"py:{FOLDER}/tiny_networks.py:flux_of_any_size")
 
 
 def velocity(model: nn.Module, loaded: Any) -> Tensor:
@@ -47,9 +47,9 @@ def apart(one: Tensor, other: Tensor) -> float:
 def test_the_file_that_ships_adapts_every_linear_layer_of_the_blocks(loaded: Any, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    import tiny_denoisers  # type: ignore[import-not-found]
+    import tiny_networks  # type: ignore[import-not-found]
 
-    tensors, wanted = load_file(FOLDER / FILE), tiny_denoisers.adapter()
+    tensors, wanted = load_file(FOLDER / FILE), tiny_networks.adapter()
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
     changed = folded(loaded).changed

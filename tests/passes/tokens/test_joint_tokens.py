@@ -82,7 +82,7 @@ def test_nothing_asked_for_changes_nothing(name, step):
 def test_image_tokens_alone_are_counted(name):
     subject = JOINT[name]()
     facts = MergeTokens(r=2).plan(subject.model, Context(example=subject.inputs)).facts
-    assert set(facts["tokens"].values()) == {{"sd3": 16, "flux": 9}[name]}
+    assert set(facts.tokens.values()) == {{"sd3": 16, "flux": 9}[name]}
 
 
 # Merging within a block

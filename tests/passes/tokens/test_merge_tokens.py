@@ -148,7 +148,7 @@ def test_r_is_clipped_to_half_of_what_is_there():
     subject = vit("sdpa")
     result = MergeTokens(r=50).apply(subject.copy(), Context(example=subject.inputs))
     assert result.plan.choice == {"layers.0": MergedTokens(merge=8), "layers.1": MergedTokens(merge=4)}
-    assert result.plan.facts == {"tokens": {"layers": 17}}
+    assert result.plan.facts.as_json() == {"tokens": {"layers": 17}}
     assert [s.shape[1] for s in sizes_along(result.model, subject.inputs)] == [9, 5]
 
 

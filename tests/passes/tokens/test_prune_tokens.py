@@ -68,18 +68,18 @@ def test_the_plan_shows_which_tokens_of_calibration_inputs_stay(subject):
     plan = PruneTokens(keep=0.6).plan(subject.model, Context(calibration=[subject.inputs]))
     maps = keep_maps(PruneTokens(keep=0.6).rewrite(subject.copy(), plan), subject.inputs)
     leading = 0 if "dit" in type(subject.model).__name__.lower() else 1
-    assert len(plan.facts["maps"]) == 2, "one for each of the batch"
-    for shown, passed in zip(plan.facts["maps"], maps[:, :, leading:].sum(1), strict=True):
-        assert [left for row in shown["left"] for left in row] == passed.tolist()
+    assert len(plan.facts.maps) == 2, "one for each of the batch"
+    for shown, passed in zip(plan.facts.maps, maps[:, :, leading:].sum(1), strict=True):
+        assert [left for row in shown.left for left in row] == passed.tolist()
         side = math.isqrt(len(passed))
-        assert len(shown["left"]) == (side if side * side == len(passed) else 1)
-        assert shown["borders"] == 2
+        assert len(shown.left) == (side if side * side == len(passed) else 1)
+        assert shown.borders == 2
     pictures = [x for x in subject.inputs.values() if x.ndim == 4 and x.shape[1] in (1, 3)]
-    for number, shown in enumerate(plan.facts["maps"]):
+    for number, shown in enumerate(plan.facts.maps):
         if not pictures:
-            assert shown["picture"] == []
+            assert shown.picture == ()
             continue
-        values = torch.tensor(shown["picture"])
+        values = torch.tensor(shown.picture)
         assert (values.min(), values.max()) == (0, 255)
         by_hand = pictures[0][number]
         darkest = by_hand.unflatten(1, (len(values), -1)).unflatten(3, (len(values), -1)).mean((2, 4)).argmin()

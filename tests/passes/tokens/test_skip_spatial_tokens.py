@@ -87,7 +87,7 @@ def test_tokens_that_the_feed_forward_hardly_moves_pass_by(dit):
     calls = [{**dit.inputs, "x": torch.randn(2, 4, 8, 8)} for _ in range(24)]
     step = SkipSpatialTokens(exclude=("blocks.1",))
     result = step.apply(dit.copy(), Context(calibration=calls, example=dit.inputs))
-    facts = result.plan.facts["blocks.0"]
+    facts = result.plan.facts.model_extra["blocks.0"]
     assert facts["moves_kept"] > 0.9 * facts["moves_kept_at_best"] > 0.6
     weight = result.plan.arrays["blocks.0.router.weight"][0]
     assert weight.abs().argmax() == 3
@@ -101,7 +101,7 @@ def test_as_many_score_above_a_half_as_run(dit):
     run.steps[0].router.products.register_forward_hook(lambda *args: scores.append(args[2].sigmoid()))
     dit.output(result.model)
     assert (scores[0] > 0.5).sum() == 24  # of 32 in two samples
-    shares = result.plan.facts["blocks.0"]["samples_with_more_above_half"]
+    shares = result.plan.facts.model_extra["blocks.0"]["samples_with_more_above_half"]
     assert shares == ((scores[0] > 0.5).sum(dim=1) > 12).float().mean()
 
 

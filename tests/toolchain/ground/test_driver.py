@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from enginewright.ground.driver import Driver, Memory, Values
+from enginewright.ground.driver import Driver, Memory, Values, in_groups
 from enginewright.ground.errors import ToolchainError
 from enginewright.ground.program import Call, Network, Program, StateTensor, Table, Way, by_timestep, in_turn, parted
 from enginewright.ground.signature import InputSpec
@@ -250,3 +250,16 @@ def test_new_entries_are_written_where_the_call_stands_and_nothing_else_changes(
         run({"x": second, "position": np.asarray(5)})
     run({"x": first, "position": np.asarray(0)})
     assert seen[-1]["kept"].tolist() == np.full((1, 1, 5, 2), -1.0).tolist(), "another sequence starts anew"
+
+
+def test_rows_of_calls_that_follow_fill_a_group() -> None:
+    calls = [{"x": np.array([2 * i, 2 * i + 1]), "ids": np.array([7])} for i in range(3)]
+    grouped = in_groups(calls, ("ids",), 3, np.concatenate)
+    assert [list(call["x"]) for call in grouped] == [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 1], [4, 5, 0, 1, 2, 3]]
+    assert all(list(call["ids"]) == [7] for call in grouped)
+    assert [list(call["x"]) for call in in_groups(calls, ("ids",), 2, np.concatenate)] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_calls_of_other_sizes_do_not_fill_one() -> None:
+    calls = [{"x": np.zeros((2, 4))}, {"x": np.ones((2, 5))}]
+    assert [call["x"].shape for call in in_groups(calls, (), 4, np.concatenate)] == [(4, 4), (4, 5)]

@@ -59,28 +59,33 @@ SHORTENS = ("merge_tokens", "merge_unmerge_tokens", "prune_tokens", "skip_spatia
 QUANTIZES = ("quantize_int8", "quantize_fp8", "quantize_svd", "quantize_weights", "search_precision")
 NOT_AFTER = {
     **dict.fromkeys(QUANTIZES, QUANTIZES),
-    **dict.fromkeys(("merge_tokens", "merge_unmerge_tokens", "prune_tokens"), SHORTENS),
+    **dict.fromkeys(("merge_tokens", "merge_unmerge_tokens", "prune_tokens"), (*SHORTENS, "couple_streams")),
     **dict.fromkeys(("prune_depth", "prune_heads"), QUANTIZES),
     **dict.fromkeys(("prune_width", "approximate_by_accuracy", "sparsify_2_4"), (*QUANTIZES, "sparsify_2_4")),
+    "adapters_as_inputs": ("mixture_of_blocks", "slice_width_by_timestep", "reuse_blocks"),
     "convert_dtype": (*QUANTIZES, "convert_dtype"),
+    "couple_streams": (
+        *(*SHORTENS, "couple_streams"),
+        *("mixture_of_blocks", "slice_width_by_timestep", "reuse_blocks"),
+    ),
     "dense_to_moe": (*QUANTIZES, "dense_to_moe"),
     "distill": (*QUANTIZES, "reuse_blocks"),
     "factorize": (*QUANTIZES, "factorize", "sparsify_2_4"),
     "hoist_constants": ("hoist_constants",),
-    "merge_guidance": ("merge_guidance", "perturb_heads", "reuse_blocks"),
+    "merge_guidance": ("merge_guidance", "perturb_heads", "couple_streams"),
     "merge_models": ("*",),
-    "mixture_of_blocks": ("mixture_of_blocks", "slice_width_by_timestep", "reuse_blocks"),
+    "mixture_of_blocks": ("mixture_of_blocks", "slice_width_by_timestep", "reuse_blocks", "couple_streams"),
     "perturb_heads": (*QUANTIZES, "perturb_heads", "select_heads", "reuse_blocks"),
     "quantize_graph_int8": ("quantize_graph_int8",),
     "reuse_blocks": (
         *("reuse_blocks", "slice_width_by_timestep", "merge_guidance"),
-        *("fix_inputs", "perturb_heads", "mixture_of_blocks"),
+        *("fix_inputs", "perturb_heads", "mixture_of_blocks", "couple_streams"),
     ),
     "select_heads": (*QUANTIZES, "perturb_heads", "select_heads"),
-    "skip_spatial_tokens": (*SHORTENS, "reuse_blocks"),
+    "skip_spatial_tokens": (*SHORTENS, "reuse_blocks", "couple_streams"),
     "slice_width_by_timestep": (
         *(*QUANTIZES, "slice_width_by_timestep", "fix_inputs"),
-        *("perturb_heads", "mixture_of_blocks", "reuse_blocks"),
+        *("perturb_heads", "mixture_of_blocks", "reuse_blocks", "couple_streams"),
     ),
 }
 """The pairs that do not work, or that nobody has shown to: by the later step, what may not come before it."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from enginewright.ground.signature import NAMES, ROLES, Dim, InputSpec, Signature, role_of
+import pytest
+
+from enginewright.ground.errors import ToolchainError
+from enginewright.ground.signature import NAMES, ROLES, Dim, InputSpec, Signature, in_multiples, role_of
 
 ROWS = Dim(name="batch", low=1, typical=2, high=8)
 
@@ -35,3 +38,22 @@ def test_rows_and_ranges_follow_from_the_inputs() -> None:
     signature = Signature((x, ids))
     assert signature.shared == ("img_ids",)
     assert signature.ranges == {"x": (-1, 1)}
+
+
+def test_rows_that_belong_together_come_in_multiples() -> None:
+    tokens = Dim(name="tokens", low=1, typical=4, high=9)
+    specs = (InputSpec(name="x", shape=(ROWS, tokens)), InputSpec(name="img_ids", shape=(tokens, 3)))
+    x, ids = in_multiples(specs, 3)
+    assert x.shape == (Dim(name="batch", low=3, typical=3, high=6, multiple_of=3), tokens)
+    assert ids == specs[1]
+    assert in_multiples(specs, 1) == specs
+    even = (InputSpec(name="x", shape=(Dim(name="batch", low=2, typical=4, high=64, multiple_of=2),)),)
+    assert in_multiples(even, 3)[0].shape == (Dim(name="batch", low=6, typical=6, high=60, multiple_of=6),)
+    assert in_multiples((InputSpec(name="x", shape=(6, 3)),), 3)[0].shape == (6, 3)
+
+
+def test_rows_that_cannot_belong_together_are_refused() -> None:
+    with pytest.raises(ToolchainError, match="batch is at most 8, and 9 rows would have to belong together"):
+        in_multiples((InputSpec(name="x", shape=(ROWS,)),), 9)
+    with pytest.raises(ToolchainError, match="a call has 4 rows, and 3 of them would have to belong together"):
+        in_multiples((InputSpec(name="x", shape=(4, 3)),), 3)

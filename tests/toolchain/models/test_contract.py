@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
 
 from enginewright import catalog, sources
 from enginewright.ground.signature import Dim
+from enginewright.show import describe
 from enginewright.sources.reference import WEIGHTS, outputs_of, sizes_of
 from enginewright.validation.inputs import draw
 
@@ -45,6 +49,33 @@ def test_every_size_describes_itself(name: str) -> None:
         assert any(isinstance(d, Dim) and d.name == "batch" for spec in specs for d in spec.shape), size
     for size in module.SHIPPED:
         assert (WEIGHTS / f"{name}-{size}.safetensors").is_file()
+
+
+LONG = ("splitflux:dev",)
+"""Sizes that take long to count, though they are the last that were published."""
+
+
+def every_size() -> list[Any]:
+    """All sizes of all models; but for the last published one and those that are small with the mark ``slow``."""
+    found = []
+    for name in catalog.entries("models"):
+        module = catalog.load("models", name)
+        tried = {*list(module.PUBLISHED)[-1:], *module.SHIPPED, "tiny"}
+        for size in sizes_of(module):
+            text = f"{name}:{size}"
+            marks = () if size in tried and text not in LONG else (pytest.mark.slow,)
+            found.append(pytest.param(text, id=text, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("text", every_size())
+def test_every_size_is_shown_with_no_weight_in_memory(text: str) -> None:
+    found = describe(text)
+    assert json.loads(json.dumps(found)) == found
+    assert found["parameter_count"] > 0
+    assert found["macs"] > 0
+    assert [each["name"] for each in found["inputs"]]
+    assert found["outputs"]
 
 
 def test_shipped_weights_stay_small() -> None:

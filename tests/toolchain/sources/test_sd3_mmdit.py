@@ -23,7 +23,7 @@ TOKENS, TEXT, WIDTH, HEADS = 16, 5, 32, 4
 def network() -> Any:
     """The one of the recipe that ships."""
     folder = catalog.recipe_path("sd3-mmdit-tiny").parent
-    return sources.load(f"py:{folder}/tiny_denoisers.py:sd3").module.requires_grad_(False)
+    return sources.load(f"py:{folder}/tiny_networks.py:sd3").module.requires_grad_(False)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_without_gates_a_block_gives_both_streams_as_they_were(network: Any) -> 
 
 def test_all_modulation_is_computed_apart_from_the_tokens() -> None:
     folder = catalog.recipe_path("sd3-mmdit-tiny").parent
-    model = sources.load(f"py:{folder}/tiny_denoisers.py:sd3")
+    model = sources.load(f"py:{folder}/tiny_networks.py:sd3")
     example = tensors(model.batches(1, 3))[0]
     step = HoistConstants(constant=("timestep", "pooled_projections"))
     plan = step.plan(model.module, Context(example=example))
@@ -125,8 +125,8 @@ def test_all_modulation_is_computed_apart_from_the_tokens() -> None:
     assert len(norms) == 3 * 2 + 1
     vectors = 2 * 12 + (6 + 2) + 2  # of two blocks, the last, and the norm after it
     once = 2 * ((256 + 10 + 2 * WIDTH) * WIDTH + vectors * WIDTH**2)  # two rows
-    assert plan.facts["macs_once"] == once
-    assert plan.facts["macs_per_step"] == macs(model.module, example) - once
+    assert plan.facts.macs_once == once
+    assert plan.facts.macs_per_step == macs(model.module, example) - once
 
 
 def silus(module: Any, paths: Any) -> set[str]:

@@ -17,9 +17,9 @@ Shapes: B batch, T text tokens, I image tokens, N = T + I tokens of a single blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from enginewright.ground.errors import require
 from enginewright.ground.signature import InputSpec
-from enginewright.passes.kernel.surgery import share
+from enginewright.models.blocks.low_rank import LowRank, Product, products, with_added
+from enginewright.passes.traits import AdaptedLayer
 from enginewright.sources.contract import Published
 from enginewright.sources.denoisers import FlatFlux, flux_inputs
 
 Part = Literal["content", "style"]
-Use = Literal["content", "style", "both"]
 TARGETS = ("to_q", "to_k", "to_v")
 LOSS_WEIGHT = 0.1
 """What ``complementary_loss``, summed over the gated layers, is multiplied by beside the denoising loss."""
@@ -122,48 +122,12 @@ OUTPUTS = ("velocity",)
 FIGURES = {"dev": (Published(figure="adapter_parameter_count", value="43.65 M", source="arXiv:2511.15258"),)}
 
 
-class Product(nn.Module):
-    """A product B A of low rank, A (r, D_in) and B (D_out, r); B starts at zero."""
-
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        super().__init__()
-        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.down = nn.Linear(linear.in_features, rank, bias=False, **like)  # A; its start is not given in the paper
-        self.up = nn.Linear(rank, linear.out_features, bias=False, **like)  # B
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor, scale: Tensor | float) -> Tensor:
-        """X (B, N, D_in), scale one number or (B, N, 1) -> scale * B A x (B, N, D_out), scaled at the rank's width."""
-        return self.up(self.down(x) * scale)
-
-    def matrix(self) -> Tensor:
-        """B A (D_out, D_in) in double precision."""
-        return self.up.weight.detach().double() @ self.down.weight.detach().double()
-
-
-class LowRank(nn.Module):
-    """A linear layer and a low-rank product beside it: W x + alpha B A x."""
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float = 1.0, *, part: Part = "style") -> None:
-        super().__init__()
-        self.base = linear
-        self.product = Product(linear, rank)
-        self.alpha = alpha
-        self.part = part
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (B, N, D_in) -> (B, N, D_out)."""
-        return self.base(x) + self.product(x, self.alpha)
-
-    def merged(self) -> nn.Linear:
-        """The linear layer that computes the same."""
-        return with_added(self.base, self.alpha * self.product.matrix())
-
-
-class GatedLowRank(nn.Module):
+class GatedLowRank(nn.Module, AdaptedLayer):
     """A linear layer and two products mixed by a gate for each token: W x + g B_cnt A_cnt x + (1 - g) B_res A_res x."""
 
     part: Part = "content"
+    branches: ClassVar[tuple[str, ...]] = ("content", "residual")
+    mixed_by: ClassVar[str] = "a gate mixes its two branches anew for each token"
 
     def __init__(self, linear: nn.Linear, rank: int, residual_rank: int, *, text: int) -> None:
         super().__init__()
@@ -187,18 +151,17 @@ class GatedLowRank(nn.Module):
         g = self.gate(x)
         return self.base(x) + self.content(x, g) + self.residual(x, 1 - g)
 
-    def merged(self) -> nn.Linear:
-        """The linear layer of the content's branch alone, as if every gate were 1."""
-        return with_added(self.base, self.content.matrix())
+    def branch(self, name: str) -> Product:
+        """One of the two branches: where every gate is 1 the content's is left, where it is 0 the residual's."""
+        return self.content if name == "content" else self.residual
 
+    def merged(self, branch: str = "content") -> nn.Linear:
+        """The linear layer of one branch alone, as if every gate were at its end."""
+        return with_added(self.base, self.branch(branch).matrix())
 
-def with_added(linear: nn.Linear, delta: Tensor) -> nn.Linear:
-    """A layer with ``delta`` (D_out, D_in) added to its weight in double precision, rounded once; same bias."""
-    result = share(linear)
-    assert isinstance(result, nn.Linear)
-    weight = (linear.weight.detach().double() + delta).to(linear.weight.dtype)
-    result.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    return result
+    def held_at(self, branch: str) -> LowRank:
+        """The same, unmerged."""
+        return LowRank(self.base, self.branch(branch), part=self.part).train(self.training)
 
 
 def attach(flux: nn.Module, config: Config) -> nn.Module:
@@ -209,39 +172,13 @@ def attach(flux: nn.Module, config: Config) -> nn.Module:
             rank, low = config.rank - config.residual_rank, config.residual_rank
             setattr(blocks[i].attn, name, GatedLowRank(getattr(blocks[i].attn, name), rank, low, text=config.text))
         for i in config.boundary:
-            rank, alpha = config.rank // config.alpha, config.alpha
-            setattr(blocks[i].attn, name, LowRank(getattr(blocks[i].attn, name), rank, alpha, part="content"))
+            linear, alpha = getattr(blocks[i].attn, name), config.alpha
+            product = Product(linear, config.rank // alpha)
+            setattr(blocks[i].attn, name, LowRank(linear, product, alpha, part="content"))
         for i in config.style:
-            setattr(blocks[i].attn, name, LowRank(getattr(blocks[i].attn, name), config.rank))
+            linear = getattr(blocks[i].attn, name)
+            setattr(blocks[i].attn, name, LowRank(linear, Product(linear, config.rank), part="style"))
     return flux
-
-
-def fuse(model: nn.Module, use: Use = "both", *, gated: bool = False) -> nn.Module:
-    """A copy with the wanted adapters merged into plain linear layers and the others left out; a plain Flux.
-
-    Tensors that do not change are shared with the model.
-
-    Args:
-        model: a Flux with adapters, or any module around one.
-        use: whose adapters to keep. Content is that of the gated blocks and of the boundary.
-        gated: keep the gate, which depends on the token and merges into no weight: the gated blocks stay as they are.
-            Otherwise the content's branch stands for both, which is how the paper sets content into a new context.
-    """
-    result = share(model)
-    for parent in list(result.modules()):
-        for name, child in list(parent.named_children()):
-            if not isinstance(child, LowRank | GatedLowRank):
-                continue
-            if use not in (child.part, "both"):
-                setattr(parent, name, child.base)
-            elif not (gated and isinstance(child, GatedLowRank)):
-                setattr(parent, name, child.merged())
-    return result
-
-
-def products(model: nn.Module) -> Iterator[Product]:
-    """Every low-rank product of a model: all that is trained."""
-    return (module for module in model.modules() if isinstance(module, Product))
 
 
 def complementary_loss(content: Product, residual: Product) -> Tensor:
@@ -270,15 +207,93 @@ def flux_config(config: Config) -> dict[str, Any]:
     }
 
 
-def build(config: Config) -> FlatFlux:
+def adapter_tensors(model: nn.Module, parts: Collection[Part], branch: str = "content") -> dict[str, Tensor]:
+    """The adapters of a model as a file of peft's keys holds them, each with its alpha.
+
+    Args:
+        model: a Flux with adapters, or any module around one.
+        parts: whose adapters.
+        branch: of a gated adapter, which such a file cannot mix.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LowRank | GatedLowRank) and layer.part in parts:
+            product = layer.product if isinstance(layer, LowRank) else layer.branch(branch)
+            alpha = layer.alpha if isinstance(layer, LowRank) else 1.0
+            name = path.removeprefix("inner.")
+            tensors[f"{name}.lora_A.weight"] = product.down.weight.detach()
+            tensors[f"{name}.lora_B.weight"] = product.up.weight.detach()
+            tensors[f"{name}.alpha"] = torch.tensor(product.down.out_features * alpha)  # readers divide it by the rank
+    return tensors
+
+
+class SplitFlux(FlatFlux):
+    """Flux at one size of text and picture: the tables of its rotary positions are constants, and no input."""
+
+    ids: Tensor
+
+    def __init__(self, inner: Any, config: Config) -> None:
+        rotary = inner.pos_embed  # diffusers' own, in float64; rounded once
+        super().__init__(inner)
+        ids = position_ids(config)
+        inner.pos_embed = Tables(*rotary(ids))
+        self.text = config.text
+        self.register_buffer("ids", ids, persistent=False)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor,
+    ) -> Tensor:
+        """(B, I, C), (B, T, text width), (B, pooled width), (B,), (B,) -> (B, I, C)."""
+        return super().forward(
+            hidden_states,
+            encoder_hidden_states,
+            pooled_projections,
+            timestep,
+            img_ids=self.ids[self.text :],
+            txt_ids=self.ids[: self.text],
+            guidance=guidance,
+        )
+
+
+class Tables(nn.Module):
+    """Answers with the same cosine and sine (N, head_dim), whatever the ids."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, cosine: Tensor, sine: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cosine", cosine, persistent=False)
+        self.register_buffer("sine", sine, persistent=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (N, 3) -> (N, head_dim) twice."""
+        del ids
+        return self.cosine, self.sine
+
+
+def position_ids(config: Config) -> Tensor:
+    """(N, 3): zeros for text; 0, row and column for image tokens, as diffusers' pipeline hands them over."""
+    cell = torch.arange(config.side**2)
+    image = torch.stack([torch.zeros_like(cell), cell // config.side, cell % config.side], dim=1)
+    return torch.cat([image.new_zeros(config.text, 3), image]).float()
+
+
+def build(config: Config) -> SplitFlux:
     """A Flux with adapters whose products are a fifth or so of a fresh layer's output."""
     flux = require("diffusers", extra="diffusers").FluxTransformer2DModel(**flux_config(config))
-    model = FlatFlux(attach(flux, config))
+    model = SplitFlux(attach(flux, config), config)
     for product in products(model):
         nn.init.normal_(product.up.weight, std=0.2 * product.up.in_features**-0.5)
     return model
 
 
 def inputs(config: Config) -> tuple[InputSpec, ...]:
-    """As any Flux is called, at one size of image and text: noisy tokens, text, timestep, ids, guidance."""
-    return flux_inputs(flux_config(config), image=config.side**2, text=config.text, side=config.side)
+    """As any Flux is called, at one size of image and text: noisy tokens, text, timestep, guidance; no positions."""
+    specs = flux_inputs(flux_config(config), image=config.side**2, text=config.text, side=config.side)
+    return tuple(spec for spec in specs if spec.role != "positions")

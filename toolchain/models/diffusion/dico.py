@@ -91,7 +91,10 @@ class ChannelGate(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """Mix channels, then neighbours, then gate the channels and mix them again."""
+    """Mix channels, then neighbours, then gate the channels and mix them again.
+
+    It is no feed-forward, though two linear layers stand around a GELU: neighbours and the gate come between them.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -159,6 +159,7 @@ class Block(dit.Block):
         super().__init__(width, heads, mlp_ratio)
         self.attn = RoutedAttention(width, heads)
         self.mlp = RoutedMlp(width, int(width * mlp_ratio))
+        self.sizes = width, self.mlp.fc1.out_features
         self.attn_rate = WidthRouter(width, heads)
         self.mlp_rate = WidthRouter(width, heads)
         self.token_selection = TokenRouter(width)
@@ -188,7 +189,7 @@ class Block(dit.Block):
 
     def macs(self, tokens: int) -> tuple[int, int]:
         """Multiply-accumulates of attention and MLP on so many tokens with everything on: products alone."""
-        width, hidden = self.attn.proj.out_features, self.mlp.fc1.out_features
+        width, hidden = self.sizes  # not those of its layers, in whose place others may stand
         return tokens * (4 * width**2 + 2 * tokens * width), tokens * 2 * width * hidden
 
     def whole(self) -> TokenBlock:

@@ -211,7 +211,7 @@ class Refiner(nn.Module):
 class NormedSelfAttention(nn.Module, FusedAttention):
     """Multi-head self-attention whose queries and keys have unit root mean square in each head, times a weight."""
 
-    each_head = ("q_norm", "k_norm")
+    kept_whole = ("q_norm", "k_norm")
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

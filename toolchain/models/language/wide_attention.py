@@ -15,15 +15,17 @@ Shapes: B batch, N tokens (bytes), D width, H heads of a layer, d width of a hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enginewright.ground.signature import Dim, InputSpec
+from enginewright.ground.signature import Arrays, Dim, InputSpec
 from enginewright.models.blocks.transformer import Mlp
 from enginewright.passes.traits import FusedAttention, StreamBlock
+from enginewright.validation.contract import ClassifyingTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ PUBLISHED = {  # ours, not the paper's
     "matcher-deep": replace(DEEP, documents=2),
     "matcher-wide": replace(WIDE, documents=2),
 }
-SHIPPED: dict[str, Config] = {}
+READER = replace(DEEP, heads=4, head_dim=16, width=64, hidden=256, longest=128, classes=4)
+SHIPPED = {"glosses-deep": READER, "glosses-wide": replace(READER, layers=1, heads=24)}
 TINY = Config(layers=1, heads=6, head_dim=8, width=16, hidden=32, heads_at_once=4, vocabulary=20, longest=64)
 OUTPUTS = ("logits",)
 
@@ -154,6 +157,26 @@ class Matcher(nn.Module):
 def build(config: Config) -> Classifier | Matcher:
     """The network, started at random."""
     return Matcher(config) if config.documents == 2 else Classifier(config)
+
+
+def task(size: str, config: Config) -> ClassifyingTask | None:
+    """Tell parts of speech, where a network was trained to."""
+    del config
+    if size not in SHIPPED:
+        return None
+    from enginewright.models.blocks.glosses import gloss_task
+
+    return gloss_task()
+
+
+def realistic(module: nn.Module, size: str, config: Config) -> Callable[[int, int], list[Arrays]] | None:
+    """Glosses that are neither trained on nor judged, where a network was trained on glosses."""
+    del module, config
+    if size not in SHIPPED:
+        return None
+    from enginewright.models.blocks.glosses import unjudged
+
+    return unjudged
 
 
 def inputs(config: Config) -> tuple[InputSpec, ...]:

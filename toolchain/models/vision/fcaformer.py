@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
 from enginewright.models.blocks.transformer import Mlp, bias_by_distance, start_small
+from enginewright.passes.traits import CrossAttention, StreamBlock
 from enginewright.sources.contract import Published
 
 
@@ -106,7 +107,7 @@ class PatchMerging(nn.Sequential):
         )
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(nn.Module, StreamBlock):
     """ConvNeXt's block: a wide convolution of each channel, then an MLP on each place."""
 
     def __init__(self, width: int, *, layer_scale: float) -> None:
@@ -122,7 +123,20 @@ class ConvBlock(nn.Module):
         return x + (self.scale * self.mlp(self.norm(y))).permute(0, 3, 1, 2)
 
 
-class ForwardCrossAttention(nn.Module):
+class ConvStage(nn.ModuleList):
+    """ConvNeXt's blocks of one width, one after another."""
+
+    def __init__(self, width: int, depth: int, *, layer_scale: float) -> None:
+        super().__init__(ConvBlock(width, layer_scale=layer_scale) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, S, S) -> (B, C, S, S)."""
+        for block in self:
+            x = block(x)
+        return x
+
+
+class ForwardCrossAttention(nn.Module, CrossAttention):
     """Attention of a map's tokens to themselves and to summary tokens of earlier blocks.
 
     Args:
@@ -132,13 +146,15 @@ class ForwardCrossAttention(nn.Module):
         summaries: summary tokens that it reads; the first block of a stage reads none.
     """
 
+    by_head = ("position_bias", "summary_bias")
+    kept_whole = ("distance", "summary_scale", "summary_norm")
     distance: Tensor
 
     def __init__(self, width: int, heads: int, side: int, *, summaries: int) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         self.position_bias = nn.Parameter(torch.zeros(heads, side, side))  # by rows apart and columns apart
         place = torch.arange(side)
@@ -154,16 +170,16 @@ class ForwardCrossAttention(nn.Module):
         if summaries is not None:
             read = torch.cat([x, self.summary_norm(self.summary_scale * summaries)], dim=1)  # (B, N+M, D)
             bias = torch.cat([bias, self.summary_bias[:, None].expand(-1, x.shape[1], -1)], dim=2)  # (H, N, N+M)
-        q = self.query(x).unflatten(2, (self.heads, self.head_dim)).transpose(1, 2)  # (B, H, N, d)
-        k, v = self.key_value(read).unflatten(2, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])  # (B, H, N, d)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        q, k, v = self.heads_of(x, read)  # (B, H, N, d), and twice (B, H, N+M, d)
+        return self.join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]))
 
 
 class FcaBlock(nn.Module):
     """Forward cross attention, summary tokens for later blocks, a convolution of each channel, and an MLP.
 
-    The convolution replaces the tokens: it has no residual. The last block of a stage gives no summary tokens.
+    The convolution replaces the tokens: it has no residual. The last block of a stage gives no summary tokens. It is no
+    ``StreamBlock``: each block takes as many summaries as blocks came before it, so that none can be left out, and the
+    convolution needs the whole map, so that no token can.
     """
 
     def __init__(self, config: Config, width: int, heads: int, side: int, *, summaries: int, is_last: bool) -> None:
@@ -217,20 +233,15 @@ class FcaFormer(nn.Module):
         one, two, three, four = config.widths
         self.side = config.side // 16  # of the third stage's map
         self.stem = Stem(one)
-        self.stage1, self.merge1 = self.convolutions(config, 0), PatchMerging(one, two)
-        self.stage2, self.merge2 = self.convolutions(config, 1), PatchMerging(two, three)
+        scale = config.layer_scale
+        self.stage1, self.merge1 = ConvStage(one, config.depths[0], layer_scale=scale), PatchMerging(one, two)
+        self.stage2, self.merge2 = ConvStage(two, config.depths[1], layer_scale=scale), PatchMerging(two, three)
         self.stage3 = FcaStage(config, three, config.depths[2], config.heads[0], self.side)
         self.merge3 = PatchMerging(three, four)
         self.stage4 = FcaStage(config, four, config.depths[3], config.heads[1], self.side // 2)
         self.norm = nn.LayerNorm(four)
         self.head = nn.Linear(four, config.classes)
         self.initialize()
-
-    @staticmethod
-    def convolutions(config: Config, index: int) -> nn.Sequential:
-        """The blocks of one of the first two stages."""
-        width, depth = config.widths[index], config.depths[index]
-        return nn.Sequential(*(ConvBlock(width, layer_scale=config.layer_scale) for _ in range(depth)))
 
     def initialize(self) -> None:
         """Linear layers start small, as the authors' do; convolutions start with outputs as large as their inputs."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from enginewright.ground.signature import Dim, InputSpec
 from enginewright.models.blocks.transformer import Block, Mlp
+from enginewright.passes.traits import CrossAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,25 +108,37 @@ OUTPUTS = {"encoder": "tokens", "denoiser": "prediction", "autoregressive": "log
 """What each network gives beside latents."""
 
 
-class CrossAttention(nn.Module):
-    """Let tokens read those of a source; both are normed. An MLP may follow."""
+class Reading(nn.Module, CrossAttention):
+    """Attention of tokens to those of a source, in heads whose widths make up ``inner`` or a little less."""
 
-    def __init__(self, width: int, source: int, *, inner: int, heads: int, mlp_hidden: int = 0) -> None:
+    def __init__(self, width: int, source: int, *, inner: int, heads: int) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, inner // heads
         inner = self.heads * self.head_dim
-        self.norm1, self.norm_source = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(source, eps=1e-6)
         self.q, self.kv = nn.Linear(width, inner), nn.Linear(source, 2 * inner)
         self.proj = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """x (A, N, D), source (A, N', D') -> (A, N, D)."""
+        return self.join_heads(F.scaled_dot_product_attention(*self.heads_of(x, source)))
+
+
+class CrossBlock(nn.Module):
+    """Let tokens read those of a source; both are normed. An MLP may follow.
+
+    Stages hold these by name, not in a list: each ties two kinds of tokens together, and none can be left out.
+    """
+
+    def __init__(self, width: int, source: int, *, inner: int, heads: int, mlp_hidden: int = 0) -> None:
+        super().__init__()
+        self.norm1, self.norm_source = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(source, eps=1e-6)
+        self.attn = Reading(width, source, inner=inner, heads=heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6) if mlp_hidden else None
         self.mlp = Mlp(width, mlp_hidden, approximate="none") if mlp_hidden else None
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         """x (A, N, D), source (A, N', D') -> (A, N, D)."""
-        q = self.q(self.norm1(x)).unflatten(2, (self.heads, self.head_dim)).transpose(1, 2)  # (A, H, N, d)
-        kv = self.kv(self.norm_source(source)).unflatten(2, (2, self.heads, self.head_dim))  # (A, N', 2, H, d)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # each (A, H, N', d)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.attn(self.norm1(x), self.norm_source(source))
         if self.mlp is not None and self.norm2 is not None:
             x = x + self.mlp(self.norm2(x))
         return x
@@ -152,13 +165,11 @@ class Stage(nn.Module):
         self.global_blocks = blocks(global_count, latent_width, config.latent_heads, ratio)
         self.read = self.read_condition = self.write = None
         if global_count:
-            self.read = CrossAttention(latent_width, width, inner=inner, heads=heads, mlp_hidden=hidden * latent_width)
+            self.read = CrossBlock(latent_width, width, inner=inner, heads=heads, mlp_hidden=hidden * latent_width)
         if global_count and config.network == "denoiser":
-            self.read_condition = CrossAttention(
-                latent_width, latent_width, inner=latent_width, heads=config.latent_heads
-            )
+            self.read_condition = CrossBlock(latent_width, latent_width, inner=latent_width, heads=config.latent_heads)
         if not is_last:
-            self.write = CrossAttention(width, latent_width, inner=inner, heads=heads, mlp_hidden=hidden * width)
+            self.write = CrossBlock(width, latent_width, inner=inner, heads=heads, mlp_hidden=hidden * width)
 
     def heard(self, latents: Tensor) -> Tensor:
         """The latents that each group reads, from those of all groups (B*G, M, L) -> (B*G, M, L).

@@ -14,9 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from enginewright.models.adapters import splitflux
-from enginewright.models.adapters.splitflux import TINY, GatedLowRank, LowRank, Product, fuse, products
+from enginewright.models.adapters.splitflux import TINY, GatedLowRank, Part, SplitFlux
+from enginewright.models.blocks.low_rank import LowRank, Product, products
 from enginewright.passes.contract import Context
+from enginewright.passes.kernel.surgery import share
+from enginewright.passes.specialize.adapter_files import read_adapters
+from enginewright.passes.specialize.adapters_as_inputs import AdaptersAsInputs
 from enginewright.passes.specialize.fold_adapters import FoldAdapters
+from enginewright.passes.specialize.fold_own_adapters import FoldOwnAdapters
 from enginewright.sources.denoisers import FlatFlux
 from enginewright.targets.onnx_export import export_onnx
 from enginewright.validation.inputs import draw
@@ -35,11 +40,15 @@ def strong(config: splitflux.Config = TINY) -> nn.Module:
     return model
 
 
+def example() -> dict[str, Tensor]:
+    """A call of two rows."""
+    return {name: torch.from_numpy(array) for name, array in draw(splitflux.inputs(TINY), seed=1).items()}
+
+
 def call(model: nn.Module, **changed: Tensor) -> Tensor:
     """The model's answer to one call of two rows."""
-    arrays = draw(splitflux.inputs(TINY), seed=1)
     with torch.no_grad():
-        return model(**{name: torch.from_numpy(array) for name, array in arrays.items()} | changed)
+        return model(**example() | changed)
 
 
 def force_gate(model: nn.Module, value: float) -> nn.Module:
@@ -65,7 +74,7 @@ def silence(model: nn.Module, *, where: Callable[[str], bool]) -> nn.Module:
 def plain_flux(model: Any, state: dict[str, Tensor]) -> nn.Module:
     """A Flux as diffusers builds it, of a model's sizes, with these tensors and no others."""
     sizes = {name: value for name, value in model.inner.config.items() if not name.startswith("_")}
-    flux = FlatFlux(FluxTransformer2DModel(**sizes)).eval()
+    flux = SplitFlux(FluxTransformer2DModel(**sizes), TINY).eval()
     flux.load_state_dict(state, strict=True)
     return flux
 
@@ -76,6 +85,15 @@ def base_of(model: nn.Module) -> nn.Module:
     return plain_flux(
         model, {name: tensor for name, tensor in tensors.items() if "down" not in name and "up" not in name}
     )
+
+
+PARTS: dict[str, tuple[Part, ...] | None] = {"content": ("content",), "style": ("style",), "both": None}
+
+
+def fuse(model: nn.Module, use: str = "both", *, gated: bool = False) -> nn.Module:
+    """A copy with the wanted adapters in the weights, as the pass gives it; the content's branch stands for a mix."""
+    step = FoldOwnAdapters(keep=PARTS[use], branch="" if gated else "content")
+    return step.apply(share(model), Context()).model
 
 
 def block_of(path: str) -> int:
@@ -119,7 +137,7 @@ def test_adapters_whose_second_factor_is_zero_leave_flux_as_it_is() -> None:
 def test_attaching_changes_no_output_until_something_is_learned() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(8, 8), torch.randn(2, 7, 8)
-    assert torch.equal(LowRank(linear, 2, 2.0)(x), linear(x))
+    assert torch.equal(LowRank(linear, Product(linear, 2), 2.0)(x), linear(x))
     assert torch.equal(GatedLowRank(linear, 3, 1, text=2)(x), linear(x))
 
 
@@ -132,6 +150,8 @@ def test_a_gate_held_at_one_end_is_the_merged_weight_of_that_branch(branch: str)
     merged = layer.base.weight + product.up.weight @ product.down.weight
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ merged.T + layer.base.bias, **TOLERANCE)
+        torch.testing.assert_close(layer(x), layer.merged(branch)(x), **TOLERANCE)
+        torch.testing.assert_close(layer(x), layer.held_at(branch)(x), **TOLERANCE)
         assert distance(layer(x), layer.base(x)) > 0.1
 
 
@@ -165,8 +185,8 @@ def test_all_but_the_gated_blocks_merge_without_changing_the_answer() -> None:
     torch.testing.assert_close(call(content), call(alone), **TOLERANCE)
 
 
-@pytest.mark.parametrize("use", ["style", "content", "both"])
-def test_what_is_fused_is_a_plain_flux_and_the_model_stays(use: splitflux.Use) -> None:
+@pytest.mark.parametrize("use", PARTS)
+def test_what_is_fused_is_a_plain_flux_and_the_model_stays(use: str) -> None:
     model = strong()
     before = call(model)
     fused = fuse(model, use)
@@ -178,18 +198,75 @@ def test_what_is_fused_is_a_plain_flux_and_the_model_stays(use: splitflux.Use) -
 def test_the_pass_that_folds_adapters_agrees_on_style_and_boundary(tmp_path: Path) -> None:
     """It merges by peft's own layers, and divides alpha by the rank, which the paper does not."""
     model: Any = silence(strong(), where=lambda path: block_of(path) in TINY.content)
-    tensors = {}
-    for path, layer in model.inner.named_modules():
-        if isinstance(layer, LowRank):
-            tensors[f"transformer.{path}.lora_A.weight"] = layer.product.down.weight.detach()
-            tensors[f"transformer.{path}.lora_B.weight"] = layer.product.up.weight.detach()
-            tensors[f"transformer.{path}.alpha"] = torch.tensor(layer.product.down.out_features * layer.alpha)
+    tensors = {
+        f"transformer.{key}": tensor
+        for key, tensor in splitflux.adapter_tensors(model, ("content", "style")).items()
+        if block_of(key) not in TINY.content
+    }
     save_file(tensors, tmp_path / "adapter.safetensors")
     folded = base_of(model)
     before = call(folded)
     FoldAdapters(file="adapter.safetensors").apply(folded, Context(folder=tmp_path))
     torch.testing.assert_close(call(folded), call(model), **TOLERANCE)
     assert distance(call(folded), before) > 0.05
+
+
+def test_an_engine_for_flux_takes_the_adapters_as_inputs(tmp_path: Path) -> None:
+    model = strong()
+    patterns = [f"*single_transformer_blocks.*.{name}" for name in splitflux.TARGETS]
+    step = AdaptersAsInputs(layers=tuple(patterns), rank=TINY.rank)
+    base = fuse_nothing(model)
+    plain = call(base)
+    result = step.apply(base, Context(example=example()))
+    assert len(result.changed) == 3 * TINY.single
+    for use, parts in (("style", ("style",)), ("both", ("content", "style"))):
+        save_file(splitflux.adapter_tensors(model, parts), tmp_path / "adapter.safetensors")
+        given = step.arrays_of(read_adapters("adapter.safetensors", tmp_path, of=None, alpha=None), result.plan)
+        found = call(result.model, **given)
+        torch.testing.assert_close(found, call(fuse(model, use)), **TOLERANCE)
+        assert distance(found, plain) > 0.02
+    assert torch.equal(call(result.model), plain)
+
+
+def fuse_nothing(model: nn.Module) -> nn.Module:
+    """The plain Flux, by the pass."""
+    result = FoldOwnAdapters(keep=()).apply(share(model), Context())
+    assert torch.equal(call(result.model), call(base_of(model)))
+    return result.model
+
+
+def test_the_pass_tells_what_is_fusable_and_what_the_rest_costs() -> None:
+    model = strong()
+    result = FoldOwnAdapters().apply(share(model), Context(example=example()))
+    assert result.plan.facts.fusable is False
+    rows, ranks, width = 2 * (TINY.text + TINY.side**2), TINY.rank, TINY.heads * TINY.head_dim
+    added = rows * 3 * len(TINY.content) * ranks * 2 * width
+    fused, stays = result.plan.facts.notes
+    assert fused == "fusable: the adapters of 6 layers went into weights, at the base's cost"
+    assert stays.startswith(
+        "the adapters of 6 layers stay beside them, not fusable: a gate mixes its two branches anew for each token; "
+        f"they add {added:,} multiply-accumulates to a call ("
+    )
+    whole = FoldOwnAdapters(branch="residual").apply(share(model), Context(example=example()))
+    assert whole.plan.facts.fusable is True
+    assert whole.before.macs is not None
+    assert whole.after.macs is not None
+    assert result.after.macs == whole.after.macs + added
+    torch.testing.assert_close(call(whole.model), call(force_gate(model, 0.0)), **TOLERANCE)
+
+
+def test_rotary_tables_are_those_of_diffusers_pipeline() -> None:
+    from diffusers import FluxPipeline
+
+    model: Any = strong()
+    base = base_of(model)
+    flat = FlatFlux(FluxTransformer2DModel(**{k: v for k, v in model.inner.config.items() if k[0] != "_"})).eval()
+    flat.load_state_dict(base.state_dict(), strict=True)
+    ids = FluxPipeline._prepare_latent_image_ids(1, TINY.side, TINY.side, "cpu", torch.float32)
+    wanted = call(flat, img_ids=ids, txt_ids=torch.zeros(TINY.text, 3))
+    torch.testing.assert_close(call(base), wanted, **TOLERANCE)
+    moved = call(flat, img_ids=ids.flip(0), txt_ids=torch.zeros(TINY.text, 3))
+    assert distance(moved, wanted) > 1e-3
 
 
 def test_the_gate_of_an_image_token_follows_its_length_and_no_text() -> None:
@@ -267,11 +344,16 @@ def test_the_complementary_loss_is_the_sum_of_three_overlaps() -> None:
 
 def test_a_fused_model_exports_to_the_nodes_of_plain_flux(tmp_path: Path) -> None:
     model = strong(replace(TINY, double=0, single=1, content=range(1), boundary=range(0), style=range(0)))
-    example = {name: torch.from_numpy(array) for name, array in draw(splitflux.inputs(TINY), seed=1).items()}
     nodes = []
     for network in (fuse(model), base_of(model)):
         path = tmp_path / f"{len(nodes)}.onnx"
-        export_onnx(network, example, dynamic={}, outputs=splitflux.OUTPUTS, path=path)
+        export_onnx(network, example(), dynamic={}, outputs=splitflux.OUTPUTS, path=path)
         nodes.append(Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node))
+        graph = onnx.load(path, load_external_data=False).graph
+        casts = {each.i for node in graph.node for each in node.attribute if each.name == "to"}
+        assert onnx.TensorProto.DOUBLE not in casts | {each.data_type for each in graph.initializer}
+        places = {entry.value for node in graph.node for entry in node.metadata_props if entry.key == "module"}
+        assert any("single_transformer_blocks.0" in place for place in places)
+        assert not any("pos_embed" in place for place in places), "tables are constants"
     assert nodes[0] == nodes[1]
     assert nodes[0]["MatMul"] >= 7  # five linear layers of the single block and two products of its attention

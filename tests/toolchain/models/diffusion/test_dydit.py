@@ -208,17 +208,17 @@ def test_compiled_is_the_masked_form_at_every_step(buckets: int) -> None:
             torch.testing.assert_close(run(**call), wanted, atol=1e-4, rtol=1e-4)
             assert (net.counted(**call, complete=True)[0] - wanted).abs().max() > 0.1
     facts = sliced.facts
-    assert set(facts["table"]) == set(range(buckets))
+    assert set(facts.table) == set(range(buckets))
     with torch.no_grad():
-        masks = net.width_masks(torch.tensor(facts["timesteps"]))
+        masks = net.width_masks(torch.tensor(facts.timesteps))
     attention, mlp = net.blocks[0].macs(16)  # type: ignore[operator]
     price = {"attn": attention, "mlp": mlp}
     needed = sum(mask.mean() * price[path.rpartition(".")[2]] for path, mask in masks.items()) / (2 * (attention + mlp))
-    assert facts["share_needed"] == pytest.approx(float(needed), abs=1e-5)
-    assert facts["share_computed"] == pytest.approx(float(needed), abs=1e-5 if buckets == STEPS else 0.5)
-    assert (facts["share_computed"] > facts["share_needed"]) is (buckets < STEPS)
+    assert facts.share_needed == pytest.approx(float(needed), abs=1e-5)
+    assert facts.share_computed == pytest.approx(float(needed), abs=1e-5 if buckets == STEPS else 0.5)
+    assert (facts.share_computed > facts.share_needed) is (buckets < STEPS)
     assert all(0 in kept for entry in sliced.choice.values() for kept in entry.kept)
-    shares = [value for path, value in skipping.facts.items() if path.startswith("networks")]
+    shares = [value for path, value in skipping.facts.as_json().items() if path.startswith("networks")]
     assert {each["samples_with_more_above_half"] for each in shares} == {0}
     assert all(0 < entry.tokens < entry.of == 16 for entry in skipping.choice.values())
     assert len(skipping.choice) >= buckets
@@ -227,7 +227,7 @@ def test_compiled_is_the_masked_form_at_every_step(buckets: int) -> None:
 def test_tokens_without_room_are_left_out_and_told() -> None:
     net, calls = routed(), each_step(range(4))
     _, (skipping, run) = compiled(net, calls, buckets=2, quantile=0.5)
-    shares = [value for path, value in skipping.facts.items() if path.startswith("networks")]
+    shares = [value for path, value in skipping.facts.as_json().items() if path.startswith("networks")]
     assert max(each["samples_with_more_above_half"] for each in shares) > 0.1
     with torch.no_grad():
         assert max((run(**call) - net(**call)).abs().max() for call in calls) > 1e-2

@@ -294,8 +294,8 @@ def test_what_no_timestep_changes_is_computed_once_for_a_run() -> None:
     assert {path for path in plan.choice if path.startswith("networks.refiner")} == first
     width = TINY.text_width
     once = 2 * sum(4 * tokens * width**2 + 2 * tokens**2 * width for tokens in TINY.tokens)  # two rows
-    assert plan.facts["macs_once"] == once
-    assert plan.facts["macs_per_step"] == macs(model, call) - once
+    assert plan.facts.macs_once == once
+    assert plan.facts.macs_per_step == macs(model, call) - once
 
 
 @pytest.mark.parametrize(

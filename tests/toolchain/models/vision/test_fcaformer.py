@@ -104,7 +104,7 @@ def test_keys_grow_by_the_summary_tokens_of_each_block() -> None:
     net, read = meta("L1"), []
     for stage in (net.stage3, net.stage4):
         for each in stage.blocks:
-            for layer in (each.cross_attention.query, each.cross_attention.key_value):
+            for layer in (each.cross_attention.q, each.cross_attention.kv):
                 layer.register_forward_pre_hook(lambda m, inputs: read.append(inputs[0].shape[1]))
     net(torch.zeros(1, 3, 224, 224, device="meta"))
     assert read[::2] == [196] * 6 + [49] * 2
@@ -127,8 +127,8 @@ def test_attention_reads_the_newest_summaries_and_no_more_than_its_reach() -> No
 def test_attention_is_one_softmax_over_tokens_and_summaries_with_a_bias_each() -> None:
     """Written out with one projection of queries, keys and values for both, and an index as large as the mask."""
     layer, x, summaries = attention(4), torch.randn(2, 9, 16), torch.randn(2, 4, 16)
-    weight = torch.cat([layer.query.weight, layer.key_value.weight])
-    bias = torch.cat([layer.query.bias, layer.key_value.bias])
+    weight = torch.cat([layer.q.weight, layer.kv.weight])
+    bias = torch.cat([layer.q.bias, layer.kv.bias])
     normed = F.layer_norm(summaries * layer.summary_scale, (16,), layer.summary_norm.weight, layer.summary_norm.bias)
     q, k, v = F.linear(x, weight, bias).view(2, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)
     _, k_of_summaries, v_of_summaries = F.linear(normed, weight, bias).view(2, 4, 3, 2, 8).permute(2, 0, 3, 1, 4)

@@ -139,8 +139,8 @@ def test_one_group_that_hears_no_latents_is_a_plain_encoder() -> None:
     for stage in network.trunk.stages:
         blocks += stage.local_blocks
         if stage.write is not None:
-            nn.init.zeros_(stage.write.proj.weight)
-            nn.init.zeros_(stage.write.proj.bias)
+            nn.init.zeros_(stage.write.attn.proj.weight)
+            nn.init.zeros_(stage.write.attn.proj.bias)
     found = network(wanted)[0]
     wanted = (network.stem_norm(network.stem(wanted)) + network.place).flatten(0, 1)
     for block in blocks:
@@ -192,7 +192,7 @@ def test_tokens_hear_the_latents_of_their_group() -> None:
     network, x = loud(SMALL["encoder"]), call(SMALL["encoder"])["x"]
     before = network(x)[0]
     for stage in network.trunk.stages[:2]:
-        stage.write.proj.weight.zero_()
+        stage.write.attn.proj.weight.zero_()
     assert (network(x)[0] - before).abs().max() > 0.1
 
 

@@ -38,7 +38,7 @@ def test_a_part_is_a_model_of_its_own() -> None:
 
 def test_every_network_has_its_say_in_what_comes_out() -> None:
     job = sources.job_of("vevo:tiny", **SETTINGS)
-    networks = whole.originals(job)
+    networks = whole.originals(job, 1)
     first, again, other = (job.run(job.assemble(networks))(call) for call in (*job.calls[:1] * 2, job.calls[1]))
     assert first["codes"].shape == (1, SIZES["tiny"].frames)
     assert first["wave"].shape == (1, SIZES["tiny"].frames * 480)
@@ -51,7 +51,7 @@ def test_every_network_has_its_say_in_what_comes_out() -> None:
 
 def test_the_decoder_is_asked_to_say_the_content_of_both_after_the_style_of_one() -> None:
     job = sources.job_of("vevo:tiny", **SETTINGS)
-    networks = whole.originals(job)
+    networks = whole.originals(job, 1)
     asked: list[Arrays] = []
 
     def told(inputs: Arrays) -> Arrays:

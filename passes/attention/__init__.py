@@ -1,0 +1,1 @@
+"""Passes that change what the rows of a call read of one another."""
