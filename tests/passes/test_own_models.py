@@ -29,7 +29,10 @@ def settings(name: str, **more: Any) -> dict[str, Any]:
     return {"steps": 1, "batch": 1, **more} if name == "distill" else more
 
 
-@pytest.mark.parametrize("model", ["vevo-decoder", "vevo-flow", "vevo-tokenizers"])
+@pytest.mark.parametrize(
+    "model",
+    ["vevo-decoder", "vevo-flow", "vevo-tokenizers", "csd_var-transformer", "csd_var-quantizer", "csd_var-text"],
+)
 def test_half_precision_meets_states_rotary_tables_and_whole_numbers(model: str) -> None:
     loaded = sources.load(f"{model}:tiny")
     context = context_of(loaded)

@@ -108,11 +108,12 @@ class Quantizer(nn.Module):
             The map after it, and the features of the next scale's tokens (B, K, C).
         """
         slots = position + torch.arange(ids.shape[1], device=ids.device)
-        h = self.embedding(ids).mT @ self.up[slots]  # (B, C, R*R)
+        codes = self.embedding(ids)  # (B, L, C)
+        h = codes.mT @ self.up[slots].to(codes.dtype)  # (B, C, R*R)
         h = h.unflatten(-1, (self.config.side, self.config.side))
         smoothed = torch.stack([conv(h) for conv in self.qresi_ls])  # (4, B, C, R, R)
         map = map + 0.5 * h + 0.5 * smoothed.index_select(0, self.shared[position.reshape(1)])[0]
-        return map, self.down[following] @ map.flatten(2).mT
+        return map, self.down[following].to(map.dtype) @ map.flatten(2).mT
 
 
 def build(config: Config) -> Quantizer:

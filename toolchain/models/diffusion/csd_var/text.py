@@ -157,7 +157,7 @@ class Encoder(nn.Module):
 
     def rectify(self, x: Tensor, style: Tensor) -> Tensor:
         """x (B, T, D), style (B, T), true at the style's learned tokens -> x less the content's part there."""
-        return x - style[..., None].to(x.dtype) * (x @ self.projection)
+        return x - style[..., None].to(x.dtype) * (x @ self.projection.to(x.dtype))
 
 
 class Text(nn.Module):

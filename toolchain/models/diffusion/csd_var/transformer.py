@@ -155,12 +155,12 @@ def attend(q: Tensor, sources: list[Source]) -> Tensor:
     for keys, _, bias in sources:
         found = (q * q.shape[-1] ** -0.5) @ keys.to(q.dtype).mT  # (B, H, L, K)
         scores.append(found if bias is None else found + bias)
-    weights = torch.cat(scores, dim=-1).softmax(dim=-1)
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1).to(q.dtype)
     y, begin = torch.zeros_like(q), 0
     for keys, values, _ in sources[:-1]:
         y = y + weights[..., begin : begin + keys.shape[2]] @ values.to(q.dtype)
         begin += keys.shape[2]
-    return y + weights[..., begin:] @ sources[-1][1]
+    return y + weights[..., begin:] @ sources[-1][1].to(q.dtype)
 
 
 def hiding(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -290,7 +290,7 @@ class FourierFeatures(nn.Module):
         """Numbers (B, n) -> (B, 2 * n * rates), for each number all sines, then all cosines."""
         turns = x[..., None] * self.weight
         angle = 2 * math.pi * (turns - turns.floor())  # (B, n, rates)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1).to(self.weight.dtype)
 
 
 class HeadNorm(nn.Module):
