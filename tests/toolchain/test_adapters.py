@@ -115,6 +115,21 @@ def test_the_artifact_says_what_they_are_and_was_compared_with_adapters(folder: 
     assert np.abs(moved - base).max() > 1e-3, "what engines are held against has them too"
 
 
+def test_guided_rows_share_the_adapter(folder: Path) -> None:
+    steps = [{"pass": "adapters_as_inputs", "files": ["a.safetensors"]}, {"pass": "merge_guidance", "none": 4}]
+    run = pipeline.Run(make({"model": "dit:tiny", "steps": steps}, folder=folder), Progress(quiet=True))
+    module = run.optimize()
+    shared = {name for name in (spec.name for spec in run.exported.inputs) if name.startswith("adapter")}
+    assert set(run.results[1][1].plan.choice[""].shared) == shared
+    given = run.example(run.exported, batch=3)
+    assert all(given[name].any() for name in shared)
+    with torch.no_grad():
+        found, wanted = module(**given), run.intended.module(**given)
+        plain = module(**{name: tensor for name, tensor in given.items() if name not in shared})
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert (found - plain).abs().max() > 1e-3
+
+
 def test_an_artifact_without_such_inputs_takes_no_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by_strength = AdaptersAsInputs(files=("a.safetensors",), inputs="strength")
     for steps, said in (([], "take no adapters"), ([(by_strength, Plan(choice={}))], "their strength is the input")):
