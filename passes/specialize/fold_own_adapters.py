@@ -72,6 +72,8 @@ class FoldOwnAdapters(Pass):
                 choice[path] = OwnAdapter(becomes="merged", branch=self.branch)
             else:
                 skipped[path] = f"not fusable: {layer.mixed_by}"
+        if not layers:
+            skipped[""] = f"it has no {self.looks_for}"
         plan = Plan(choice=choice, skipped=skipped, facts=OwnAdapterFacts(fusable=not skipped))
         return replace(plan, facts=plan.facts.model_copy(update={"notes": tuple(self.in_words(model, plan, context))}))
 

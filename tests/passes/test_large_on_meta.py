@@ -18,7 +18,7 @@ REASONS = "|".join(
         "meta device",
         "calibration",
         "there is no score|no score '",
-        "needs (inputs|condition|adapters|file|constant)",
+        "needs (inputs|condition|adapters|file|constant|layers and rank)",
         "0 different teachers",
         "which stack is to be cut",
         "one call of the model and got none|stay the same over a run",

@@ -14,9 +14,11 @@ from enginewright.ground.errors import ToolchainError
 from enginewright.passes.contract import Context, Plan
 from enginewright.passes.quantization.linear import QuantizedLinear
 from enginewright.passes.quantization.quantize_int8 import Int8Layer, QuantizeInt8
-from enginewright.passes.quantization.search_precision import Search, SearchPrecision, made
+from enginewright.passes.quantization.search_precision import PrecisionFacts, Search, SearchPrecision, made
 
 INT8 = {"pass": "quantize_int8", "smallest": 0}
+FOUND = PrecisionFacts(sensitivity={}, error=0.0, error_in_pytorch=0.0, cost_share=1.0, uniform=[])
+"""Facts of a plan that nobody searched for."""
 
 
 class Chain(nn.Module):
@@ -228,7 +230,7 @@ def test_error_and_bytes_of_a_single_candidate_are_those_of_what_its_plan_ships(
     costs = [search.options(unit, number)[1].cost for number, unit in enumerate(search.units)]
 
     choice = {path: search.decision(path, candidate) for path, candidate in everywhere.items()}
-    plan = step.declared.checked(Plan(choice=choice, arrays=search.arrays(everywhere)))
+    plan = step.declared.checked(Plan(choice=choice, facts=FOUND, arrays=search.arrays(everywhere)))
     read = Plan.from_json(plan.as_json(), plan.arrays, by=step.declared)
     shipped = step.carry_out(copy.deepcopy(model), read, Context())
 
@@ -252,7 +254,7 @@ def test_a_layer_picked_alone_takes_the_array_along_that_bears_another_layers_na
     assert "0/blocks.0.a.smooth" in arrays
     assert all(array.startswith(("0/blocks.0.b.", "0/blocks.0.a.smooth")) for array in arrays)
 
-    plan = Plan(choice={"blocks.0.b": search.decision("blocks.0.b", 0)}, arrays=arrays)
+    plan = Plan(choice={"blocks.0.b": search.decision("blocks.0.b", 0)}, facts=FOUND, arrays=arrays)
     read = Plan.from_json(plan.as_json(), plan.arrays, by=step.declared)
     shipped = step.carry_out(copy.deepcopy(model), read, Context())
     assert error_of(shipped, model, context) == pytest.approx(search.distance(search.changed(alone)), rel=1e-6)
@@ -267,7 +269,7 @@ def test_what_a_candidate_decided_is_held_against_what_its_pass_declares(blocks)
     assert step.declared.checked(plan).choice == plan.choice
 
     def refused(**changes):
-        spoiled = Plan(choice={path: {**written, **changes}})
+        spoiled = Plan(choice={path: {**written, **changes}}, facts=FOUND)
         with pytest.raises(ToolchainError) as caught:
             step.declared.checked(spoiled)
         return caught.value.message, caught.value.where
@@ -297,7 +299,7 @@ def test_what_a_candidate_decided_is_held_against_what_its_pass_declares(blocks)
 
 def test_a_candidate_with_decisions_of_a_new_version_makes_older_plans_unreadable(monkeypatch, tmp_path):
     step = SearchPrecision(candidates=(INT8, ALGORITHMS["svd"]))
-    Plan(choice={}).write(tmp_path / "p.json", by=step.declared)
+    Plan(choice={}, facts=FOUND).write(tmp_path / "p.json", by=step.declared)
     assert Plan.read(tmp_path / "p.json", step.declared).choice == {}
     monkeypatch.setattr(Int8Layer, "version", 2)
     assert step.declared.version == 2

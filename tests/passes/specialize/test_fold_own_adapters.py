@@ -22,7 +22,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         first, second = nn.Linear(6, 6), nn.Linear(6, 4)
-        self.style = LowRank(first, Product(first, 2), 3.0)
+        self.style = LowRank(first, Product(first, 2), 3.0, part="style")
         self.content = GatedLowRank(second, 2, 1, text=1)
 
     def forward(self, x: Tensor) -> Tensor:
