@@ -305,6 +305,7 @@ HOLDING_PATHS: dict[str, Steps] = {
     "approximate_by_accuracy, losses": [step("approximate_by_accuracy", losses="mine/score.py:losses", gate=0)],
     "select_heads": [step("select_heads", mode="prune", score="mine/score.py:score", log="mine/log.jsonl")],
     "fold_adapters": [step("fold_adapters", file="lora.safetensors", alpha=2.0)],
+    "adapters_as_inputs": [step("adapters_as_inputs", files=["lora.safetensors"], alpha=2.0)],
     "distill": [step("prune_heads", share=0.5), {**TRAIN, "checkpoint": "mine/kept", "data": "calibration"}],
     "prune_tokens": [
         step("prune_tokens", method="policy", borders=[1], counts=[8], weights="mine/interpreters.safetensors")
