@@ -134,6 +134,19 @@ def called_by(model: nn.Module, program: Program) -> nn.Module:
     return model
 
 
+def given_beside(program: Program, network: str, names: Sequence[str], read: Collection[str]) -> list[str]:
+    """Which of some added inputs a network is given: those that it reads, or all where it takes all of a call.
+
+    Args:
+        program: how the networks are called.
+        network: its name.
+        names: of the inputs.
+        read: those that something in the network reads.
+    """
+    takes = program.networks[network].takes
+    return [each for each in names if takes is None or each in read]
+
+
 def taking(program: Program, added: Mapping[str, Sequence[str]]) -> Program:
     """A program whose networks, by name, take some inputs more; those that take all of a call take these too."""
     networks = {

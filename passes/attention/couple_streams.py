@@ -47,7 +47,16 @@ from enginewright.passes.kernel.rows import repeated_rows
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.kernel.wrap import all_around, wrap
-from enginewright.passes.networks import each_network, local
+from enginewright.passes.networks import (
+    called_by,
+    each_network,
+    given_beside,
+    local,
+    networks_of,
+    place_of,
+    program_of,
+    taking,
+)
 from enginewright.passes.traits import RotaryAxes, TokenBlock, TokenStack, layers_of
 
 Blocks = Mapping[str, tuple[nn.Module, TokenStack]]
@@ -301,15 +310,19 @@ class CoupleStreams(Pass):
 
     def coupled(self, model: nn.Module, choice: Mapping[str, CoupledBlock | CoupledFeature]) -> nn.Module:
         """Carry a choice out, in place."""
-        names = tuple(each.name for each in self.inputs(choice))
-        return each_network(model, lambda net, path: self.put_into(net, local(choice, path), names))
+        program, own = program_of(model), {name: local(choice, place_of(model, name)) for name in networks_of(model)}
+        names = [each.name for each in self.inputs(choice)]
+        added = {
+            name: given_beside(program, name, names, {each.name for each in self.inputs(mine)})
+            for name, mine in own.items()
+        }
+        each_network(model, lambda net, name: self.put_into(net, own[name], tuple(added[name])))
+        return called_by(model, taking(program, added))
 
     def put_into(
         self, model: nn.Module, choice: Mapping[str, CoupledBlock | CoupledFeature], names: tuple[str, ...]
     ) -> nn.Module:
         """Couple the rows of one network, in place."""
-        if not choice:
-            return model
         given, blocks = Given(copies=repeated_rows(model)), blocks_of(model)
         for path, found in choice.items():
             streams = Streams(count=found.streams, rows=found.rows)

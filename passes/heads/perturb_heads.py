@@ -38,7 +38,16 @@ from enginewright.passes.kernel.heads import on_other_rows, uncut
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import share
 from enginewright.passes.kernel.twofold import Twofold, twofold
-from enginewright.passes.networks import called_by, each_network, local, networks_of, place_of, program_of, taking
+from enginewright.passes.networks import (
+    called_by,
+    each_network,
+    given_beside,
+    local,
+    networks_of,
+    place_of,
+    program_of,
+    taking,
+)
 from enginewright.passes.traits import HeadedAttention, layer_at, layers_of
 
 
@@ -175,10 +184,8 @@ def perturbed(model: nn.Module, plan: Plan[PerturbedHeads], how: Perturbation) -
     own = {name: local(plan.choice, place_of(model, name)) for name in networks_of(model)}
 
     def added(name: str) -> list[str]:
-        if program.networks[name].takes is None:
-            return names
         reads = {STRENGTH: bool(own[name]), WEIGHT: name in parts and parts[name].ends}
-        return [each for each in names if reads[each]]
+        return given_beside(program, name, names, [each for each in names if reads[each]])
 
     each_network(model, lambda net, name: how.put_into(net, own[name], added(name), parts.get(name)))
     return called_by(model, taking(program, {name: added(name) for name in own}))

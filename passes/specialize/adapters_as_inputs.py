@@ -32,7 +32,16 @@ from enginewright.passes.contract import Context, Decision, Facts, NewInput, Pas
 from enginewright.passes.kernel.selection import check_patterns
 from enginewright.passes.kernel.surgery import put_at, share
 from enginewright.passes.kernel.wrap import wrap
-from enginewright.passes.networks import each_network
+from enginewright.passes.networks import (
+    called_by,
+    each_network,
+    given_beside,
+    local,
+    networks_of,
+    place_of,
+    program_of,
+    taking,
+)
 from enginewright.passes.specialize.adapter_files import (
     Adapter,
     AdapterFile,
@@ -243,17 +252,20 @@ class AdaptersAsInputs(Pass):
 
 
 def with_side_paths(model: nn.Module, plan: Plan, names: Sequence[str], *, product_first: bool = False) -> nn.Module:
-    """Put side paths around the layers of a plan, in place, and let the network take what they need."""
+    """Put side paths around the layers of a plan, in place, and let each network take what its own need."""
     if not plan.choice:
         return model
     call = OngoingCall()
+    program, added = program_of(model), {}
+    for name in networks_of(model):
+        read = {each for own in local(plan.choice, place_of(model, name)).values() for each in names_read(own)}
+        added[name] = given_beside(program, name, names, read)
 
-    def taking(network: nn.Module, path: str) -> nn.Module:
-        del path
-        wrap(network, TakingAdapters(call, tuple(names)))
+    def take(network: nn.Module, name: str) -> nn.Module:
+        wrap(network, TakingAdapters(call, tuple(added[name])))
         return network
 
-    model = each_network(model, taking)
+    model = called_by(each_network(model, take), taking(program, added))
     for path, decision in plan.choice.items():
         base = model.get_submodule(path)
         around = side_path(base, call, path, decision, plan, product_first=product_first)
@@ -287,6 +299,13 @@ def side_path(
         name=STRENGTH,
         product_first=product_first,
     )
+
+
+def names_read(decision: Decision) -> tuple[str, ...]:
+    """The inputs that an adapted layer reads."""
+    if isinstance(decision, AdaptedByInputs):
+        return down_name(decision), up_name(decision)
+    return (STRENGTH,)
 
 
 def down_name(decision: AdaptedByInputs) -> str:

@@ -147,3 +147,39 @@ def test_a_guided_decoder_keeps_two_caches_for_each_row() -> None:
             plain, without, spoiled, got_guided, got_perturbed = said
             torch.testing.assert_close(got_guided, without + 2 * (plain - without), atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(got_perturbed, plain + 2 * (plain - spoiled), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["styleswin", "li_dit", "vevo-decoder"])
+def test_adapters_of_a_call_reach_every_network_that_they_are_for(model: str) -> None:
+    loaded = sources.load(f"{model}:tiny")
+    context = context_of(loaded)
+    step = catalog.pass_class("adapters_as_inputs")(layers=("*",), rank=2)
+    result = step.apply(share(loaded.module), context)
+    torch.manual_seed(0)
+    given = {each.name: torch.randn(each.shape) / 4 for each in step.new_inputs(result.plan)}
+    intended = step.intended(loaded.module, result.plan, context)
+    with torch.no_grad():
+        call = context.calibration[0]
+        base, adapted, wanted = (
+            flat(module(**call, **more))
+            for module, more in ((loaded.module, {}), (result.model, given), (intended, given))
+        )
+    for own, got, exact in zip(base, adapted, wanted, strict=True):
+        assert (got - own).abs().max() > 0.1
+        torch.testing.assert_close(got, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_are_coupled_in_a_network_whose_constants_were_hoisted() -> None:
+    loaded = sources.load("dit:tiny")
+    context = context_of(loaded)
+    couple, call = catalog.pass_class("couple_streams")(gate=True), context.calibration[0]
+    hoisted = catalog.pass_class("hoist_constants")().apply(share(loaded.module), context).model
+    outputs = []
+    for module in (share(loaded.module), hoisted):
+        coupled = couple.apply(module, context).model
+        with torch.no_grad():
+            outputs.append([coupled(**call, couple_gate=torch.full((2,), open_)) for open_ in (0.0, 1.0)])
+    for plain, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(other, plain, atol=1e-5, rtol=1e-5)
+    shut, open_ = outputs[0]
+    assert (open_ - shut).abs().max() > 1e-3
