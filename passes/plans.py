@@ -175,7 +175,7 @@ class Declared:
 
 @cache
 def lacking_some(kind: type[Facts]) -> type[Facts]:
-    """The same facts, each of which may be missing."""
+    """A kind of facts for plans that decided nothing: each field may be missing."""
     fields: dict[str, Any] = {
         name: (each.annotation, None) for name, each in kind.model_fields.items() if each.is_required()
     }

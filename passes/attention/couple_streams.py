@@ -281,7 +281,7 @@ class CoupleStreams(Pass):
         skipped = {path: reason for path, block in called.items() if (reason := self.misfit(seen, path, block))}
         for kind in {stack.block for _, stack in called.values()}:
             mine = {path: block for path, (block, stack) in called.items() if stack.block is kind}
-            skipped |= unlike(seen, mine, partial(apart, kind))
+            skipped |= unlike(seen, mine, partial(taken_apart, kind))
         return skipped
 
     def misfit(self, seen: Seen, path: str, found: tuple[nn.Module, TokenStack]) -> str:
@@ -351,8 +351,8 @@ READ_IN: Mapping[str, tuple[Mode, ...]] = {
 """The modes that read a setting; all read those that are not named."""
 
 
-def apart(kind: type[TokenBlock], block: nn.Module) -> Callable[..., Any]:
-    """A block run taken apart, with each row to itself."""
+def taken_apart(kind: type[TokenBlock], block: nn.Module) -> Callable[..., Any]:
+    """What runs a block in its parts, each row to itself."""
     return partial(through, block, kind, alone)
 
 

@@ -398,7 +398,7 @@ class CoupledCall(Around):
         return mixed(style, content, mask if gate is None else mask * gate)  # type: ignore[no-any-return]
 
     def heated(self, call: TokenBlock, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
-        """Attention at the temperature."""
+        """What queries attend to, as sharply as the temperature says."""
         q = call.turned(q)
         if self.how.temperature != 1:
             q = q * mixed(1.0, self.how.temperature, gate)

@@ -83,7 +83,7 @@ def fused_feed_forward(module: nn.Module) -> FeedForward | None:
     if not all(hasattr(module, name) for name in ("proj_mlp", "act_mlp", "proj_out", "mlp_hidden_dim", "attn")):
         return None
     layer: Any = module
-    if not hasattr(layer.proj_out, "in_features"):  # something runs around it, such as masks by timestep
+    if not isinstance(layer.proj_out, nn.Linear):
         return None
     return projected_feed_forward(
         ProjectedFeedForward(

@@ -49,7 +49,7 @@ class KeptBlocks(Decision):
 
 
 class Bucket(Part):
-    """A range of timesteps."""
+    """A range of timesteps, and the blocks that run in it."""
 
     low: float = Field(alias="from", description="where it begins")
     high: float = Field(alias="to", description="where it ends")

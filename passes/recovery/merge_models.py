@@ -311,7 +311,7 @@ def errors_by_teacher(student: nn.Module, guides: Sequence[Guide], calls: list[I
 
 
 def unfrozen(weights: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The same, asking for gradients."""
+    """Weights that are to be trained, which ask for gradients from now on."""
     for weight in weights.values():
         weight.requires_grad_(True)
     return weights

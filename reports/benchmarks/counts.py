@@ -28,6 +28,7 @@ from enginewright.passes.pruning.elements import carry_out, elements_of
 from enginewright.passes.recovery.styles import add_styles, time_embeddings
 from enginewright.passes.tokens.merge_tokens import MergeTokens
 from enginewright.passes.traits import BlockStack, FeedForward, HeadedAttention, layers_of
+from enginewright.reports.benchmarks.large_models import SDXL
 
 IC_LORA = {
     "all": r"(single_)?transformer_blocks\..*",
@@ -42,19 +43,6 @@ VIT = {
     "L": {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24},
 }
 """What these vision transformers for 224 px do not share with the defaults of transformers; DeiT's are the same."""
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
 SD21 = {
     "sample_size": 64,
     "cross_attention_dim": 1024,

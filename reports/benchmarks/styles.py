@@ -105,7 +105,7 @@ class InStyle(nn.Module):
         return out
 
 
-def apart(pictures: Array, wanted: Array) -> float:
+def distance_between(pictures: Array, wanted: Array) -> float:
     """Frechet distance of the judge's features of two sets of pictures (n, 1, 28, 28)."""
     return round(frechet_distance(read(pictures)[1], read(wanted)[1]), 4)
 
@@ -120,9 +120,9 @@ def by_style(
         wanted, again = drawn(teacher, samples, OTHER), drawn(teacher, samples, JUDGED)
         ours = drawn(InStyle(merged, number), samples, JUDGED)
         found[name] = {
-            "merged": apart(ours, wanted),
-            "teacher": apart(again, wanted),
-            **{other: apart(pictures, wanted) for other, pictures in without.items()},
+            "merged": distance_between(ours, wanted),
+            "teacher": distance_between(again, wanted),
+            **{other: distance_between(pictures, wanted) for other, pictures in without.items()},
             "strokes": {
                 who: {"ink": round(ink(pictures), 4), "slant": round(slant(pictures), 4)}
                 for who, pictures in {"merged": ours, "teacher": again, "base": without["base"]}.items()

@@ -5,7 +5,7 @@ import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,9 +17,7 @@ from torch import nn
 
 from enginewright.ground.errors import ToolchainError, UnavailableError
 from enginewright.ground.runner import clock_of, device_of, inputs_for, to_device_of
-from enginewright.passes.contract import Context
 from enginewright.passes.quantization.linear import QuantizedLinear
-from enginewright.passes.quantization.quantize_weights import QuantizeWeights
 from enginewright.targets import machine, onnxruntime_engine
 from enginewright.targets.contract import Answer, Graph, LayerHint, ShapeRange
 from enginewright.targets.dynamic_int8 import reduce_range, to_float
@@ -312,55 +310,6 @@ def test_a_graph_that_the_optimizer_itself_breaks_is_opened_without_it(
     assert built.notes == (
         "ONNX Runtime itself fails on this graph unless its QDQSelectorActionTransformer is off, so it is",
     )
-
-
-@pytest.mark.parametrize("weights", ["int4", "int8"])
-def test_products_with_rounded_weights_are_those_of_the_plan_unless_fast_is_asked_for(
-    weights: Literal["int4", "int8"], tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    call = {"input": torch.randn(8, 64)}
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
-    module = QuantizeWeights(weights=weights, smallest=0).apply(model, Context(example=call)).model
-    export_onnx(module, call, dynamic={}, outputs=["y"], path=tmp_path / "model.onnx")
-    with torch.no_grad():
-        wanted = module(**call).numpy()
-    errors = {}
-    for form in ("exact", "fast"):
-        folder = tmp_path / "engines" / form
-        folder.mkdir(parents=True)
-        target = OnnxRuntime(weights_only=form)
-        built = target.build(Graph(path=tmp_path / "model.onnx", ranges={}), folder)
-        assert any(
-            "weights_only=fast" in note if form == "exact" else "which no plan says" in note for note in built.notes
-        )
-        got = target.load(folder, threads=1)({"input": call["input"].numpy()})["y"]
-        errors[form] = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
-    assert errors["exact"] < 1e-5
-    assert errors["fast"] > 1e-4
-
-
-def test_eight_bit_weights_are_multiplied_out_once_and_not_in_every_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    call = {"input": torch.randn(8, 64)}
-    model = nn.Sequential(nn.Linear(64, 64)).eval()
-    module = QuantizeWeights(weights="int8", smallest=0).apply(model, Context(example=call)).model
-    export_onnx(module, call, dynamic={}, outputs=["y"], path=tmp_path / "model.onnx")
-    kinds, true = {}, onnxruntime.InferenceSession
-    for form in ("exact", "fast"):
-
-        def kept(path: Path, options: Any, form: str = form, **named: Any) -> Any:
-            options.optimized_model_filepath = str(tmp_path / f"{form}.onnx")
-            return true(path, options, **named)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(onnxruntime, "InferenceSession", kept)
-            OnnxRuntime(weights_only=form).open(tmp_path / "model.onnx", 1)
-        kinds[form] = [node.op_type for node in ir.load(tmp_path / f"{form}.onnx").graph]
-    assert not {"DequantizeLinear", "MatMulNBits"} & set(kinds["exact"])
-    assert "MatMulNBits" in kinds["fast"]
 
 
 def test_a_layer_that_is_called_twice_is_changed_once(tmp_path: Path) -> None:

@@ -9,10 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from torch import nn
 
+from enginewright.ground.program import Call, Network, Program, StateTensor, Way
 from enginewright.ground.runner import Runner
 from enginewright.ground.signature import Array, Arrays
+from enginewright.passes.networks import Networks
 from enginewright.validation.contract import DecodingTask
+
+
+def with_cache(network: nn.Module, shape: tuple[int, ...]) -> Networks:
+    """A network of a sequence, with the keys and values of what went before as state.
+
+    Args:
+        network: takes ``position``, ``keys`` and ``values``, and gives its result, and the keys and values of new
+            tokens alone.
+        shape: of the keys, and of the values, of one sequence; its third axis is of places.
+    """
+    program = Program(
+        networks={"": Network(gives=("keys", "values"))},
+        ways=(Way(calls=(Call(network=""),), reads=("keys", "values")),),
+        states=tuple(
+            StateTensor(name=name, shape=shape, given_as=f"new_{name}", grows=3) for name in ("keys", "values")
+        ),
+        shared=("position",),
+        start="position",
+    )
+    return Networks({"": network}, program)
 
 
 def call_of(ids: Array, position: int) -> Arrays:

@@ -8,24 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from enginewright.models.diffusion.csd_var import quantizer, scales
 from enginewright.targets.onnx_export import export_onnx
-
-
-def numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def loud(network: nn.Module) -> nn.Module:
-    """The network with weights so large that every mechanism speaks up."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            fan_in = weight[0].numel() if weight.dim() > 1 else 4
-            weight.normal_(1.0 if "norm" in name and weight.dim() == 1 else 0.0, fan_in**-0.5, generator=generator)
-    return network.eval().requires_grad_(False)
+from tests.toolchain.models.diffusion.csd_var_networks import loud, numel
 
 
 def test_the_quantizer_has_the_parameters_of_the_release() -> None:

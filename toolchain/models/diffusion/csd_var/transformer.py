@@ -29,11 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enginewright.ground.program import Call, Network, Program, StateTensor, Way
 from enginewright.ground.signature import Arrays, Dim, InputSpec
+from enginewright.models.blocks.decoding import with_cache
 from enginewright.models.blocks.llama import Angles, GatedMlp, RMSNorm
 from enginewright.models.diffusion.csd_var.scales import FROM_CONTENT, SCALES_512, SCALES_1024, scale_of_slots, starts
-from enginewright.passes.networks import Networks
 from enginewright.passes.traits import StreamBlock
 from enginewright.validation.inputs import draw
 
@@ -486,16 +485,7 @@ def build(config: Config) -> nn.Module:
     if not config.sees_earlier:
         return ScaleTransformer(config)
     shape = (config.depth, config.heads, config.tokens, config.head_dim)
-    program = Program(
-        networks={"": Network(gives=("keys", "values"))},
-        ways=(Way(calls=(Call(network=""),), reads=("keys", "values")),),
-        states=tuple(
-            StateTensor(name=name, shape=shape, given_as=f"new_{name}", grows=3) for name in ("keys", "values")
-        ),
-        shared=("position",),
-        start="position",
-    )
-    return Networks({"": CachedTransformer(config)}, program)
+    return with_cache(CachedTransformer(config), shape)
 
 
 def inputs(config: Config) -> tuple[InputSpec, ...]:

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from enginewright.ground.program import Call, Network, Program, StateTensor, Way
 from enginewright.ground.signature import Array, Arrays, Dim, InputSpec
-from enginewright.models.blocks.decoding import decoding_task, steps_of_sequence
+from enginewright.models.blocks.decoding import decoding_task, steps_of_sequence, with_cache
 from enginewright.models.blocks.llama import Angles, Attention, GatedMlp, RMSNorm, Rotary
 from enginewright.passes.networks import Networks
 from enginewright.passes.traits import StreamBlock
@@ -197,17 +196,7 @@ def cache_shape(config: Config, length: int) -> tuple[int, ...]:
 
 def build(config: Config) -> Networks:
     """The decoder with its cache as state."""
-    shape = cache_shape(config, config.longest)
-    program = Program(
-        networks={"": Network(gives=("keys", "values"))},
-        ways=(Way(calls=(Call(network=""),), reads=("keys", "values")),),
-        states=tuple(
-            StateTensor(name=name, shape=shape, given_as=f"new_{name}", grows=3) for name in ("keys", "values")
-        ),
-        shared=("position",),
-        start="position",
-    )
-    return Networks({"": CachedDecoder(config)}, program)
+    return with_cache(CachedDecoder(config), cache_shape(config, config.longest))
 
 
 def inputs(config: Config) -> tuple[InputSpec, ...]:
